@@ -1,0 +1,278 @@
+"""Plan -> statistics: the passes over the rows, and the proof that all of them saw the same rows."""
+from __future__ import annotations
+
+import math
+from contextlib import closing
+from dataclasses import replace
+from itertools import combinations_with_replacement
+from typing import Any
+
+import numpy as np
+
+from . import expr, statements
+from .arrays import column
+from .blocks import Blocks, Clusters, Collector
+from .design import Atom
+from .errors import DataError
+from .features import Recipe
+from .formula import parse_expression
+from .looks import shift_and_scale
+from .options import Options
+from .planning import Plan, Request, prepare, settle
+from .progress import stage
+from .stats import SuffStats
+
+FAR = 100.0  # true mean, in spreads, beyond which a pass is repeated with the true shift
+OFF_SCALE = 1e4  # true spread over assumed spread beyond which it is repeated
+
+
+def collect(plan: Plan) -> SuffStats:
+    """Runs the plan's passes. Blocks above a quarter of the memory limit go to a mapped file that lives as long as they do.
+
+    Raises DataError: no usable rows, non-finite values, negative weights, rows dropped under na="raise", a source that
+    changed between the passes.
+    """
+    seconds: dict[str, float] = {}
+    engine, options = plan.engine, plan.request.options
+    total = _row_count(plan)
+    with stage("cross_products", seconds, engine, options) as fields:
+        gram, rows, n, sum_log_w = _gram(plan)
+        dropped = _dropped(plan, total, rows)
+        fields |= {"rows": rows, "dropped": total - rows}
+    scans = 1
+    if far := _far_off(plan.recipe, gram):
+        note = "the sample was not representative: the pass was repeated with the true shifts and scales"
+        plan = replace(plan, recipe=far, notes=[*plan.notes, note])
+        with stage("cross_products_again", seconds, engine, options):
+            gram, rows, n, sum_log_w = _gram(plan)
+        scans += 1
+    blocks = None
+    if plan.path != "none":
+        with stage("blocks", seconds, engine, options) as fields:
+            blocks = _blocks(plan)
+            _reconcile(plan, gram, blocks)
+            fields |= {"blocks": blocks.n_blocks}
+    plan.engine.check_unchanged()
+    info = {
+        "rows_read": total,
+        "rows_dropped": total - rows,
+        "dropped": dropped,
+        "blocks": blocks.n_blocks if blocks else 0,
+        "passes": scans + (blocks is not None),
+        "seconds": seconds,
+        "notes": list(plan.notes),
+        "path": plan.path,
+        "engine": plan.engine.dialect,
+    }
+    return SuffStats(plan.recipe, rows, n, sum_log_w, gram, blocks, plan.request.collect, info)
+
+
+def collect_like(stats: SuffStats, data: Any, options: Options | None = None) -> SuffStats:
+    """Statistics of other rows in the shape of `stats`: same bases, shifts and scales; new levels are added."""
+    from .sources import open_source
+
+    if stats.collect == "fit":
+        raise DataError("the second level of compression does not merge", code="not_mergeable", hint='collect with collect="blocks"')
+    recipe = stats.recipe
+    options = options or Options()
+    request = Request(
+        recipe.formula.text,
+        weights=recipe.weights,
+        freq=recipe.freq,
+        offset=recipe.offset,
+        contrasts=recipe.contrasts,
+        responses=recipe.extra_responses,
+        collect=stats.collect,
+        options=options,
+    )
+    with closing(open_source(data, options=options)) as engine:
+        return collect(prepare(engine, request, like=recipe))
+
+
+def _row_count(plan: Plan) -> int:
+    known = plan.engine.row_count()
+    if known is not None:
+        return known
+    statement = statements.missing((), (), {}, plan.names)
+    return int(plan.engine.query(statement, plan.columns).read_all().column("row_count")[0].as_py())
+
+
+def _gram(plan: Plan) -> tuple[np.ndarray, int, float, float]:
+    """Cross-products of all features, rows, rows with frequencies, sum of log weights; raises where they are not finite."""
+    gram, rows, n, sum_log_w = _streamed_gram(plan) if plan.wide else _summed_gram(plan)
+    if rows == 0:
+        total = _row_count(plan)
+        causes = _causes(plan)
+        _refuse_bad_values(plan, causes)
+        what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used: " + _described(causes)
+        raise DataError(what, code="no_rows", column=next(iter(causes["missing"]), None))
+    if not (np.isfinite(gram).all() and math.isfinite(n) and math.isfinite(sum_log_w)):
+        raise _not_finite(plan)
+    return gram, rows, n, sum_log_w
+
+
+def _summed_gram(plan: Plan) -> tuple[np.ndarray, int, float, float]:
+    row = plan.engine.query(statements.cross_products(plan.recipe, plan.names), plan.columns).read_all().to_pylist()[0]
+    size = len(plan.recipe.features)
+    gram = np.zeros((size, size))
+    for i, j in combinations_with_replacement(range(size), 2):
+        gram[i, j] = gram[j, i] = row[f"g_{i}_{j}"] or 0.0
+    rows = int(row["row_count"])
+    return gram, rows, float(row["n"] or 0.0) if "n" in row else float(rows), float(row.get("sum_log_w") or 0.0)
+
+
+def _streamed_gram(plan: Plan) -> tuple[np.ndarray, int, float, float]:
+    """The same by BLAS on batches of rows, for many features."""
+    recipe = plan.recipe
+    gram = np.zeros((len(recipe.features),) * 2)
+    rows, n, sum_log_w = 0, 0.0, 0.0
+    for batch in plan.engine.query(statements.used_rows(recipe, plan.names, keys=False), plan.columns):
+        if not batch.num_rows:
+            continue
+        X = np.empty((len(recipe.features), batch.num_rows))
+        for i, monomial in enumerate(recipe.features):
+            X[i] = column(batch, f"f{i}") if monomial else 1.0
+        weight = {name: column(batch, name) for name in statements.weight_columns(recipe)}
+        q = weight.get("q", np.ones(1))
+        gram += X @ (X * (q * weight.get("w", np.ones(1)))).T
+        rows += batch.num_rows
+        n += float(q.sum()) if "q" in weight else batch.num_rows
+        sum_log_w += float((q * np.log(weight["w"])).sum()) if "w" in weight else 0.0
+    return (gram + gram.T) / 2, rows, n, sum_log_w
+
+
+def _dropped(plan: Plan, total: int, rows: int) -> dict[str, int]:
+    """Why rows were left out; raises for infinite values, negative weights, and any missing value under na="raise"."""
+    if rows == total:
+        return {}
+    if rows > total:
+        raise _changed()
+    causes = _causes(plan)
+    _refuse_bad_values(plan, causes)
+    if plan.request.na == "raise" and causes["missing"]:
+        column = next(iter(causes["missing"]))
+        raise DataError(f"{total - rows:,} rows have missing values: " + _described(causes), code="missing_values", column=column)
+    return {**causes["missing"], **{f"weight 0 in {plan.recipe.weights or plan.recipe.freq}": n for n in causes["zero"].values()}}
+
+
+def _described(causes: dict[str, dict[str, int]]) -> str:
+    parts = [f"{name!r} is missing in {n:,}" for name, n in causes["missing"].items()]
+    parts += [f"the weight {name!r} is 0 in {n:,}" for name, n in causes["zero"].items()]
+    return ", ".join(parts) or "the source changed while it was read"
+
+
+def _causes(plan: Plan) -> dict[str, dict[str, int]]:
+    """Counts per column of missing and infinite values, per weight of zero and negative ones."""
+    recipe = plan.recipe
+    raw, weights = statements.raw_columns(recipe), statements.weight_columns(recipe)
+    statement = statements.missing(raw, recipe.groups, weights, plan.names)
+    row = plan.engine.query(statement, plan.columns).read_all().to_pylist()[0]
+    out: dict[str, dict[str, int]] = {kind: {} for kind in ("missing", "infinite", "zero", "negative")}
+    named = [(kind, f"{kind}_{k}", name) for kind in ("missing", "infinite") for k, name in enumerate(raw)]
+    named += [("missing", f"key_{k}", name) for k, name in enumerate(recipe.groups)]
+    named += [(kind, f"{kind}_{name}", text) for kind in ("zero", "negative") for name, text in weights.items()]
+    for kind, field, name in named:
+        if row.get(field):
+            out[kind][name] = max(int(row[field]), out[kind].get(name, 0))
+    return out
+
+
+def _refuse_bad_values(plan: Plan, causes: dict[str, dict[str, int]]) -> None:
+    for name, count in causes["infinite"].items():
+        hint = "replace them with null to drop them"
+        raise DataError(f"the column {name!r} is infinite in {count:,} rows", code="infinite_values", column=name, hint=hint)
+    for name, count in causes["negative"].items():
+        raise DataError(f"the weight {name!r} is negative in {count:,} rows", code="negative_weights", column=name)
+
+
+def _not_finite(plan: Plan) -> DataError:
+    """The error for sums that are not finite although every raw value is: the term, how many rows, a value."""
+    recipe = plan.recipe
+    nodes = [node for v in recipe.variables.values() if v.kind == "numeric" for node in v.columns]
+    nodes += [parse_expression(text) for text in statements.weight_columns(recipe).values()]
+    for node in nodes:
+        row = plan.engine.query(statements.offenders(node, recipe, plan.names), plan.columns).read_all().to_pylist()[0]
+        if row["row_count"]:
+            columns = [name for name in expr.columns(node) if plan.names.kinds[name] == "number"]
+            values = ", ".join(f"{name} = {row[f'v_{k}']:g}" for k, name in enumerate(columns))
+            return DataError(
+                f"{expr.label(node)} is not finite in {int(row['row_count']):,} rows, such as {values}",
+                code="not_finite",
+                column=columns[0] if columns else None,
+            )
+    return DataError("the sums overflow: some values are too large to be squared", code="overflow", hint="rescale the columns")
+
+
+def _far_off(recipe: Recipe, gram: np.ndarray) -> Recipe | None:
+    """The recipe with true shifts and scales where the sample's were off by more than FAR spreads or OFF_SCALE."""
+    position = {feature: i for i, feature in enumerate(recipe.features)}
+    if () not in position:
+        return None
+    scalings, moved = dict(recipe.coordinates.scalings), False
+    constant = position[()]
+    for feature, i in position.items():
+        if len(feature) != 1 or feature[0] not in scalings:
+            continue
+        mean = gram[constant, i] / gram[constant, constant]
+        sd = math.sqrt(max(gram[i, i] / gram[constant, constant] - mean**2, 0.0))
+        if sd > 0 and (abs(mean) > FAR * sd or not 1 / OFF_SCALE < sd < OFF_SCALE):
+            shift, scale = scalings[feature[0]]
+            true_mean, true_sd = shift + scale * mean, scale * sd
+            new = shift_and_scale(true_mean, true_sd, whole=False, largest=abs(true_mean) + true_sd)
+            if abs(new[0] - shift) > FAR / 10 * true_sd or not 1 / OFF_SCALE < new[1] / scale < OFF_SCALE:
+                scalings[feature[0]], moved = new, True
+    if not moved:
+        return None
+    return rescaled(recipe, scalings)
+
+
+def rescaled(recipe: Recipe, scalings: dict[Atom, tuple[float, float]]) -> Recipe:
+    """The recipe with other shifts and scales, over the features that these need."""
+    responses = {label: recipe.variables[label] for label in recipe.responses}
+    variables = {label: v for label, v in recipe.variables.items() if label not in responses}
+    coordinates = replace(recipe.coordinates, scalings=scalings)
+    closed = settle(recipe, variables, responses, coordinates, "blocks")
+    return closed
+
+
+def _blocks(plan: Plan) -> Blocks:
+    recipe = plan.recipe
+    pairs = recipe.pairs()
+    names = [f"s{k}" for k in range(len(pairs))]
+    if plan.path == "second level":
+        return _second_level(plan, names)
+    shared = [k for k, (_, j) in enumerate(pairs) if j in recipe.z]
+    options = plan.request.options
+    collector = Collector(
+        names, shared, keep_keys=plan.request.collect != "fit", budget=options.memory_bytes // 4, parent=options.temp_directory
+    )
+    for batch in plan.engine.query(statements.block_sums(recipe, plan.names), plan.columns):
+        collector.add(batch)
+    return collector.finish()
+
+
+def _second_level(plan: Plan, names: list[str]) -> Blocks:
+    table = plan.engine.query(statements.second_level(plan.recipe, plan.names), plan.columns).read_all().sort_by("row_count")
+    held = {name: column(table, name).astype(float) for name in table.column_names}
+    size = len(names)
+    products = np.empty((len(table), size, size))
+    for k, j in combinations_with_replacement(range(size), 2):
+        products[:, k, j] = products[:, j, k] = held[f"p_{k}_{j}"]
+    clusters = Clusters(held["block_count"], np.stack([held[f"t_{k}"] for k in range(size)]), products)
+    rows = held["row_count"]
+    largest, smallest = float(rows.max(initial=0)), float(rows.min(initial=math.inf))
+    return Blocks(names, int(held["block_count"].sum()), clusters=clusters, largest=largest, smallest=smallest)
+
+
+def _reconcile(plan: Plan, gram: np.ndarray, blocks: Blocks) -> None:
+    """Every scan saw the same rows: the blocks' sums add up to the ungrouped ones."""
+    totals = blocks.totals()
+    for total, (a, j) in zip(totals, plan.recipe.pairs(), strict=True):
+        size = math.sqrt(gram[a, a] * gram[j, j]) + 1.0
+        if not abs(total - gram[a, j]) <= 1e-9 * size:
+            raise _changed()
+
+
+def _changed() -> DataError:
+    return DataError("the source changed while it was read", code="source_changed", hint="fit a snapshot of it")
+

@@ -1,0 +1,1 @@
+"""Where rows live: one module an engine, `base.py` the protocol they share."""

@@ -1,0 +1,194 @@
+"""Arrow data: the order of levels a schema declares, datasets of files, one-shot streams spooled to disk."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, ResourceError
+from .base import BATCH_ROWS
+from .files import Merged, Variant, merge
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_POLARS_ENUM = b"_PL_ENUM_VALUES2"
+
+
+def declared_levels(field: pa.Field, dictionary: pa.Array | None) -> tuple[str, ...] | None:
+    """The order of levels that a field declares: a Polars Enum by its metadata, an ordered dictionary of text by its values."""
+    import pyarrow as pa
+
+    if field.metadata and _POLARS_ENUM in field.metadata:
+        return _enum_values(field.metadata[_POLARS_ENUM])
+    if dictionary is None or not pa.types.is_dictionary(field.type) or not field.type.ordered or not is_text(field.type.value_type):
+        return None
+    return tuple(value for value in dictionary.to_pylist() if value is not None)
+
+
+def _enum_values(text: bytes) -> tuple[str, ...]:
+    """Polars writes `<bytes>;<value>` for each category, one after the other."""
+    values = []
+    while text:
+        length, _, rest = text.partition(b";")
+        values.append(rest[: int(length)].decode())
+        text = rest[int(length) :]
+    return tuple(values)
+
+
+def is_text(data_type: pa.DataType) -> bool:
+    """Whether an Arrow type is one of the string types."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(data_type) or pa.types.is_large_string(data_type) or pa.types.is_string_view(data_type))
+
+
+def ordered_columns(schema: pa.Schema) -> list[str]:
+    """The names of the columns that are ordered dictionaries."""
+    import pyarrow as pa
+
+    return [field.name for field in schema if pa.types.is_dictionary(field.type) and field.type.ordered]
+
+
+def levels_of(schema: pa.Schema, first: pa.RecordBatch | None) -> dict[str, tuple[str, ...]]:
+    """The declared orders of levels by column name; ordered dictionaries are read from the first batch."""
+    found = {}
+    for i, field in enumerate(schema):
+        dictionary = first.column(i).dictionary if first is not None and hasattr(first.column(i), "dictionary") else None
+        levels = declared_levels(field, dictionary)
+        if levels is not None:
+            found[field.name] = levels
+    return found
+
+
+def check_schema(schema: pa.Schema) -> pa.Schema:
+    """The schema. Raises DataError for two columns of one name and for types that no engine reads."""
+    import pyarrow as pa
+
+    for field in schema:
+        if schema.names.count(field.name) > 1:
+            raise DataError(f"two columns are called {field.name!r}", code="column_repeated", column=field.name)
+        if pa.types.is_float16(field.type) or pa.types.is_decimal256(field.type):
+            raise DataError(f"column {field.name!r} has type {field.type}", code="column_type", column=field.name, hint="cast it first")
+    return schema
+
+
+def in_memory(data: Any) -> pa.Table | None:
+    """Data that lies in memory (pyarrow, pandas, narwhals) as an Arrow table; None for other objects. Raises DataError."""
+    import pyarrow as pa
+
+    package = type(data).__module__.partition(".")[0]
+    try:
+        if isinstance(data, pa.RecordBatch):
+            return pa.Table.from_batches([data])
+        if package == "pandas":
+            return pa.Table.from_pandas(data, preserve_index=False)
+        return data if isinstance(data, pa.Table) else pa.table(data) if package == "narwhals" else None
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"the {type(data).__name__} cannot become an Arrow table: {error}", code="arrow") from error
+
+
+def spool(data: Any, path: str) -> tuple[pa.Table, dict[str, tuple[str, ...]], bool]:
+    """A stream (anything with `__arrow_c_stream__`) written to an Arrow file and mapped into memory, the levels it declares,
+    and whether the object gives another stream. Raises DataError when the stream fails, ResourceError when the disk does."""
+    import pyarrow as pa
+
+    try:
+        reader = pa.RecordBatchReader.from_stream(data)
+        again = not isinstance(data, pa.RecordBatchReader) and _streams_again(data)
+        levels = _write(reader, path)
+        return pa.ipc.open_file(pa.memory_map(path)).read_all(), levels, again
+    except OSError as error:
+        raise ResourceError(f"the stream could not be spooled to {path}: {error}", code="spool") from error
+    except DataError:
+        raise
+    except Exception as error:  # whatever the object's own code raises
+        raise DataError(f"the Arrow stream of {type(data).__name__} failed: {error}", code="arrow") from error
+
+
+def _streams_again(data: Any) -> bool:
+    import pyarrow as pa
+
+    try:
+        return pa.RecordBatchReader.from_stream(data) is not None
+    except Exception:  # whatever a foreign object raises means no
+        return False
+
+
+def _write(reader: pa.RecordBatchReader, path: str) -> dict[str, tuple[str, ...]]:
+    """Dictionaries are written as plain values: the file format has no room for one that changes between batches."""
+    import pyarrow as pa
+
+    check_schema(reader.schema)
+    plain = pa.schema([
+        pa.field(field.name, field.type.value_type if pa.types.is_dictionary(field.type) else field.type) for field in reader.schema
+    ])  # fmt: skip
+    levels = levels_of(reader.schema, None)
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, plain) as writer:
+        for i, batch in enumerate(reader):
+            levels = levels_of(reader.schema, batch) if i == 0 else levels
+            writer.write_table(pa.Table.from_batches([batch]).cast(plain), max_chunksize=BATCH_ROWS)
+    return levels
+
+
+def file_dataset(files: Sequence[str], form: str, filesystem: Any = None, hive: bool = False) -> tuple[Any, Merged]:
+    """A dataset over Arrow or Parquet files with the widest types over them, and the account of it by exact name.
+
+    `form`: "ipc" or "parquet"; `filesystem`: a pyarrow filesystem. Raises DataError for files that cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+    parts = "hive" if hive else None
+    try:
+        data = ds.dataset(list(files), format=form, filesystem=filesystem, partitioning=parts)
+        schemas = [(fragment.path, fragment.physical_schema) for fragment in data.get_fragments()]
+        variants = list(_variants(schemas))
+        merged = merge(variants)
+        if len(variants) > 1:
+            common = _common_schema(data.schema, [schema for _, schema in schemas], merged)
+            data = ds.dataset(list(files), schema=common, format=form, filesystem=filesystem, partitioning=parts)
+        return data, merged
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{files[0]}: {error}", code="file_unreadable") from error
+
+
+def _common_schema(given: pa.Schema, schemas: Sequence[pa.Schema], merged: Merged) -> pa.Schema:
+    """The widest type of each column; that of the first file for columns with a problem; then the keys of directories."""
+    import pyarrow as pa
+
+    usable = [pa.schema([field for field in schema if field.name not in merged.problems]) for schema in schemas]
+    widest = pa.unify_schemas(usable, promote_options="permissive")
+    disputed = [next(schema.field(name) for schema in schemas if name in schema.names) for name in merged.problems]
+    fields = {field.name: field for field in (*given, *widest, *disputed)}
+    return pa.schema([fields[name] for name in dict.fromkeys([*merged.types, *given.names])])
+
+
+def _variants(schemas: Sequence[tuple[str, pa.Schema]]) -> Iterator[Variant]:
+    groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for path, schema in schemas:
+        groups.setdefault(tuple((field.name, duckdb_name(field.type)) for field in schema), []).append(path)
+    for signature, files in groups.items():
+        yield Variant(tuple(files), dict(signature))
+
+
+_DUCKDB_NAMES = (("timestamp", "TIMESTAMP"), ("date", "DATE"), ("time", "TIME"), ("duration", "INTERVAL"), ("decimal", "DECIMAL"))
+
+
+def duckdb_name(data_type: pa.DataType) -> str:
+    """DuckDB's name of an Arrow type, or the Arrow name where DuckDB has no scalar for it."""
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(data_type):
+        return duckdb_name(data_type.value_type)
+    if is_text(data_type):
+        return "VARCHAR"
+    if types.is_boolean(data_type):
+        return "BOOLEAN"
+    if types.is_integer(data_type):
+        return {"int32": "INTEGER", "uint32": "UINTEGER"}.get(str(data_type), "BIGINT" if types.is_signed_integer(data_type) else "UBIGINT")
+    if types.is_floating(data_type):
+        return "DOUBLE" if str(data_type) == "double" else "FLOAT"
+    return next((name for prefix, name in _DUCKDB_NAMES if str(data_type).startswith(prefix)), str(data_type))
+
+

@@ -1,0 +1,393 @@
+"""DuckDB: files, database tables, relations of the user's, Arrow data.
+
+A source is a FROM item, or a relation read under the name `mlpipe_source`; the statement gets it as a common table
+expression `src` that names columns by position. Nothing is created, set or registered on a user's connection.
+"""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import duckdb
+from sqlglot import exp
+
+from ..errors import DataError, MlpipeError, ResourceError
+from . import arrow, parquet, text
+from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerprint, spread
+from .catalog import found_table, is_ordered
+from .dialects import duckdb_type, render
+from .files import Snapshot, Workspace, is_hive
+from .origin import RELATION, Origin, select_all, source_rows, with_source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
+    from duckdb.sqltypes import DuckDBPyType
+
+    from ..options import Options
+
+T = TypeVar("T")
+_TURN_SECONDS = 0.2
+_RESERVED = ("memory", "system", "temp")
+
+
+class DuckDBEngine:
+    """The Engine over an Origin."""
+
+    dialect = "duckdb"
+
+    def __init__(self, origin: Origin) -> None:
+        self._origin = origin
+        self._running: list[DuckDBPyConnection] = []
+
+    def schema(self) -> dict[str, ColumnType]:
+        """Exact names and types, in the source's order."""
+        return dict(self._origin.columns)
+
+    def identity(self) -> Identity:
+        """See Identity."""
+        return self._origin.identity
+
+    def row_count(self) -> int | None:
+        """The number of rows of Parquet files and Arrow tables; None for other sources."""
+        return self._origin.rows
+
+    def check_columns(self, positions: Iterable[int]) -> None:
+        """Raises DataError (code "column_files") for a column that cannot be read as one from all files."""
+        names = list(self._origin.columns)
+        for name in (names[i] for i in positions):
+            if problem := self._origin.problems.get(name):
+                raise DataError(problem, code="column_files", column=name, hint="write the files with one schema, or give mp.source types")
+
+    def check_unchanged(self) -> None:
+        """Raises DataError (code "source_changed") when a file is not as it was at open; other sources pass."""
+        if self._origin.snapshot is not None:
+            self._origin.snapshot.check()
+
+    def query(
+        self, statement: exp.Query, columns: Columns, *, joined: pa.Table | pa.RecordBatchReader | None = None, sample: bool = False
+    ) -> pa.RecordBatchReader:
+        """See Engine. A result of up to 32 MB is read before this returns, and the connection free again; a larger one streams,
+        and holds a user's connection until it is read out or dropped."""
+        source = source_rows(self._origin, columns, sample)
+        sql = render(with_source(statement, source, joined is not None), "duckdb")
+        with self._checked():
+            con = self._connection()
+            relation = _bound(sql, self._origin, con, joined)
+            reader = self._guarded(con, lambda: relation.to_arrow_reader(BATCH_ROWS))
+            return buffered(reader.schema, self._batches(con, reader))
+
+    def cancel(self) -> None:
+        """Interrupt the running queries; the thread that waits for one gets a ResourceError (code "interrupted")."""
+        for con in tuple(self._running):
+            con.interrupt()
+
+    def progress(self) -> float | None:
+        """The part done of the query that runs; None on a user's connection, where it is not measured."""
+        shares = [share for con in tuple(self._running) if self._origin.own and (share := _progress(con)) is not None]
+        return max(shares, default=None)
+
+    def close(self) -> None:
+        """Close a connection of ours and remove its temporary files; a user's connection stays as it is."""
+        if self._origin.own and self._origin.con is not None:
+            self._origin.con.close()
+        if self._origin.workspace is not None:
+            self._origin.workspace.close()
+
+    def _connection(self) -> DuckDBPyConnection | None:
+        if not self._origin.own or self._origin.con is None:
+            return self._origin.con
+        con = self._origin.con.cursor()
+        con.execute("set enable_progress_bar = true")
+        con.execute("set enable_progress_bar_print = false")
+        if self._origin.use:
+            con.execute(self._origin.use)
+        return con
+
+    def _batches(self, con: DuckDBPyConnection | None, reader: Any) -> Iterator[pa.RecordBatch]:
+        try:
+            with self._checked():
+                while (batch := self._guarded(con, lambda: next(reader, None))) is not None:
+                    yield batch
+        finally:
+            reader.close()
+            if self._origin.own and con is not None:
+                con.close()
+
+    def _guarded(self, con: DuckDBPyConnection | None, work: Callable[[], T]) -> T:
+        """Works on another thread, so that Ctrl-C reaches this one at once and interrupts the query."""
+        future: Future[T] = Future()
+        Thread(target=_settle, args=(future, work), daemon=True).start()
+        if con is not None:
+            self._running.append(con)
+        try:
+            # in turns: where another library's handler restarts a wait, Python sees the signal only between two of them
+            while not wait([future], timeout=_TURN_SECONDS).done:
+                pass
+            return future.result()
+        except KeyboardInterrupt:
+            if con is not None:
+                con.interrupt()
+            wait([future])
+            if future.exception() is None and hasattr(future.result(), "close"):
+                future.result().close()  # type: ignore[attr-defined]
+            raise
+        finally:
+            if con is not None:
+                self._running.remove(con)
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        """Errors of DuckDB become ours; one over files that have changed says so."""
+        try:
+            with translating():
+                yield
+        except (DataError, ResourceError) as error:
+            if isinstance(error.__cause__, duckdb.Error):
+                self.check_unchanged()
+            raise
+
+
+def _settle(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # handed to the thread that waits
+        future.set_exception(error)
+
+
+def _progress(con: DuckDBPyConnection) -> float | None:
+    try:
+        percent = con.query_progress()
+    except duckdb.Error:
+        return None
+    return percent / 100 if percent >= 0 else None
+
+
+def _bound(sql: str, origin: Origin, con: DuckDBPyConnection | None, joined: Any) -> DuckDBPyRelation:
+    mlpipe_joined_rows = joined  # noqa: F841 - DuckDB finds the table of this name among the local variables here
+    if origin.relation is not None:
+        found = origin.relation(con).query(RELATION, sql)
+    else:
+        assert con is not None
+        found = con.sql(sql)
+    assert found is not None
+    return found
+
+
+_RESOURCE: tuple[tuple[type[duckdb.Error], str, str | None], ...] = (
+    (duckdb.OutOfMemoryException, "out_of_memory", "raise memory_limit, or free space for the spill in temp_directory"),
+    (duckdb.InterruptException, "interrupted", None),
+    (duckdb.ConnectionException, "connection", None),
+    (duckdb.InternalError, "engine", None),
+    (duckdb.FatalException, "engine", None),
+    (duckdb.IOException, "io", None),
+)
+
+
+def explained(error: duckdb.Error) -> MlpipeError:
+    """The error that users see for one of DuckDB's: ResourceError for memory, disk and connection, else DataError."""
+    message = re.sub(r"\s+", " ", str(error).split("\n\nLINE")[0]).strip()
+    message = message if len(message) <= 300 else message[:299] + "…"
+    if "file handle conflict" in message:
+        hint = "pass the connection that has it open"
+        return ResourceError("the database file is open in this process", code="database_open", hint=hint)
+    if "Resource In Use" in message:
+        hint = "read out or close the result that is still open on the connection"
+        return ResourceError("the connection is busy", code="connection_busy", hint=hint)
+    for kind, code, hint_ in _RESOURCE:
+        if isinstance(error, kind):
+            return ResourceError(message, code=code, hint=hint_)
+    return DataError(message, code="engine_refused")
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+@contextmanager
+def translating(*held: _Closable) -> Iterator[None]:
+    """Errors of DuckDB become ours; after any error what was opened so far is closed."""
+    try:
+        yield
+    except BaseException as error:
+        for thing in held:
+            thing.close()
+        if isinstance(error, duckdb.Error):
+            raise explained(error) from error
+        if isinstance(error, RuntimeError) and str(error) == "Query interrupted":  # DuckDB's word for Ctrl-C
+            raise KeyboardInterrupt from error
+        raise
+
+
+def connect(options: Options, workspace: Workspace) -> DuckDBPyConnection:
+    """A connection of ours within the options' limits."""
+    settings: dict[str, Any] = {
+        "memory_limit": f"{options.engine_bytes}B", "temp_directory": os.path.join(workspace.path(), "spill"),
+        "autoinstall_known_extensions": False, "parquet_metadata_cache": True,
+    }  # fmt: skip
+    if options.threads is not None:
+        settings["threads"] = options.threads
+    with translating(workspace):
+        return duckdb.connect(config=settings)
+
+
+def open_files(
+    files: list[str], given: list[str], form: str, options: Options, types: Mapping[str, str], workspace: Workspace | None = None
+) -> DuckDBEngine:
+    """Parquet, CSV or JSON files; `types` are DuckDB's, by exact name. Raises DataError naming what cannot be read."""
+    workspace = workspace or Workspace(options.temp_directory)
+    con = connect(options, workspace)
+    with translating(con, workspace):
+        snapshot = Snapshot.of(dict.fromkeys(files))
+        if form == "parquet":
+            table = parquet.parquet_table(con, files, is_hive(files, given))
+        else:
+            table = (text.csv_table if form == "csv" else text.json_table)(con, files, types)
+        bound = con.sql(render(select_all(table.from_, table.raw, len(table.names)), "duckdb"))
+        columns = _columns(table.names, bound, table.levels)
+        identity = Identity(snapshot.fingerprint, True, True, snapshot.bytes, tuple(files), table.notes)
+        return DuckDBEngine(
+            Origin(
+                table.from_, con, True, columns, identity, rows=table.rows, raw=table.raw, row_number=table.row_number,
+                sample=table.sample, problems=table.problems, snapshot=snapshot, workspace=workspace,
+            )
+        )  # fmt: skip
+
+
+def open_dataset(files: list[str], form: str, options: Options, *, hive: bool = False, filesystem: Any = None) -> DuckDBEngine:
+    """Arrow ("ipc") or Parquet files through a pyarrow dataset. Raises DataError for files that cannot be read."""
+    data, merged = arrow.file_dataset(files, form, filesystem, hive)
+    return open_arrow(data, options, merged.notes, merged.problems)
+
+
+def open_arrow(data: Any, options: Options, notes: tuple[str, ...] = (), problems: Mapping[str, str] | None = None) -> DuckDBEngine:
+    """Arrow data: tables, pandas and narwhals frames as they lie, datasets streamed, any other stream spooled to disk once."""
+    workspace = Workspace(options.temp_directory)
+    with translating(workspace):
+        table, levels, again = _arrow_rows(data, workspace)
+        con = connect(options, workspace)
+        columns = _columns(table.schema.names, con.from_arrow(table), levels)
+    snapshot = Snapshot.of(table.files, table.filesystem) if hasattr(table, "files") else None
+    rows = getattr(table, "num_rows", None)
+    identity = Identity(
+        snapshot.fingerprint if snapshot else fingerprint(table.schema, rows), again, True,
+        snapshot.bytes if snapshot else getattr(table, "nbytes", None), tuple(snapshot.states) if snapshot else (), notes,
+    )  # fmt: skip
+    return DuckDBEngine(
+        Origin(
+            exp.to_table(RELATION), con, True, columns, identity, lambda cursor: (cursor or con).from_arrow(table), rows,
+            problems=problems or {}, snapshot=snapshot, workspace=workspace,
+        )
+    )  # fmt: skip
+
+
+def _arrow_rows(data: Any, workspace: Workspace) -> tuple[Any, dict[str, tuple[str, ...]], bool]:
+    """A table or dataset, the level orders it declares, and whether the caller's object can be read again."""
+    dataset = type(data).__module__ == "pyarrow._dataset" and hasattr(data, "scanner")
+    if dataset and not hasattr(data, "files"):
+        # it may hold a stream that is gone after one scan
+        data, dataset = data.scanner().to_reader(), False
+    table = data if dataset else arrow.in_memory(data)
+    if table is None:
+        return arrow.spool(data, os.path.join(workspace.path(), "stream.arrow"))
+    head = table.head(1) if dataset else table.slice(0, 1)
+    first = next(iter(head.to_batches()), None) if arrow.ordered_columns(table.schema) else None
+    return table, arrow.levels_of(arrow.check_schema(table.schema), first), True
+
+
+def open_relation(relation: DuckDBPyRelation) -> DuckDBEngine:
+    """A relation of the user's, on its own connection."""
+    # there is no public way from a relation to its connection; without it Ctrl-C waits for the end of the query
+    con = getattr(relation, "_con", None)
+    with translating():
+        sql = re.sub(r"(unnamed_relation|arrow_object|__duckdb_\w+?)_[0-9a-f_]+", r"\1", relation.sql_query())
+        return DuckDBEngine(_relation_origin(relation, con, False, sql, None))
+
+
+def open_query(sql: str, con: DuckDBPyConnection, workspace: Workspace | None = None, use: str | None = None) -> DuckDBEngine:
+    """One SELECT on a connection, of ours if it comes with a workspace (`use`: as in Origin).
+
+    Raises DataError (code "query") for other statements.
+    """
+    with translating():
+        statements = con.extract_statements(sql)
+        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+            raise DataError("mp.query takes one SELECT statement", code="query")
+        # in parentheses DuckDB refuses a SELECT whose common table expressions write
+        relation = con.sql(f"select * from (\n{statements[0].query.rstrip().rstrip(';')}\n)")
+        return DuckDBEngine(_relation_origin(relation, con, workspace is not None, sql, workspace, use))
+
+
+def _relation_origin(
+    relation: DuckDBPyRelation, con: DuckDBPyConnection | None, own: bool, sql: str, workspace: Workspace | None, use: str | None = None
+) -> Origin:
+    columns = _columns(relation.columns, relation, {})
+    shown = [(name, kind.name) for name, kind in columns.items()]
+    identity = Identity(fingerprint(sql, shown), True, is_ordered(sql))
+    again = (lambda cursor: cursor.sql(relation.sql_query())) if own else (lambda _: relation)
+    return Origin(exp.to_table(RELATION), con, own, columns, identity, again, workspace=workspace, use=use)
+
+
+def open_table(name: str, con: DuckDBPyConnection, workspace: Workspace | None = None, use: str | None = None) -> DuckDBEngine:
+    """A table or view on a connection, of ours if it comes with a workspace (`use`: as in Origin).
+
+    Raises DataError (code "table_not_found").
+    """
+    with translating():
+        table = found_table(name, con)
+        bound = con.sql(render(exp.select("*").from_(table), "duckdb"))
+        columns = _columns(bound.columns, bound, {})
+        identity = Identity(fingerprint(name, [(n, kind.name) for n, kind in columns.items()]), True, True)
+        sample = _table_sample(table, con)
+        return DuckDBEngine(Origin(table, con, workspace is not None, columns, identity, sample=sample, workspace=workspace, use=use))
+
+
+def _table_sample(table: exp.Table, con: DuckDBPyConnection) -> exp.Expr | None:
+    """Slices by row id, evenly spread over a stored table; None for a view and for what the head holds whole."""
+    last = exp.select(exp.Max(this=exp.column("rowid", "q"))).from_(exp.alias_(table.copy(), "q", table=True))
+    try:
+        (total,) = con.execute(render(last, "duckdb")).fetchall()[0]
+    except duckdb.BinderException:
+        return None
+    ranges = spread((total or 0) + 1)
+    if len(ranges) == 1:
+        return None
+    number = exp.Literal.number
+    return exp.or_(*(exp.Between(this=exp.column("rowid", "q"), low=number(a), high=number(b - 1)) for a, b in ranges))
+
+
+def open_database(path: str, options: Options, *, table: str | None = None, sql: str | None = None) -> DuckDBEngine:
+    """A table of, or a query on, a database file opened read-only. Raises DataError where there is no such file."""
+    if not os.path.isfile(path):
+        raise DataError(f"there is no database file {path}", code="file_not_found")
+    workspace = Workspace(options.temp_directory)
+    con = connect(options, workspace)
+    with translating(con, workspace):
+        # attached to an instance of ours, so that several engines can read one file, each within its own limits
+        stem = os.path.splitext(os.path.basename(path))[0]
+        name = render(exp.to_identifier(f"{stem}_" if stem.lower() in _RESERVED else stem, quoted=True), "duckdb")
+        con.execute(f"attach {render(exp.Literal.string(path), 'duckdb')} as {name} (read_only)")
+        use = f"use {name}"
+        con.execute(use)
+        return open_table(table, con, workspace, use) if table is not None else open_query(sql or "", con, workspace, use)
+
+
+def _columns(names: Iterable[str], bound: DuckDBPyRelation, levels: Mapping[str, tuple[str, ...]]) -> dict[str, ColumnType]:
+    """Exact names with their types; a name that repeats gets DuckDB's number for it."""
+    out: dict[str, ColumnType] = {}
+    for name, other, kind in zip(names, bound.columns, bound.types, strict=True):
+        declared = _enum_levels(kind) if kind.id == "enum" else levels.get(name)
+        out[name if name not in out else f"{other}_{len(out)}"] = duckdb_type(str(kind), declared)
+    if not out:
+        raise DataError("the source has no columns", code="no_columns")
+    return out
+
+
+def _enum_levels(kind: DuckDBPyType) -> tuple[str, ...]:
+    values = dict(kind.children)["values"]
+    return tuple(map(str, values)) if isinstance(values, list) else ()

@@ -1,0 +1,232 @@
+"""Files: which ones a path means, whether they stayed as they were, and how their schemas join into one."""
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, ResourceError
+from .base import fingerprint
+from .dialects import widens
+
+SUFFIXES = {
+    ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".ndjson": "json", ".jsonl": "json",
+    ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
+}  # fmt: skip
+_COMPRESSED = (".gz", ".zst")
+_DATABASES = (".duckdb", ".db", ".ddb")
+_END_BYTES = 4_096
+ACCEPTED = "parquet, csv, tsv, json, ndjson, arrow and feather files (csv and json also as .gz or .zst)"
+
+
+class Workspace:
+    """A temporary directory of our own, made at first use and removed by `close`, at the latest when the process ends."""
+
+    def __init__(self, parent: str | None) -> None:
+        self._parent = parent
+        self._remove: weakref.finalize[[str], Workspace] | None = None
+        self._path = ""
+
+    def path(self) -> str:
+        """The directory. Raises ResourceError (code "temp_directory") where it cannot be made."""
+        if self._remove is None:
+            try:
+                self._path = tempfile.mkdtemp(prefix="mlpipe-", dir=self._parent)
+            except OSError as error:
+                raise ResourceError(f"no temporary directory in {self._parent!r}: {error}", code="temp_directory") from error
+            self._remove = weakref.finalize(self, shutil.rmtree, self._path, True)
+        return self._path
+
+    def close(self) -> None:
+        """Remove the directory and what is in it."""
+        if self._remove is not None:
+            self._remove()
+
+
+def format_of(path: str) -> str:
+    """The format of a file by its suffix. Raises DataError, for a database naming mp.table."""
+    name = path.lower()
+    stem, suffix = os.path.splitext(name)
+    if suffix in _DATABASES:
+        raise DataError(
+            f"{path} is a database, of which one table or query must be named", code="source_type", hint=f'mp.table("…", {path!r})'
+        )
+    packed = suffix in _COMPRESSED
+    found = SUFFIXES.get(os.path.splitext(stem)[1] if packed else suffix)
+    if found is None or (packed and found not in ("csv", "json")):
+        raise DataError(f"{path}: the suffix {suffix!r} is not known", code="source_type", hint=f"accepted are {ACCEPTED}")
+    return found
+
+
+def one_format(files: Sequence[str]) -> str:
+    """The format of all files. Raises DataError (code "source_type") where there are several."""
+    formats = list(dict.fromkeys(format_of(file) for file in files))
+    if len(formats) > 1:
+        raise DataError(f"the files are of several formats: {', '.join(formats)}", code="source_type", hint="pass files of one format")
+    return formats[0]
+
+
+def locate(path: str) -> list[str]:
+    """The files a path, glob or directory means, sorted. Raises DataError where there are none or one is empty."""
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        found = _inside(path)
+    elif os.path.exists(path):
+        found = [path]
+    else:
+        found = [match for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]
+    if not found:
+        raise DataError(f"no file matches {path}", code="file_not_found")
+    for file in found:
+        format_of(file)
+        if os.path.getsize(file) == 0:
+            raise DataError(f"{file} is empty", code="file_empty")
+    return found
+
+
+def _inside(directory: str) -> list[str]:
+    if os.path.isdir(os.path.join(directory, "_delta_log")) or glob.glob(os.path.join(directory, "metadata", "*.metadata.json")):
+        raise DataError(
+            f"{directory} is a Delta or Iceberg table, whose files are not all part of it",
+            code="source_type", hint="pass what its own reader gives, for example a polars LazyFrame or an Arrow dataset",
+        )  # fmt: skip
+    files = []
+    for folder, folders, names in os.walk(directory):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        files += [os.path.join(folder, name) for name in names if not name.startswith((".", "_"))]
+    known = sorted(file for file in files if is_known(file))
+    return [file for file in known if format_of(file) == "parquet"] or known
+
+
+def is_known(path: str) -> bool:
+    """Whether the suffix is one that can be read."""
+    stem, suffix = os.path.splitext(path.lower())
+    return (os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix) in SUFFIXES
+
+
+def is_hive(files: Sequence[str], given: Sequence[str]) -> bool:
+    """Whether the directories below what was given are `key=value`."""
+    if len(files) == 1 and files[0] in given:
+        return False
+    return all("=" in Path(file).parent.name for file in files)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What files were at open: size, modification time and, of local ones, a digest of their first and last bytes.
+
+    `filesystem`: pyarrow's, None for local files.
+    """
+
+    states: Mapping[str, tuple[int, int, str]]
+    filesystem: Any = None
+
+    @classmethod
+    def of(cls, files: Iterable[str], filesystem: Any = None) -> Snapshot:
+        """The state of the files now."""
+        remote = None if type(filesystem).__name__ == "LocalFileSystem" else filesystem
+        return cls({file: _state(file, remote) for file in files}, remote)
+
+    @property
+    def bytes(self) -> int:
+        """The size of the files together."""
+        return sum(size for size, _, _ in self.states.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for files that did not change."""
+        return fingerprint(*((os.path.abspath(file), *state) for file, state in self.states.items()))
+
+    def check(self) -> None:
+        """Raises DataError (code "source_changed") naming the first file that is not as it was."""
+        for file, state in self.states.items():
+            try:
+                same = _state(file, self.filesystem) == state
+            except OSError:
+                same = False
+            if not same:
+                raise DataError(f"the source changed while it was read: {file}", code="source_changed", hint="fit again")
+
+
+def _state(file: str, filesystem: Any) -> tuple[int, int, str]:
+    if filesystem is not None:
+        info = filesystem.get_file_info(file)
+        return info.size or 0, info.mtime_ns or 0, ""
+    with open(file, "rb") as stream:
+        status = os.fstat(stream.fileno())
+        digest = hashlib.blake2b(stream.read(_END_BYTES), digest_size=16)
+        stream.seek(max(0, status.st_size - _END_BYTES))
+        digest.update(stream.read())
+    return status.st_size, status.st_mtime_ns, digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Files of one schema: exact column names and the DuckDB names of their types."""
+
+    files: tuple[str, ...]
+    types: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Schemas joined by exact name: `types` per name (one or several), `problems` per name, `notes` on types that differ."""
+
+    types: dict[str, tuple[str, ...]]
+    problems: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def merge(variants: Sequence[Variant]) -> Merged:
+    """One schema of several; a column that cannot be read as one from all files gets a problem, told when it is used."""
+    names = list(dict.fromkeys(name for variant in variants for name in variant.types))
+    merged = Merged({name: tuple(dict.fromkeys(v.types[name] for v in variants if name in v.types)) for name in names})
+    notes = []
+    for name, types in merged.types.items():
+        where = "; ".join(f"{t} in {_listed([v for v in variants if v.types.get(name) == t])}" for t in types)
+        if absent := [v for v in variants if name not in v.types]:
+            merged.problems[name] = f"column {name!r} is absent from {_listed(absent)}"
+        elif len(types) > 1 and widens(types):
+            notes.append(f"column {name!r} is {where}: read as the widest of these")
+        elif len(types) > 1:
+            merged.problems[name] = f"column {name!r} has no type common to all files: {where}"
+    return Merged(merged.types, merged.problems, tuple(notes))
+
+
+def refuse_case(variants: Sequence[Variant]) -> None:
+    """Raises DataError (code "column_case") for names that differ only by case, unless all files hold both in one order:
+    readers that join files by name and are blind to case would mix them."""
+    names = list(dict.fromkeys(name for variant in variants for name in variant.types))
+    same_order = len({tuple(variant.types) for variant in variants}) == 1
+    folded: dict[str, str] = {}
+    for name in names:
+        other = folded.setdefault(name.lower(), name)
+        if other != name and not same_order:
+            raise DataError(
+                f"columns {other!r} and {name!r} differ only by case, and the files do not hold both in the same order: "
+                f"{_listed([v for v in variants if other in v.types])} against {_listed([v for v in variants if name in v.types])}",
+                code="column_case", hint="rename one of them", column=name,
+            )  # fmt: skip
+
+
+def _listed(variants: Sequence[Variant]) -> str:
+    files = [file for variant in variants for file in variant.files]
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+
+
+def agree(orders: Iterable[tuple[str, ...] | None]) -> tuple[str, ...] | None:
+    """The longest of several orders of levels if all others are parts of it in the same order, else None."""
+    known = [order for order in orders if order is not None]
+    longest = max(known, key=len, default=None)
+    if longest is None:
+        return None
+    rank = {level: i for i, level in enumerate(longest)}
+    places = [[rank.get(level, -1) for level in order] for order in known]
+    return longest if all(-1 not in place and place == sorted(place) for place in places) else None

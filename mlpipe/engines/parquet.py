@@ -1,0 +1,213 @@
+"""Parquet files as DuckDB reads them: true names, types over many files, level order, rows by number."""
+from __future__ import annotations
+
+import base64
+import glob
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqlglot import exp
+
+from ..errors import DataError
+from .arrow import declared_levels, ordered_columns
+from .base import spread
+from .dialects import Convert, call, cast, render
+from .files import Variant, agree, merge, refuse_case
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from duckdb import DuckDBPyConnection
+
+_LEVEL_FILES, _SLICE_FILES = 16, 64
+_SCHEMAS = """
+    select signature, list(file_name) as files
+    from (
+        select file_name, list((name, type, type_length, converted_type, scale, precision, logical_type, num_children) order by column_id)
+            as signature
+        from {files} group by file_name
+    ) group by signature
+"""
+
+
+@dataclass(frozen=True)
+class FileTable:
+    """Files as one table: `from_`, the FROM item that reads them; exact `names`; `levels` and `problems` by name; `notes`.
+
+    `rows`: their number where known; `raw`: by position, what restores a type that DuckDB does not see; `row_number`: an
+    expression over the table's alias `q`, or None where only a window gives it; `sample`: a condition over `q` that keeps a
+    spread part, or None where only the head is cheap.
+    """
+
+    from_: exp.Expr
+    names: tuple[str, ...]
+    levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    rows: int | None = None
+    raw: dict[int, Convert] = field(default_factory=dict)
+    row_number: exp.Expr | None = None
+    sample: exp.Expr | None = None
+
+
+def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> FileTable:
+    """The table of Parquet files. Raises DataError for names that differ only by case between files; duckdb errors pass."""
+    variants = _variants(con, files)
+    refuse_case(variants)
+    merged = merge(variants)
+    options = {"hive_partitioning": hive} | ({"union_by_name": True} if len(variants) > 1 else {})
+    read = _read("read_parquet", files, **options)
+    bound = con.sql(render(exp.select("*").from_(read.copy()), "duckdb")).columns if hive else []
+    names = (*merged.types, *bound[len(merged.types) :])
+    if hive:
+        _check_hive(files, merged.types)
+    counts = dict(con.sql(render(exp.select("file_name", "num_rows").from_(_read("parquet_file_metadata", files)), "duckdb")).fetchall())
+    starts = [0]
+    for file in files:
+        starts.append(starts[-1] + counts[file])
+    numbered = not {"file_row_number", "file_index", "filename"} & {name.lower() for name in names}
+    schemas = _arrow_schemas(con, files)
+    levels, notes = _levels(schemas, files)
+    return FileTable(
+        read, names, levels, merged.problems, (*merged.notes, *notes), starts[-1],
+        _durations(schemas, names), _row_number(starts) if numbered else None, _slices(files, starts) if numbered else None,
+    )  # fmt: skip
+
+
+def literals(files: Iterable[str]) -> exp.Expr:
+    """A list of paths that DuckDB takes literally, whatever glob characters they hold."""
+    return exp.Array(expressions=[exp.Literal.string(glob.escape(file)) for file in files])
+
+
+def _read(function: str, files: Sequence[str], **options: bool) -> exp.Expr:
+    given = [exp.EQ(this=exp.column(key), expression=exp.convert(value)) for key, value in options.items()]
+    return call(function, literals(files), *given)
+
+
+def _variants(con: DuckDBPyConnection, files: Sequence[str]) -> list[Variant]:
+    """The files by schema, in the order of the first file of each."""
+    place = {file: i for i, file in enumerate(files)}
+    rows = con.sql(_SCHEMAS.format(files=render(_read("parquet_schema", files), "duckdb"))).fetchall()
+    groups = [(_top_names(signature), sorted(found, key=place.__getitem__)) for signature, found in rows]
+    out = []
+    for names, found in sorted(groups, key=lambda group: place[group[1][0]]):
+        types = con.sql(render(exp.select("*").from_(_read("read_parquet", found[:1], hive_partitioning=False)), "duckdb")).types
+        out.append(Variant(tuple(found), dict(zip(names, map(str, types), strict=True))))
+    return out
+
+
+def _top_names(signature: Sequence[Sequence[object]]) -> list[str]:
+    """The top-level names of a schema listed depth first, each row with its number of children; repeated names get a number."""
+    names: list[str] = []
+    position = 1
+    while position < len(signature):
+        name = str(signature[position][0])
+        names.append(name if name not in names else f"{name}_{len(names)}")
+        pending = 1
+        while pending:
+            pending += int(str(signature[position][7] or 0)) - 1
+            position += 1
+    return names
+
+
+def _check_hive(files: Sequence[str], names: Iterable[str]) -> None:
+    """Raises DataError where DuckDB, blind to case, would put the value of a `key=value` directory in a column of the files."""
+    keys = {part.partition("=")[0] for part in Path(files[0]).parent.parts if "=" in part}
+    for name in names:
+        if name not in keys and name.lower() in {key.lower() for key in keys}:
+            raise DataError(f"column {name!r} and a key of the directories differ only by case", code="column_case", column=name)
+
+
+def _row_number(starts: Sequence[int]) -> exp.Expr:
+    own = exp.column("file_row_number", "q")
+    if len(starts) == 2:
+        return own
+    first = call("list_value", *(cast(exp.Literal.number(start), "BIGINT") for start in starts[:-1]))
+    place = exp.Add(this=cast(exp.column("file_index", "q"), "BIGINT"), expression=exp.Literal.number(1))
+    return exp.Add(this=call("list_extract", first, place), expression=own)
+
+
+def _slices(files: Sequence[str], starts: Sequence[int]) -> exp.Expr | None:
+    """Slices of rows evenly spread over all files. The ranges alone let DuckDB skip row groups, the names skip files."""
+    if len(slices := spread(starts[-1])) == 1:
+        return None
+    parts = [part for start, stop in slices for part in _parts(starts, start, stop)]
+    ranges = exp.or_(*(_between(low, high) for _, low, high in parts))
+    if len(files) == 1:
+        return ranges
+    names = exp.In(
+        this=exp.column("filename", "q"), expressions=[exp.Literal.string(files[i]) for i in dict.fromkeys(i for i, _, _ in parts)]
+    )
+    exact = exp.or_(
+        *(exp.and_(exp.column("file_index", "q").eq(exp.Literal.number(i)), _between(low, high)) for i, low, high in parts)
+    )
+    return exp.and_(ranges, names, exact)
+
+
+def _between(low: int, high: int) -> exp.Expr:
+    return exp.Between(
+        this=exp.column("file_row_number", "q"), low=exp.Literal.number(low), high=exp.Literal.number(high - 1)
+    )
+
+
+def _parts(starts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The rows [start, stop) as (file, low, high) with rows counted within each file; of a slice the first 64 files."""
+    first = bisect_right(starts, start) - 1
+    for i in range(first, min(first + _SLICE_FILES, len(starts) - 1)):
+        low, high = max(start, starts[i]) - starts[i], min(stop, starts[i + 1]) - starts[i]
+        if high > low:
+            yield i, low, high
+        if starts[i + 1] >= stop:
+            return
+
+
+def _arrow_schemas(con: DuckDBPyConnection, files: Sequence[str]) -> list[pa.Schema]:
+    """The different Arrow schemas in the footers."""
+    import pyarrow as pa
+
+    query = exp.select("value").distinct().from_(_read("parquet_kv_metadata", files)).where("key = 'ARROW:schema'::BLOB", dialect="duckdb")
+    return [pa.ipc.read_schema(pa.py_buffer(base64.b64decode(value))) for (value,) in con.sql(render(query, "duckdb")).fetchall()]
+
+
+def _durations(schemas: Iterable[pa.Schema], names: Sequence[str]) -> dict[int, Convert]:
+    """Parquet has no durations: Arrow writes them as integers, in the unit that its own schema tells."""
+    import pyarrow as pa
+
+    units = {field.name: field.type.unit for schema in schemas for field in schema if pa.types.is_duration(field.type)}
+    return {names.index(name): _interval(unit) for name, unit in units.items() if name in names}
+
+
+def _interval(unit: str) -> Convert:
+    if unit == "ns":
+        return lambda column: call("to_microseconds", exp.IntDiv(this=column, expression=exp.Literal.number(1000)))
+    factor = {"us": 1, "ms": 1000, "s": 1_000_000}[unit]
+    return lambda column: call("to_microseconds", exp.Mul(this=column, expression=exp.Literal.number(factor)))
+
+
+def _levels(schemas: Iterable[pa.Schema], files: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """The level order that Arrow schemas of the files declare, and a note for each column whose files disagree."""
+    found: dict[str, list[tuple[str, ...] | None]] = {}
+    ordered: set[str] = set()
+    for schema in schemas:
+        for arrow_field in schema:
+            if (levels := declared_levels(arrow_field, None)) is not None:
+                found.setdefault(arrow_field.name, []).append(levels)
+        ordered |= {name for name in ordered_columns(schema) if name not in found}
+    for name in ordered:
+        found[name] = [declared_levels(*pair) for pair in _dictionaries(files, name)]
+    agreed = {name: agree(orders) for name, orders in found.items()}
+    notes = tuple(f"column {n!r}: the files declare different orders of levels, none is used" for n in agreed if agreed[n] is None)
+    return {name: levels for name, levels in agreed.items() if levels is not None}, notes
+
+
+def _dictionaries(files: Sequence[str], name: str) -> Iterator[tuple[pa.Field, pa.Array]]:
+    """The dictionaries of an ordered column, which the footer does not hold: from the first row group of up to 16 files."""
+    import pyarrow.parquet as pq
+
+    for start, _ in spread(len(files), _LEVEL_FILES, 1) if len(files) > _LEVEL_FILES else [(i, i) for i in range(len(files))]:
+        with pq.ParquetFile(files[start]) as file:
+            if name in file.schema_arrow.names and file.num_row_groups:
+                column = file.read_row_group(0, columns=[name]).column(name)
+                yield file.schema_arrow.field(name), column.chunk(0).dictionary

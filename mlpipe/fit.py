@@ -1,0 +1,263 @@
+"""The one place that joins an engine to a solver: rows -> statistics -> estimates."""
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, ConvergenceError, ConvergenceWarning, DataError, RankWarning, SingularFitWarning, did_you_mean
+from .options import Options
+from .progress import stage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+    from .engines.base import Engine
+    from .planning import Plan
+    from .reduction import Reduced
+    from .result import LMMFit
+    from .solve.lmm import LMMSolution
+    from .stats import SuffStats
+
+EXPLAINED = 1e-4  # share of the response's sum of squares left by X beta, below which the response is read again as a residual
+ROUNDING = 1e-13  # residuals over the response's spread, below which they are its rounding error
+
+
+def lmm(
+    formula: str,
+    data: Any,
+    *,
+    reml: bool = True,
+    weights: str | None = None,
+    freq: str | None = None,
+    offset: str | None = None,
+    levels: Mapping[str, Sequence[Any]] | None = None,
+    contrasts: Mapping[str, str] | None = None,
+    na: str = "drop",
+    method: str = "auto",
+    start: Sequence[float] | None = None,
+    options: Options | None = None,
+) -> LMMFit:
+    """Fits a linear mixed model by ML or REML (Bates et al. 2015, equations 34 and 41), reading the rows at most twice.
+
+    Args:
+        formula: lme4's syntax, `y ~ x + (1 + x | g)`.
+        data: a path, glob or list of paths, a DuckDB relation, `mp.table`, `mp.query`, a Polars frame, anything Arrow, or SuffStats.
+        reml: restricted maximum likelihood (the default), else maximum likelihood.
+        weights: precision weights, residual variance sigma²/w: a column or an expression.
+        freq: frequency weights: a row that stands for so many.
+        offset: added to the linear predictor with coefficient 1.
+        levels: level orders of factors. contrasts: "treatment", "sum", "helmert" or "poly" per factor.
+        na: "drop" rows with missing values and count them, or "raise".
+        method: "auto" or "exact".
+        start: theta to start from, in lme4's order.
+        options: limits and tolerances.
+
+    Raises FormulaError, ConfigError, DataError, ResourceError; warns by SingularFitWarning, RankWarning, ConvergenceWarning.
+    """
+    if method not in ("auto", "exact"):
+        raise ConfigError(f"method = {method!r}: one grouping factor is solved exactly", hint=did_you_mean(str(method), ["auto", "exact"]))
+    began = time.perf_counter()
+    options = options or Options()
+    arguments = _arguments(locals())
+    if _given(data, arguments):
+        own = replace(data, info=deepcopy(data.info))  # what one fit notes is not the statistics' nor the next fit's
+        fit = _fitted(formula, own, data, reml, start, options, coding={"contrasts": contrasts, "levels": levels})
+    else:
+        with _collected(formula, data, arguments, options) as (stats, plan_):
+            fit = _fitted(formula, stats, data, reml, start, options, plan_)
+            if not stats.info["rescannable"]:  # the rows are gone with the engine: what needs them comes first
+                fit.effects_table, fit.source = _modes(fit, plan_.engine), None
+    fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
+    _report(fit, options)
+    return fit
+
+
+def suffstats(
+    formula: str,
+    data: Any,
+    *,
+    responses: Sequence[str] | None = None,
+    collect: str = "blocks",
+    weights: str | None = None,
+    freq: str | None = None,
+    offset: str | None = None,
+    levels: Mapping[str, Sequence[Any]] | None = None,
+    contrasts: Mapping[str, str] | None = None,
+    na: str = "drop",
+    options: Options | None = None,
+) -> SuffStats:
+    """Collects the sufficient statistics of a formula and of all its sub-models, to fit, merge, save and update.
+
+    `responses`: further responses to collect together (rows are complete for all). `collect`: "blocks" (per-block sums;
+    mergeable, saved) or "fit" (least). Other arguments and errors as in `lmm`.
+    """
+    arguments = _arguments(locals()) | {"responses": tuple(responses or ()), "collect": collect}
+    with _collected(formula, data, arguments, options or Options()) as (stats, _):
+        return stats
+
+
+def plan(
+    function: str,
+    formula: str,
+    data: Any,
+    *,
+    weights: str | None = None,
+    freq: str | None = None,
+    offset: str | None = None,
+    levels: Mapping[str, Sequence[Any]] | None = None,
+    contrasts: Mapping[str, str] | None = None,
+    na: str = "drop",
+    options: Options | None = None,
+) -> Plan:
+    """What a fit would do: SQL, passes, memory. Runs nothing but the preparatory looks.
+
+    `function`: "lmm" or "suffstats". Other arguments and errors as in `lmm`.
+    """
+    from .planning import prepare
+    from .sources import open_source
+
+    if function not in ("lmm", "suffstats"):
+        raise ConfigError(f"there is no function {function!r} to plan", hint=did_you_mean(function, ["lmm", "suffstats"]))
+    arguments = _arguments(locals()) | {"collect": "blocks" if function == "suffstats" else "fit"}
+    options = options or Options()
+    with closing(open_source(data, options=options)) as engine:
+        return prepare(engine, _request(formula, arguments, options))
+
+
+def _arguments(scope: dict[str, Any]) -> dict[str, Any]:
+    return {name: scope[name] for name in ("weights", "freq", "offset", "levels", "contrasts", "na")}
+
+
+def _request(formula: str, arguments: dict[str, Any], options: Options) -> Any:
+    from .planning import Request
+
+    return Request(formula, options=options, **arguments)
+
+
+def _given(data: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the data are statistics; raises ConfigError for arguments that were settled when they were collected."""
+    from .stats import SuffStats
+
+    if not isinstance(data, SuffStats):
+        return False
+    for name, value in ((name, arguments[name]) for name in ("weights", "freq", "offset", "na")):
+        held = {"weights": data.recipe.weights, "freq": data.recipe.freq, "offset": data.recipe.offset}.get(name)
+        if value is not None and value not in ("drop", held):
+            raise ConfigError(f"{name} was settled when the statistics were collected", hint="leave it out")
+    return True
+
+
+@contextmanager
+def _collected(formula: str, data: Any, arguments: dict[str, Any], options: Options) -> Iterator[tuple[SuffStats, Plan]]:
+    """The statistics, and their plan while its engine is open."""
+    from .collect import collect
+    from .planning import prepare
+    from .sources import open_source
+
+    with closing(open_source(data, options=options)) as engine:
+        prepared = prepare(engine, _request(formula, arguments, options))
+        stats = collect(prepared)
+        identity = engine.identity()
+        stats.info.update(fingerprint=identity.fingerprint, rescannable=identity.rescannable, bytes=identity.bytes)
+        yield stats, prepared
+
+
+def _fitted(
+    formula: str, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options,
+    plan: Plan | None = None, coding: dict[str, Any] | None = None
+) -> LMMFit:
+    """The fit from statistics; `plan`: how to read the rows once more where the statistics have lost too many digits.
+
+    `coding`: contrasts and level orders other than those the statistics were collected with.
+    """
+    from .formula import parse
+    from .reduction import reduce
+    from .result import LMMFit
+
+    parsed = parse(formula)
+    if not parsed.random:
+        raise ConfigError("the formula has no random term", code="no_random_term", hint="write one, such as (1 | group)")
+    _check_sizes(stats)
+    reduced = reduce(stats, parsed, reml=reml, **(coding or {}))
+    first = reduced.least_squares()
+    if reduced.unexplained(first) > EXPLAINED:
+        return LMMFit.from_solution(formula, parsed, stats, reduced, *_solved(reduced, start, options, stats), data, options)
+    if plan is None:
+        note = "the fixed effects explain nearly all of the response: fit from the rows for more digits"
+        stats.info["notes"] = [*stats.info.get("notes", []), note]
+        return LMMFit.from_solution(formula, parsed, stats, reduced, *_solved(reduced, start, options, stats), data, options)
+    again = _residual_statistics(stats, plan, reduced, first)
+    residual = reduce(again, parsed, reml=reml)
+    if residual.scale < ROUNDING * reduced.scale:
+        raise DataError("the response is fitted exactly by the fixed effects", code="no_residual")
+    fit = LMMFit.from_solution(formula, parsed, again, residual, *_solved(residual, start, options, again), data, options)
+    fit.recipe, fit.beta, fit.gamma = stats.recipe, fit.beta + reduced.beta(first), fit.gamma + reduced.linear_predictor(first)
+    return fit
+
+
+def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, stats: SuffStats) -> tuple[LMMSolution, np.ndarray]:
+    """The optimum, and the covariance of (theta, log sigma) there."""
+    from .solve.lmm import information, solve
+
+    initial = reduced.theta_star(start) if start is not None else None
+    with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
+        solution = solve(reduced.problem, start=initial, tol=options.tol, max_evaluations=options.max_passes)
+        covariance = information(reduced.problem, solution).vcov
+        fields |= {"evaluations": solution.evaluations, "score": solution.score}
+    return solution, covariance
+
+
+def _residual_statistics(stats: SuffStats, plan: Plan, reduced: Reduced, beta: np.ndarray) -> SuffStats:
+    """Statistics with y - X beta as the response: what downdating y'y lost comes back (one residual pass)."""
+    from .collect import collect
+
+    spread = reduced.scale * math.sqrt(max(abs(reduced.unexplained(beta)), 1e-30))
+    recipe = stats.recipe.residual(reduced.linear_predictor(beta).tolist(), reduced.response, 2.0 ** round(math.log2(spread)))
+    note = "the fixed effects explain nearly all of the response: its residuals were summed in another pass"
+    again = collect(replace(plan, recipe=recipe, notes=[*plan.notes, note]))
+    again.info["passes"] += stats.info["passes"]
+    again.info.update({name: stats.info[name] for name in ("fingerprint", "rescannable", "bytes") if name in stats.info})
+    return again
+
+
+def _modes(fit: LMMFit, engine: Engine) -> pa.Table:
+    from . import effects
+
+    return effects.table_of(fit, effects.from_rows(fit, engine))
+
+
+def _check_sizes(stats: SuffStats) -> None:
+    blocks = stats.blocks
+    if blocks is None:
+        raise DataError("the statistics have no grouping factor", code="not_collected")
+    group = ":".join(stats.recipe.groups)
+    if blocks.n_blocks < 2:
+        raise DataError(f"the grouping factor {group} has fewer than two levels", code="one_level", column=stats.recipe.groups[0])
+    if blocks.n_blocks >= stats.n and stats.recipe.weights is None:
+        raise DataError(
+            f"the grouping factor {group} has as many levels as there are rows ({stats.rows:,}): "
+            "its variance and the residual one are not separable",
+            code="unidentified",
+            column=stats.recipe.groups[0],
+        )
+
+
+def _report(fit: LMMFit, options: Options) -> None:
+    """Warnings for what the result's fields say; raises where the options ask for it."""
+    if fit.dropped:
+        warnings.warn(f"fixed effects repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning, stacklevel=3)
+    if fit.singular:
+        warnings.warn("the fit is singular: a random-effects covariance is on the boundary", SingularFitWarning, stacklevel=3)
+    if not fit.converged:
+        message = f"the fit did not converge: {fit.message} (scaled score {fit.score:.2g} after {fit.evaluations} evaluations)"
+        if options.on_nonconvergence == "raise":
+            raise ConvergenceError(message)
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+

@@ -1,0 +1,223 @@
+"""Jobs: a TOML file that says source, model, output, limits and policy; validated, unknown keys refused by name."""
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError, ConvergenceError, did_you_mean
+from .options import Options
+
+if TYPE_CHECKING:
+    from .result import LMMFit
+
+Mode = Literal["error", "overwrite", "append"]
+
+# Keys that the job format reserves and this version does not have: better named than called unknown.
+RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
+    (): ("models", "store"),
+    ("source",): ("columns",),
+    ("model",): ("by", "corr", "family", "groups", "link", "nagq", "time", "trials", "where"),
+    ("output",): ("scoring_sql",),
+    ("limits",): ("timeout",),
+    ("policy",): ("max_drift",),
+}
+RESERVED_VALUES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("model", "kind"): ("glmm", "ols", "glm", "gee"),
+    ("policy", "forbid"): ("separation",),
+}
+_WANTED = {
+    "bool_type": "true or false",
+    "string_type": "text in quotes",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+}
+_UNIONS = {"source.path": "text in quotes or a list of such", "limits.memory_limit": "text in quotes or a whole number"}
+
+
+class Section(BaseModel):
+    """A table of a job."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SourceSection(Section):
+    """`path`, or `database` with `table` or `query`; `types`: DuckDB types of CSV and JSON columns, by name."""
+
+    path: str | list[str] | None = None
+    database: str | None = None
+    table: str | None = None
+    query: str | None = None
+    types: dict[str, str] | None = None
+
+
+class ModelSection(Section):
+    """The model: its formula and what `mlpipe.lmm` takes."""
+
+    kind: Literal["lmm"] = "lmm"
+    formula: str
+    reml: bool = True
+    weights: str | None = None
+    freq: str | None = None
+    offset: str | None = None
+    levels: dict[str, list[Any]] | None = None
+    contrasts: dict[str, str] | None = None
+    na: Literal["drop", "raise"] = "drop"
+
+
+class OutputSection(Section):
+    """Where the fit is written: see `LMMFit.write`."""
+
+    target: str
+    prefix: str = "mlpipe"
+    mode: Mode = "error"
+    ranef: bool = True
+
+
+class LimitsSection(Section):
+    """What the fit may use: see `Options`."""
+
+    memory_limit: str | int | None = None
+    threads: int | None = None
+    temp_directory: str | None = None
+
+
+class PolicySection(Section):
+    """What makes a job fail with exit code 4 although results are written."""
+
+    forbid: list[Literal["singular", "rank", "nonconvergence"]] = Field(default_factory=list)
+    max_drop_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class Job(Section):
+    """A whole job."""
+
+    source: SourceSection
+    model: ModelSection
+    output: OutputSection | None = None
+    limits: LimitsSection = Field(default_factory=LimitsSection)
+    policy: PolicySection = Field(default_factory=PolicySection)
+
+
+def read_job(path: str | Path) -> Job:
+    """The job in a TOML file. Raises ConfigError: no such file, not TOML, unknown keys (did you mean), wrong values."""
+    try:
+        record = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the job {path}: {error.strerror}", code="job_file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}", code="job_file") from error
+    for section in ("source", "output"):
+        if section in record:
+            record[section] = _expanded(record[section])
+    try:
+        job = Job.model_validate(record)
+    except ValidationError as error:
+        raise _readable(error, str(path)) from error
+    _check_source(job.source, str(path))
+    return job
+
+
+def _expanded(value: Any) -> Any:
+    """`${NAME}` replaced by environment variables, in texts at any depth."""
+    if isinstance(value, str):
+        return re.sub(r"\$\{(\w+)\}", lambda match: _variable(match[1]), value)
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    return [_expanded(item) for item in value] if isinstance(value, list) else value
+
+
+def _variable(name: str) -> str:
+    if name not in os.environ:
+        raise ConfigError(f"the job uses ${{{name}}}, and there is no such environment variable", code="environment")
+    return os.environ[name]
+
+
+def _readable(error: ValidationError, path: str) -> ConfigError:
+    """The first mistake, an unknown key before all others: a misspelt section also counts as missing."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    place = tuple(str(part) for part in first["loc"])
+    key, value = place[-1], first["input"]
+    shown = next((union for union in _UNIONS if tuple(union.split(".")) == place[:2]), ".".join(place))
+    if first["type"] == "extra_forbidden":
+        if key in RESERVED.get(place[:-1], ()):
+            return ConfigError(f"{path}: {shown} is not available in this version", code="not_available")
+        hint = did_you_mean(key, list(_section(place[:-1]).model_fields))
+        return ConfigError(f"{path}: unknown key {shown}", code="unknown_key", hint=hint)
+    if first["type"] == "missing":
+        what = f"[{shown}] is missing" if len(place) == 1 else f"[{'.'.join(place[:-1])}] needs {key}"
+        return ConfigError(f"{path}: {what}", code="job_value")
+    if first["type"] == "literal_error" and value in RESERVED_VALUES.get(place[:2], ()):
+        return ConfigError(f"{path}: {shown} = {value!r} is not available in this version", code="not_available")
+    return ConfigError(f"{path}: {shown} = {value!r}: {_wanted(first['type'], first['msg'], shown)}", code="job_value")
+
+
+def _wanted(kind: str, message: str, key: str) -> str:
+    wanted = _UNIONS.get(key, _WANTED.get(kind))
+    return f"it must be {wanted}" if wanted else message.replace("Input", "it", 1)
+
+
+def _section(location: tuple[str, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Job
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        candidates = (annotation, *getattr(annotation, "__args__", ()))
+        section = next(one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel))
+    return section
+
+
+def _check_source(source: SourceSection, path: str) -> None:
+    given = [name for name in ("path", "table", "query") if getattr(source, name) is not None]
+    if len(given) != 1 or (source.database is None) != (given == ["path"]):
+        raise ConfigError(f"{path}: [source] needs path, or database with table or query", code="job_source")
+    if source.types is not None and source.path is None:
+        raise ConfigError(f"{path}: source.types is for CSV and JSON files", code="job_source")
+
+
+def data_of(source: SourceSection) -> Any:
+    """What the fitting functions take as `data`."""
+    from . import sources
+
+    if source.table is not None:
+        return sources.table(source.table, source.database)
+    if source.query is not None:
+        return sources.query(source.query, source.database)
+    return sources.source(source.path, types=source.types) if source.path is not None and source.types else source.path
+
+
+def fit_job(job: Job, limits: Mapping[str, Any]) -> LMMFit:
+    """Fits what the job says and writes nothing; `limits` (from flags and the environment) win over the job's own.
+
+    Raises what `mlpipe.lmm` raises.
+    """
+    from .fit import lmm
+
+    settings = job.limits.model_dump(exclude_none=True) | dict(limits)
+    arguments = job.model.model_dump(exclude={"kind", "formula"})
+    return lmm(job.model.formula, data_of(job.source), options=Options(**settings), **arguments)
+
+
+def write_output(fit: LMMFit, output: OutputSection | None) -> None:
+    """Writes the fit where the job says, if it does. Raises what `LMMFit.write` raises."""
+    if output is not None:
+        fit.write(output.target, prefix=output.prefix, mode=output.mode, ranef=output.ranef)
+
+
+def check_policy(fit: LMMFit, policy: PolicySection) -> None:
+    """Raises ConvergenceError for a fit that the policy forbids, naming every reason."""
+    states = {"singular": fit.singular, "rank": bool(fit.dropped), "nonconvergence": not fit.converged}
+    reasons: list[str] = [name for name in dict.fromkeys(policy.forbid) if states[name]]
+    read = fit.info.get("rows_read") or 0
+    share = fit.info.get("rows_dropped", 0) / read if read else 0.0
+    if policy.max_drop_fraction is not None and share > policy.max_drop_fraction:
+        reasons.append(f"{share:.2%} of the rows were dropped, {policy.max_drop_fraction:.2%} may be")
+    if reasons:
+        raise ConvergenceError(f"the job's policy forbids this result: {', '.join(reasons)}", code="policy")

@@ -1,0 +1,358 @@
+"""Statistics over features -> the solver's problem in well-conditioned coordinates, and the way back (formulas R4).
+
+A design matrix is features @ T with a small exact T. The solver works on features @ Q, Q an orthonormal basis of T's
+columns: whatever far-off shifts or wild scales T holds, they come back through triangular maps only at the very end.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .blocks import Clusters
+from .design import Atom, DesignColumn, Level, Variable, code, level_label, variables_of, with_contrasts, with_levels
+from .errors import ConfigError, DataError, FormulaError
+from .expr import columns as columns_of
+from .expr import label
+from .features import Recipe, response_label
+from .formula import Formula, RandomTerm, Term
+from .solve.blocks import BlockChunk, pseudo_blocks
+from .solve.likelihood import LMMProblem
+from .stats import SuffStats, full_map
+
+STRUCTURAL = 1e-12  # what a column of T must keep of an entry, relative to what was subtracted from it, to be new
+COLLINEAR = 1e-11  # 1 - R² on the earlier columns, below which a column of X is dropped
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The fixed part: names of kept and dropped columns, X = F T, T = Q R with Q'Q = I."""
+
+    names: tuple[str, ...]
+    dropped: tuple[str, ...]
+    T: np.ndarray
+    Q: np.ndarray
+    R: np.ndarray
+
+
+@dataclass(frozen=True)
+class Random:
+    """One random term: Z = F_z T, T = Q R; coefficients b = R⁻¹ b*, covariance R⁻¹ Ψ* R⁻ᵀ."""
+
+    group: str
+    names: tuple[str, ...]
+    Q: np.ndarray
+    R: np.ndarray
+
+    def raw(self, lambda_star: np.ndarray) -> np.ndarray:
+        """The lower factor, diagonal >= 0, of the covariance in the user's coordinates."""
+        return lower_factor(np.linalg.solve(self.R, lambda_star))
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A model over statistics: the solver's problem and the maps back to the user's coordinates.
+
+    `scale`, `offset`: y = scale * y* + X* offset for the solver's response y* and columns X*.
+    """
+
+    problem: LMMProblem
+    fixed: Fixed
+    random: tuple[Random, ...]
+    recipe: Recipe
+    scale: float
+    offset: np.ndarray
+    response: str
+
+    def beta(self, beta_star: np.ndarray) -> np.ndarray:
+        """Coefficients (p,) in the user's coordinates."""
+        return np.asarray(np.linalg.solve(self.fixed.R, self.scale * beta_star + self.offset))
+
+    def vcov(self, vcov_star: np.ndarray) -> np.ndarray:
+        """Their covariance (p, p)."""
+        half = np.linalg.solve(self.fixed.R, vcov_star) * self.scale**2
+        out = np.linalg.solve(self.fixed.R, half.T)
+        return np.asarray((out + out.T) / 2)
+
+    def objective(self, value: float) -> float:
+        """-2 log-likelihood (or REML criterion) of the response and columns as the user has them."""
+        p = len(self.fixed.names)
+        rows = self.problem.n - (p if self.problem.reml else 0)
+        value += 2 * rows * np.log(self.scale)
+        return float(value + (2 * np.log(np.abs(np.diag(self.fixed.R))).sum() if self.problem.reml else 0.0))
+
+    def factors(self, lambda_star: np.ndarray) -> list[np.ndarray]:
+        """The relative covariance factor of each random term in the user's coordinates."""
+        return [term.raw(block) for term, block in zip(self.random, self.split(lambda_star), strict=True)]
+
+    def split(self, lambda_star: np.ndarray) -> list[np.ndarray]:
+        """The diagonal blocks of the solver's Λ, one per random term."""
+        stops = np.cumsum([0, *self.problem.sizes])
+        return [lambda_star[a:b, a:b] for a, b in zip(stops[:-1], stops[1:], strict=True)]
+
+    def star(self, factors: Sequence[np.ndarray]) -> np.ndarray:
+        """The solver's Λ for factors in the user's coordinates (the inverse of `factors`)."""
+        q = sum(self.problem.sizes)
+        out, at = np.zeros((q, q)), 0
+        for term, factor in zip(self.random, factors, strict=True):
+            k = len(factor)
+            out[at : at + k, at : at + k] = lower_factor(term.R @ factor)
+            at += k
+        return out
+
+    def theta_star(self, theta: Sequence[float]) -> np.ndarray:
+        """The solver's theta for one in the user's coordinates, lower triangles by column, terms in order."""
+        wanted = sum(k * (k + 1) // 2 for k in self.problem.sizes)
+        try:
+            values = np.asarray(theta, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"start = {theta!r} are no numbers", code="start") from error
+        if values.shape != (wanted,) or not np.isfinite(values).all():
+            raise ConfigError(f"start must be the {wanted} finite numbers of theta, not {theta!r}", code="start")
+        factors, at = [], 0
+        for k in self.problem.sizes:
+            factor = np.zeros((k, k))
+            factor.T[np.triu_indices(k)] = values[at : at + k * (k + 1) // 2]
+            at += k * (k + 1) // 2
+            factors.append(factor)
+        return theta_of(self.split(self.star(factors)))
+
+    def least_squares(self) -> np.ndarray:
+        """The solver's coefficients (p,) of the fixed effects alone."""
+        A, p = self.problem.A, len(self.fixed.names)
+        d = np.sqrt(np.diag(A))[:p]
+        return np.asarray(np.linalg.solve(A[:p, :p] / np.outer(d, d), A[:p, p] / d) / d) if p else np.zeros(0)
+
+    def unexplained(self, beta_star: np.ndarray) -> float:
+        """The share of the response's sum of squares that X beta leaves."""
+        v = np.append(-beta_star, 1.0)
+        return float(v @ self.problem.A @ v / self.problem.A[-1, -1])
+
+    def linear_predictor(self, beta_star: np.ndarray) -> np.ndarray:
+        """The combination of features (F,) that is X beta, in the units of y."""
+        return np.asarray(self.fixed.Q @ (self.scale * beta_star + self.offset))
+
+
+def theta_of(factors: Sequence[np.ndarray]) -> np.ndarray:
+    """The free elements of lower triangular factors by column, one term after the other (lme4's order)."""
+    return np.concatenate([f.T[np.triu_indices(len(f))] for f in factors]) if factors else np.zeros(0)
+
+
+def lower_factor(a: np.ndarray) -> np.ndarray:
+    """The lower triangular L with non-negative diagonal and LL' = aa' (LQ; exact for singular a)."""
+    r = np.asarray(np.linalg.qr(a.T, mode="r")).T
+    return np.asarray(np.tril(r * np.where(np.diag(r) < 0, -1.0, 1.0)))
+
+
+def response_vector(recipe: Recipe, response: str) -> np.ndarray:
+    """The combination of features (F,) that is the response."""
+    shift, scale = recipe.coordinates.scalings[Atom(response, "1")]
+    out = np.zeros(len(recipe.features))
+    out[recipe.features.index((Atom(response, "1"),))] = scale
+    if shift:
+        out[recipe.features.index(())] = shift
+    return out
+
+
+def reduce(
+    stats: SuffStats,
+    formula: Formula,
+    *,
+    reml: bool,
+    contrasts: Mapping[str, str] | None = None,
+    levels: Mapping[str, Sequence[Any]] | None = None,
+) -> Reduced:
+    """The solver's problem for a formula over statistics collected for it or for a larger model.
+
+    `contrasts`, `levels`: other codings and level orders than those the statistics were collected with.
+    Raises DataError where the statistics lack a term, the response or the grouping factor.
+    """
+    coding = Coding(stats.recipe, formula, contrasts, levels or {})
+    recipe = stats.recipe
+    response = _response(recipe, formula)
+    target = response_vector(recipe, response)
+    fixed = _fixed_part(stats, coding.columns(formula.fixed), recipe)
+    offset = np.linalg.lstsq(fixed.Q, target, rcond=None)[0]
+    t = target - fixed.Q @ offset
+    scale = float(np.sqrt(max(t @ stats.gram @ t, 0.0) / stats.n))
+    if scale == 0.0:
+        raise DataError("the response is fitted exactly by the fixed effects", code="no_residual")
+    random = tuple(_random_part(bar, coding.columns(bar.terms), recipe) for bar in formula.random)
+    W = np.column_stack([fixed.Q, t / scale])
+    problem = LMMProblem(
+        chunks=_chunks(stats, recipe, random, W),
+        A=W.T @ stats.gram @ W,
+        n=stats.n,
+        sum_log_w=stats.sum_log_w,
+        sizes=tuple(len(term.names) for term in random),
+        reml=reml,
+    )
+    return Reduced(problem, fixed, random, recipe, scale, offset, response)
+
+
+class Coding:
+    """A formula's variables over collected ones: each factor may be coded anew over the same collected levels."""
+
+    def __init__(
+        self, recipe: Recipe, formula: Formula, contrasts: Mapping[str, str] | None, levels: Mapping[str, Sequence[Any]]
+    ) -> None:
+        for name in (name for node in formula.variables for name in columns_of(node)):
+            if name not in recipe.kinds:
+                raise DataError(f"the statistics hold nothing of the column {name!r}", code="not_collected", column=name)
+        own = variables_of(formula, recipe.kinds, None)
+        known = {name for v in own for name in (v.label, *columns_of(v.expression))}
+        kept = {name: kind for name, kind in (recipe.contrasts or {}).items() if name in known} if contrasts is None else contrasts
+        self.variables: dict[str, Variable] = {}
+        self.collected: dict[str, str] = {}
+        for variable in with_contrasts(own, kept):
+            base = self._base(recipe, variable)
+            self.collected[variable.label] = base.label
+            self.variables[variable.label] = with_levels(variable, _ordered(base, variable, levels)) if base.kind == "category" else base
+
+    def _base(self, recipe: Recipe, variable: Variable) -> Variable:
+        """The collected variable of the same label, or the same factor under another coding."""
+        for held in recipe.variables.values():
+            same = held.label == variable.label or (held.kind == "category" and held.expression == variable.expression)
+            if same and held.kind == variable.kind and held.label not in recipe.responses:
+                return held
+        raise DataError(f"the statistics hold nothing of the term {variable.label}", code="not_collected")
+
+    def columns(self, terms: Sequence[Term]) -> tuple[DesignColumn, ...]:
+        """The coded columns, over the collected variables' atoms."""
+        return tuple(
+            replace(column, combination=tuple((tuple(sorted(map(self._atom, m))), weight) for m, weight in column.combination))
+            for column in code(terms, self.variables)
+        )
+
+    def _atom(self, atom: Atom) -> Atom:
+        return Atom(self.collected[atom.variable], atom.part)
+
+
+def _ordered(base: Variable, variable: Variable, levels: Mapping[str, Sequence[Any]]) -> tuple[Level, ...]:
+    named = next((levels[name] for name in (variable.label, *columns_of(variable.expression)) if name in levels), None)
+    if named is None:
+        return base.levels
+    rank = {level_label(level): i for i, level in enumerate(named)}
+    for level in base.levels:
+        if level_label(level) not in rank:
+            raise DataError(f"the factor {variable.label} has the level {level_label(level)!r}, which is not among the given levels")
+    return tuple(sorted(base.levels, key=lambda level: rank[level_label(level)]))
+
+
+def _response(recipe: Recipe, formula: Formula) -> str:
+    if formula.response is None:
+        raise FormulaError("the formula has no response", hint="write it as response ~ terms")
+    response = response_label(label(formula.response))
+    if response not in recipe.responses:
+        held = ", ".join(r.removesuffix(" ~") for r in recipe.responses)
+        raise DataError(f"the statistics hold no response {label(formula.response)}", code="not_collected", hint=f"they hold {held}")
+    return response
+
+
+def _fixed_part(stats: SuffStats, columns: Sequence[DesignColumn], recipe: Recipe) -> Fixed:
+    """Keeps each column that adds to the earlier ones, as lme4 does: later ones go."""
+    T = recipe.matrix(columns)
+    kept: list[int] = []
+    Q = np.zeros((len(T), 0))
+    for j in range(T.shape[1]):
+        direction = _new_direction(T[:, j], Q)
+        if direction is not None and _adds(stats.gram, Q, direction):
+            Q = np.column_stack([Q, direction])
+            kept.append(j)
+    names = tuple(columns[j].name for j in kept)
+    dropped = tuple(column.name for j, column in enumerate(columns) if j not in kept)
+    R = np.triu(Q.T @ T[:, kept])
+    if kept:
+        G = Q.T @ stats.gram @ Q / stats.n
+        d = np.sqrt(np.diag(G))
+        U = np.linalg.cholesky(G / np.outer(d, d)).T * d
+        Q, R = np.linalg.solve(U.T, Q.T).T, np.triu(U @ R)
+    return Fixed(names, dropped, T[:, kept], Q, R)
+
+
+def _new_direction(column: np.ndarray, Q: np.ndarray) -> np.ndarray | None:
+    """The unit vector of what a column of T adds to the span of Q; None where nothing."""
+    norm = np.linalg.norm(column)
+    if norm == 0.0:
+        return None
+    v, size = column / norm, np.abs(column / norm)
+    for _ in range(2):
+        along = Q.T @ v
+        v, size = v - Q @ along, size + np.abs(Q) @ np.abs(along)
+    v[np.abs(v) <= STRUCTURAL * size] = 0.0
+    left = np.linalg.norm(v)
+    return np.asarray(v / left) if left > 0 else None
+
+
+def _adds(gram: np.ndarray, Q: np.ndarray, v: np.ndarray) -> bool:
+    """Whether the data column of v is more than COLLINEAR away from the span of those of Q."""
+    size = float(v @ gram @ v)
+    if size <= 0.0:
+        return False
+    if not Q.shape[1]:
+        return True
+    G, g = Q.T @ gram @ Q, Q.T @ gram @ v
+    d = np.sqrt(np.diag(G))
+    half = np.linalg.solve(np.linalg.cholesky(G / np.outer(d, d)), g / d)
+    return bool(size - half @ half > COLLINEAR * size)
+
+
+def _random_part(bar: RandomTerm, columns: Sequence[DesignColumn], recipe: Recipe) -> Random:
+    if tuple(bar.groups) != recipe.groups:
+        held = ":".join(recipe.groups) or "no grouping factor"
+        raise DataError(f"the statistics are over {held}, not {bar.group_label}", code="not_collected")
+    T = recipe.matrix(columns)
+    rest = np.delete(np.arange(len(T)), list(recipe.z))
+    if np.abs(T[rest]).max(initial=0.0) > 0.0:
+        raise DataError(f"the statistics hold no per-block sums for the random term ({bar.text})", code="not_collected")
+    Q, R = np.linalg.qr(T[list(recipe.z)])
+    if T.shape[1] > len(recipe.z) or _rank(T) < T.shape[1]:
+        raise FormulaError(f"the columns of the random term ({bar.text}) repeat each other", code="random_rank")
+    return Random(bar.group_label, tuple(column.name for column in columns), Q, R)
+
+
+def _rank(T: np.ndarray) -> int:
+    """The number of columns of T that add to the earlier ones."""
+    Q = np.zeros((len(T), 0))
+    for column in T.T:
+        direction = _new_direction(column, Q)
+        if direction is not None:
+            Q = np.column_stack([Q, direction])
+    return Q.shape[1]
+
+
+class _chunks:
+    """The solver's view of the blocks, re-iterable; kept where the statistics are in memory."""
+
+    def __init__(self, stats: SuffStats, recipe: Recipe, random: Sequence[Random], W: np.ndarray) -> None:
+        assert stats.blocks is not None
+        self.blocks = stats.blocks
+        Z = np.column_stack([term.Q for term in random])
+        self.q, self.p1 = Z.shape[1], W.shape[1]
+        inner = np.zeros((len(recipe.features), self.q))
+        inner[list(recipe.z)] = Z
+        V = full_map(recipe, Z, np.column_stack([inner, W]))
+        self.S_map = V[:, : self.q].reshape(self.q * self.q, -1)
+        self.C_map = V[:, self.q :].reshape(self.q * self.p1, -1)
+        self.kept = list(self._made()) if self.blocks.directory is None else None
+
+    def __call__(self) -> Iterable[BlockChunk]:
+        return self.kept if self.kept is not None else self._made()
+
+    def _made(self) -> Iterator[BlockChunk]:
+        if self.blocks.clusters is not None and len(self.blocks.clusters.count):
+            yield self._clusters(self.blocks.clusters)
+        for sums in self.blocks.arrays():
+            yield BlockChunk(self._S(sums), np.ones(sums.shape[1]), self._C(sums))
+
+    def _S(self, sums: np.ndarray) -> np.ndarray:
+        return np.asarray(self.S_map @ sums).reshape(self.q, self.q, -1)
+
+    def _C(self, sums: np.ndarray) -> np.ndarray:
+        return np.asarray(self.C_map @ sums).reshape(self.q, self.p1, -1)
+
+    def _clusters(self, clusters: Clusters) -> BlockChunk:
+        rows, owner = pseudo_blocks(clusters.count, clusters.products)
+        return BlockChunk(self._S(clusters.mean()), clusters.count, self._C(rows.T), owner)

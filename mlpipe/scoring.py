@@ -1,0 +1,320 @@
+"""Predictions where the rows are: every row of a source, in its order, with the linear predictor."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import effects as modes
+from . import expr
+from .arrays import column
+from .design import Variable
+from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
+from .features import Recipe
+from .formula import parse_expression
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from sqlglot import exp
+
+    from .engines.base import Engine
+    from .options import Options
+    from .result import LMMFit
+    from .sql import Names
+
+
+def predict(
+    fit: LMMFit, data: Any, *, effects: str | Sequence[str], new_levels: str, ordered: bool, prefix: str, options: Options | None
+) -> pa.RecordBatchReader:
+    """See `LMMFit.predict`. Raises DataError for missing columns, columns of another kind, a name that is taken."""
+    conditional = _conditional(fit, effects)
+    outputs = {f"{prefix}predicted": "conditional" if conditional else "population"}
+    return _scored(fit, data, outputs, conditional, new_levels, ordered, None, options)
+
+
+def augment(fit: LMMFit, data: Any, *, columns: Sequence[str] | None, prefix: str, options: Options | None) -> pa.RecordBatchReader:
+    """See `LMMFit.augment`. Raises DataError as `predict`, and where the fit's own source is gone or changed."""
+    outputs = {f"{prefix}fitted": "conditional", f"{prefix}resid": "residual", f"{prefix}fitted_fixed": "population"}
+    return _scored(fit, data, outputs, True, "population", True, columns, options)
+
+
+def _conditional(fit: LMMFit, effects: str | Sequence[str]) -> bool:
+    if effects == "conditional":
+        return True
+    if effects == "population":
+        return False
+    if isinstance(effects, str):
+        hint = did_you_mean(effects, ["conditional", "population"])
+        raise ConfigError(f"effects = {effects!r} is not available for a linear mixed model", hint=hint)
+    known = {term.group for term in fit.terms}
+    for name in effects:
+        if name not in known:
+            raise ConfigError(f"there is no grouping factor {name!r}", hint=did_you_mean(name, sorted(known)))
+    return bool(effects)
+
+
+def _scored(
+    fit: LMMFit,
+    data: Any,
+    outputs: dict[str, str],
+    conditional: bool,
+    new_levels: str,
+    ordered: bool,
+    columns: Sequence[str] | None,
+    options: Options | None,
+) -> pa.RecordBatchReader:
+    if new_levels not in ("population", "null", "raise"):
+        hint = did_you_mean(str(new_levels), ["population", "null", "raise"])
+        raise ConfigError(f'new_levels = {new_levels!r} is not one of "population", "null", "raise"', hint=hint)
+    stack = ExitStack()
+    try:
+        engine = stack.enter_context(_engine(fit, data, options))
+        names = located(engine, fit.recipe, outputs.values(), conditional)
+        shown = _shown(engine, columns, outputs)
+        joined = _joined(fit, engine, names) if conditional else None
+        statement = statement_of(fit, names, shown, outputs, joined.schema if joined is not None else None, ordered)
+        from .engines.base import Columns
+
+        groups = fit.recipe.groups if conditional else ()
+        values = frozenset(names.positions[name] for name in (*_value_names(fit.recipe, "residual" in outputs.values()), *groups))
+        wanted = Columns(values, frozenset(names.positions[name] for name in groups), everything=True, row_number=ordered)
+        reader = engine.query(statement, wanted, joined=joined)
+        return _finished(fit, reader, list(shown), list(outputs), new_levels, stack)
+    except BaseException:
+        stack.close()
+        raise
+
+
+def _engine(fit: LMMFit, data: Any, options: Options | None) -> Any:
+    from contextlib import closing
+
+    from .sources import open_source
+
+    return modes.reopened(fit, options) if data is None else closing(open_source(data, options=options))
+
+
+def _used_variables(recipe: Recipe) -> list[Variable]:
+    return [v for label, v in recipe.variables.items() if label not in recipe.responses]
+
+
+def _offsets(recipe: Recipe) -> list[expr.Node]:
+    return [*recipe.formula.offsets, *([parse_expression(recipe.offset)] if recipe.offset else [])]
+
+
+def _value_names(recipe: Recipe, response: bool) -> list[str]:
+    nodes = [node for v in _used_variables(recipe) for node in (v.expression, *v.columns)] + _offsets(recipe)
+    if response:
+        nodes += [recipe.variables[label].expression for label in recipe.responses]
+    return list(dict.fromkeys(name for node in nodes for name in expr.columns(node)))
+
+
+def located(engine: Engine, recipe: Recipe, kinds: Any, conditional: bool) -> Names:
+    """Where the columns that scoring needs stand in a source. Raises where one is missing or of another kind."""
+    from .sql import Names
+
+    schema = engine.schema()
+    values = _value_names(recipe, "residual" in kinds)
+    for name in [*values, *(recipe.groups if conditional else ())]:
+        if name not in schema:
+            raise ColumnNotFoundError(f"there is no column {name!r}", column=name, hint=did_you_mean(name, list(schema)))
+    for name in [*values, *(recipe.groups if conditional else ())]:
+        if schema[name].kind != recipe.kinds[name]:
+            raise DataError(
+                f"the column {name!r} is of kind {schema[name].kind} ({schema[name].name}), the fit had {recipe.kinds[name]}",
+                code="column_type",
+                column=name,
+            )
+    return Names({name: i for i, name in enumerate(schema)}, recipe.kinds)
+
+
+def _shown(engine: Engine, columns: Sequence[str] | None, outputs: dict[str, str]) -> dict[str, int]:
+    """The source's columns that are handed on, with their positions."""
+    positions = {name: i for i, name in enumerate(engine.schema())}
+    for name in columns or ():
+        if name not in positions:
+            raise ColumnNotFoundError(f"there is no column {name!r}", column=name, hint=did_you_mean(name, list(positions)))
+    shown = positions if columns is None else {name: positions[name] for name in columns}
+    for name in outputs:
+        if name in shown:
+            raise DataError(f"the source already has a column {name!r}", code="name_taken", column=name, hint='pass prefix="…"')
+    return shown
+
+
+def _joined(fit: LMMFit, engine: Engine, names: Names) -> pa.Table:
+    """The conditional modes by level: keys j0, j1, …, and h0, h1, …, their coefficients over the random features."""
+    import pyarrow as pa
+
+    table = modes.ranef(fit, wide=True, stream=False)
+    b = np.column_stack([column(table, name) for name in modes.coefficient_names(fit)])
+    h = b @ np.column_stack([term.design for term in fit.terms]).T
+    keys = zip(fit.recipe.groups, modes.key_names(fit), _key_types(engine, fit.recipe, names), strict=True)
+    columns = {f"j{i}": _comparable(group, table.column(key), kind) for i, (group, key, kind) in enumerate(keys)}
+    return pa.table({**columns, **{f"h{k}": h[:, k] for k in range(h.shape[1])}})
+
+
+def _key_types(engine: Engine, recipe: Recipe, names: Names) -> list[pa.DataType]:
+    """The Arrow types of the grouping columns of a source."""
+    from sqlglot import exp
+
+    from .engines.base import Columns
+    from .sql import skeleton
+
+    keys = [names.key(group) for group in recipe.groups]
+    nothing = skeleton("rows").select(*keys, append=False, copy=False).where(exp.false(), copy=False)
+    schema = engine.query(nothing, Columns(keys=frozenset(names.positions[group] for group in recipe.groups))).schema
+    return [schema.field(key.name).type for key in keys]
+
+
+def _comparable(group: str, keys: pa.ChunkedArray, source: pa.DataType) -> pa.ChunkedArray:
+    """The keys in a type that `_key` compares with the source's by value: text for enums and the like, 64-bit integers for
+    integers of different widths, doubles for other numbers of different types. Raises DataError for other types that differ."""
+    import pyarrow as pa
+
+    kind = keys.type.value_type if pa.types.is_dictionary(keys.type) else keys.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return keys.cast(pa.large_string())
+    if _narrow(kind) and _narrow(source):
+        return keys.cast(pa.int64())
+    if kind == source:
+        return keys
+    if _number(kind) and _number(source):
+        return keys.cast(pa.float64(), safe=False)
+    raise DataError(f"the column {group!r} is of type {source}, the fit had {kind}", code="column_type", column=group, hint="cast it")
+
+
+def _narrow(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(kind) and kind != pa.uint64())
+
+
+def _number(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def _key(group: str, recipe: Recipe, names: Names, keys: pa.DataType) -> exp.Expr:
+    """A grouping column of the source as it is compared with the modes' keys of type `keys`."""
+    import pyarrow as pa
+    from sqlglot import exp
+
+    if recipe.kinds[group] == "text" or keys == pa.float64():
+        return names.value(group)
+    return exp.cast(names.key(group), "bigint") if keys == pa.int64() else names.key(group)
+
+
+def statement_of(
+    fit: LMMFit, names: Names, shown: dict[str, int], outputs: dict[str, str], joined: pa.Schema | None, ordered: bool
+) -> exp.Select:
+    """The statement that scores `src`: columns r…, the outputs o0, o1, …, and `unseen` (1 where no mode was joined).
+
+    `joined`: the schema of the table of modes, None for the population's predictions.
+    """
+    from sqlglot import exp
+
+    from .sql import both, case, finite, named, number, numeric, plus, skeleton
+    from .statements import combination
+
+    recipe = fit.recipe
+    fixed = combination(fit.gamma.tolist(), recipe, names, inside=False)
+    for offset in _offsets(recipe):
+        fixed = plus(fixed, numeric(offset, names))
+    usable = both([*_known_levels(recipe, names), *(names.present(name) for name in _value_names(recipe, False))])
+    every = {"population": fixed}
+    if joined is not None:
+        every["conditional"] = plus(fixed.copy(), _random_part(recipe, names))
+    if "residual" in outputs.values():
+        every["residual"] = _residual(fit, names, every["conditional"])
+    columns: list[exp.Expr] = [exp.column(f"r{i}", table="src") for i in shown.values()]
+    for k, kind in enumerate(outputs.values()):
+        value = every[kind].copy()
+        columns.append(named(case([(both([usable.copy(), finite(exp.Paren(this=value.copy()))]), value)], None), f"o{k}"))
+    if joined is not None:
+        missing = exp.Is(this=exp.column("h0"), expression=exp.Null())
+        columns.append(named(case([(missing, number(1))], number(0)), "unseen"))
+    statement = skeleton("predict").select(*columns, append=False, copy=False)
+    if joined is not None:
+        sides = [(_key(group, recipe, names, joined.field(f"j{i}").type), exp.column(f"j{i}")) for i, group in enumerate(recipe.groups)]
+        keys = [exp.EQ(this=left, expression=right) for left, right in sides]
+        statement = statement.join(exp.to_table("joined"), on=both(keys), join_type="left", copy=False)
+        if ordered:
+            statement = statement.order_by(exp.column("rn", table="src"), copy=False)
+    return statement
+
+
+def _known_levels(recipe: Recipe, names: Names) -> Iterator[exp.Expr]:
+    """For each factor: true where the row has one of its levels."""
+    from sqlglot import exp
+
+    from .sql import is_level
+
+    for variable in _used_variables(recipe):
+        if variable.kind == "category" and isinstance(variable.expression, expr.Column | expr.Call):
+            yield exp.Paren(this=exp.or_(*(is_level(variable, level, names) for level in variable.levels)))
+
+
+def _random_part(recipe: Recipe, names: Names) -> exp.Expr:
+    from functools import reduce
+
+    from sqlglot import exp
+
+    from .sql import feature, number, plus, times
+
+    parts: list[exp.Expr] = []
+    for k, i in enumerate(recipe.z):
+        h = exp.Coalesce(this=exp.column(f"h{k}"), expressions=[number(0)])
+        parts.append(times(h, feature(recipe.features[i], recipe, names)) if recipe.features[i] else h)
+    return reduce(plus, parts)
+
+
+def _residual(fit: LMMFit, names: Names, fitted: exp.Expr) -> exp.Expr:
+    """Response minus fitted; offsets are part of both, so the fitted value without them stands against y - offsets."""
+    from .sql import minus, numeric, plus
+
+    recipe = fit.recipe
+    response = numeric(recipe.variables[fit.response].expression, names)
+    for offset in _offsets(recipe):
+        response = plus(response, numeric(offset, names))
+    return minus(response, fitted.copy())
+
+
+def _finished(
+    fit: LMMFit, reader: pa.RecordBatchReader, shown: list[str], outputs: list[str], new_levels: str, stack: ExitStack
+) -> pa.RecordBatchReader:
+    """The reader with the true names, unseen levels treated and counted; closes the source at its end."""
+    import pyarrow as pa
+
+    keep = len(shown) + len(outputs)
+    schema = pa.schema([reader.schema.field(i).with_name(name).with_nullable(True) for i, name in enumerate([*shown, *outputs])])
+    counts = {"rows": 0, "unseen_levels": 0, "null_predictions": 0}
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        with stack:
+            for batch in reader:
+                arrays = [batch.column(i) for i in range(keep)]
+                if batch.num_columns > keep:
+                    arrays = _unseen(batch, arrays, len(shown), new_levels, counts)
+                counts["rows"] += batch.num_rows
+                counts["null_predictions"] += arrays[len(shown)].null_count
+                yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+        fit.info["scored"] = counts
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def _unseen(batch: pa.RecordBatch, arrays: list[Any], first: int, new_levels: str, counts: dict[str, int]) -> list[Any]:
+    import pyarrow as pa
+
+    unseen = column(batch, "unseen") > 0
+    number = int(unseen.sum())
+    counts["unseen_levels"] += number
+    if number and new_levels == "raise":
+        raise DataError(f"{number:,} rows have a level of the grouping factor that the fit has not seen", code="new_levels")
+    if number and new_levels == "null":
+        import pyarrow.compute as pc
+
+        arrays = [array if i < first else pc.if_else(pa.array(~unseen), array, None) for i, array in enumerate(arrays)]
+    return arrays

@@ -1,0 +1,1 @@
+"""Solvers: numbers in, numbers out; no SQL, no Arrow, no names."""

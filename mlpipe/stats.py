@@ -1,0 +1,256 @@
+"""Sufficient statistics of a linear mixed model: a commutative monoid that outlives its rows.
+
+Statistics of disjoint sets of rows add up to those of their union, block by block. What is held are sums over
+*features* (see `features`), so that other contrasts, base levels, shifts and new levels are exact linear maps.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arrays import column
+from .blocks import Blocks, stack
+from .design import Level, Monomial, ordered_levels
+from .errors import ConfigError, DataError
+from .features import CONSTANT, Coordinates, Recipe, extended
+
+if TYPE_CHECKING:
+    from .options import Options
+
+FORMAT = "mlpipe.suffstats/1"
+
+
+@dataclass(frozen=True)
+class SuffStats:
+    """Sufficient statistics of one or several responses over one grouping factor.
+
+    Attributes:
+        recipe: what was summed: formula, features, shifts and scales, levels.
+        rows: rows that entered. n: the same with frequency weights counted.
+        sum_log_w: sum of the logarithms of the precision weights.
+        gram: (features, features) cross-products over all rows, weighted.
+        blocks: per-block sums in the order of `recipe.pairs()`; None without a grouping factor.
+        collect: "fit" (second level; does not merge), "blocks".
+        info: rows read, dropped by cause, passes, seconds by stage, choices made.
+    """
+
+    recipe: Recipe
+    rows: int
+    n: float
+    sum_log_w: float
+    gram: np.ndarray
+    blocks: Blocks | None
+    collect: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held; a mapped file's pages are not counted."""
+        return int(self.gram.nbytes) + (self.blocks.nbytes if self.blocks else 0)
+
+    def __repr__(self) -> str:
+        blocks = f", {self.blocks.n_blocks:,} blocks" if self.blocks else ""
+        return f"<SuffStats of {self.recipe.formula.text!r}: {self.rows:,} rows{blocks}, {self.nbytes:,} bytes>"
+
+    def __add__(self, other: SuffStats) -> SuffStats:
+        """The statistics of the union of two disjoint sets of rows."""
+        return merge(self, other)
+
+    def update(self, data: Any, *, options: Options | None = None) -> SuffStats:
+        """These statistics and those of further rows of the same shape, as new statistics; bases and shifts stay as they are."""
+        from .collect import collect_like
+
+        return merge(self, collect_like(self, data, options))
+
+    def save(self, path: str | Path) -> None:
+        """Writes one Arrow file. Raises DataError where only the second level was kept (collect="fit")."""
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SuffStats:
+        """Reads what `save` wrote. Raises DataError where the file is something else."""
+        return load(Path(path))
+
+
+def change(source: Recipe, target: Recipe) -> np.ndarray:
+    """The map M (source features x target features) with target features = source features @ M.
+
+    Shifts, scales, the omitted level and the set of levels may differ; a level that the source lacks is zero there.
+    """
+    position = {feature: i for i, feature in enumerate(source.features)}
+    out = np.zeros((len(source.features), len(target.features)))
+    for j, feature in enumerate(target.features):
+        for monomial, coefficient in _rewritten(feature, source.coordinates, target.coordinates).items():
+            if monomial not in position:
+                raise DataError("the statistics were collected for different terms and cannot be merged", code="not_mergeable")
+            out[position[monomial], j] += coefficient
+    return out
+
+
+def _rewritten(feature: Monomial, source: Coordinates, target: Coordinates) -> dict[Monomial, float]:
+    """A target feature as a combination of source features."""
+    product: dict[Monomial, float] = {CONSTANT: 1.0}
+    for atom in feature:
+        if atom in target.scalings:
+            (shift, scale), raw = target.scalings[atom], source.affine(atom)
+            parts = {monomial: value / scale for monomial, value in raw.items()}
+            parts[CONSTANT] = (raw.get(CONSTANT, 0.0) - shift) / scale
+        else:
+            parts = source.affine(atom) if atom.part in source.levels[atom.variable] else {}
+        product = {tuple(sorted(a + b)): x * y for a, x in product.items() for b, y in parts.items() if y}
+    return product
+
+
+def union_recipe(a: Recipe, b: Recipe) -> Recipe:
+    """The first recipe with the levels of both; raises DataError where they are not of one formula."""
+    same = ("kinds", "contrasts", "responses", "weights", "freq", "offset", "groups")
+    if a.formula.text != b.formula.text or any(getattr(a, name) != getattr(b, name) for name in same):
+        raise DataError("statistics of different formulas, column types or weights cannot be merged", code="not_mergeable")
+    variables, new = dict(a.variables), dict[str, tuple[Level, ...]]()
+    for label, variable in a.variables.items():
+        other = b.variables[label]
+        if variable.constants != other.constants:
+            raise DataError(
+                f"the data-dependent basis {label} differs between the statistics",
+                code="not_mergeable",
+                hint="collect further rows with stats.update(data), which keeps the basis",
+            )
+        new[label] = tuple(level for level in other.levels if level not in variable.levels)
+        if other.order is not None and other.order != variable.order:
+            order = tuple(dict.fromkeys((variable.order or ()) + other.order))
+            variables[label] = replace(variable, order=order, levels=ordered_levels(variable.levels, order))
+    return extended(replace(a, variables=variables), new)
+
+
+def merge(a: SuffStats, b: SuffStats) -> SuffStats:
+    """The statistics of the union of two disjoint sets of rows.
+
+    Raises DataError where they are of different formulas or hold the second level only (collect="fit").
+    """
+    if "fit" in (a.collect, b.collect):
+        raise DataError('the second level of compression does not merge', code="not_mergeable", hint='collect with collect="blocks"')
+    recipe = union_recipe(a.recipe, b.recipe)
+    left, right = transformed(a, recipe), transformed(b, recipe)
+    blocks = None
+    if left.blocks is not None and right.blocks is not None:
+        blocks = _merged_blocks(left, right)
+    info = {key: a.info.get(key, 0) + b.info.get(key, 0) for key in ("rows_read", "rows_dropped")}
+    return SuffStats(recipe, a.rows + b.rows, a.n + b.n, a.sum_log_w + b.sum_log_w, left.gram + right.gram, blocks, a.collect, info)
+
+
+def transformed(stats: SuffStats, recipe: Recipe) -> SuffStats:
+    """The same statistics over the features of another recipe of the same formula."""
+    if recipe is stats.recipe or recipe == stats.recipe:
+        return stats
+    M = change(stats.recipe, recipe)
+    blocks = None
+    if stats.blocks is not None and stats.blocks.table is not None:
+        import pyarrow as pa
+
+        V = pair_map(stats.recipe, M[list(stats.recipe.z)][:, list(recipe.z)], M, recipe.pairs(), recipe.z)
+        table = stats.blocks.table
+        kept = [name for name in table.column_names if name not in stats.blocks.names]
+        names = [f"s{k}" for k in range(len(V))]
+        parts = [
+            pa.table([*(batch.column(k) for k in kept), *(V @ stack(batch, stats.blocks.names))], names=[*kept, *names])
+            for batch in table.to_batches()
+        ]
+        nothing = [table.schema.empty_table().column(k) for k in kept] + [pa.array([], pa.float64())] * len(names)
+        empty = pa.table(nothing, names=[*kept, *names])
+        blocks = replace(stats.blocks, names=names, table=pa.concat_tables([empty, *parts]), directory=None)
+    return replace(stats, recipe=recipe, gram=M.T @ stats.gram @ M, blocks=blocks)
+
+
+def pair_map(recipe: Recipe, left: np.ndarray, right: np.ndarray, pairs: list[tuple[int, int]], z: tuple[int, ...]) -> np.ndarray:
+    """The map V (len(pairs), K) with (left' C right)[pairs] = V @ sums, for a block's C = Z'wF held as K distinct sums.
+
+    `left` (z features, a), `right` (features, b); each pair is (a position in z's numbering of the target, column of right).
+    """
+    row = {feature: i for i, feature in enumerate(z)}
+    full = full_map(recipe, left, right)
+    return np.stack([full[row[a], j] for a, j in pairs])
+
+
+def full_map(recipe: Recipe, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The map (a, b, K) with left' C right = map @ sums, C (z features, features) held as K distinct sums."""
+    where = {pair: k for k, pair in enumerate(recipe.pairs())}
+    spread = np.zeros((len(recipe.z), len(recipe.features), len(where)))
+    for i, a in enumerate(recipe.z):
+        for j in range(len(recipe.features)):
+            spread[i, j, where[(a, j)] if (a, j) in where else where[(j, a)]] = 1.0
+    return np.asarray(np.einsum("ia,ijk,jb->abk", left, spread, right, optimize=True))
+
+
+def _merged_blocks(a: SuffStats, b: SuffStats) -> Blocks:
+    """The blocks of both, those that occur in both added up (by pyarrow's grouping, whatever the type of the keys)."""
+    import pyarrow as pa
+
+    assert a.blocks is not None and b.blocks is not None and a.blocks.table is not None and b.blocks.table is not None
+    names = a.blocks.names
+    keys = [name for name in a.blocks.table.column_names if name not in names and name != "row_count"]
+    other = b.blocks.table.select(a.blocks.table.column_names)
+    try:
+        joined = pa.concat_tables([a.blocks.table, other], promote_options="permissive")
+    except pa.ArrowInvalid as error:
+        raise DataError("the grouping keys of the statistics have different types", code="not_mergeable") from error
+    summed = joined.group_by(keys, use_threads=False).aggregate([("row_count", "sum"), *((name, "sum") for name in names)])
+    table = summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names]).select(a.blocks.table.column_names)
+    rows = column(table, "row_count")
+    return Blocks(names, len(table), table, largest=float(rows.max()), smallest=float(rows.min()))
+
+
+def save(stats: SuffStats, path: Path) -> None:
+    """See `SuffStats.save`."""
+    import pyarrow as pa
+
+    if stats.collect == "fit":
+        raise DataError('statistics of collect="fit" cannot be saved', code="not_mergeable", hint='collect with collect="blocks"')
+    table = stats.blocks.table if stats.blocks is not None and stats.blocks.table is not None else pa.table({})
+    head = {
+        "format": FORMAT,
+        "recipe": stats.recipe.to_json(),
+        "rows": stats.rows,
+        "n": stats.n,
+        "sum_log_w": stats.sum_log_w,
+        "gram": stats.gram.tolist(),
+        "names": stats.blocks.names if stats.blocks else None,
+        "collect": stats.collect,
+        "info": {key: stats.info[key] for key in ("rows_read", "rows_dropped") if key in stats.info},
+    }
+    schema = table.schema.with_metadata({"mlpipe": json.dumps(head)})
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        with pa.ipc.new_file(str(unfinished), schema) as writer:
+            writer.write_table(table.cast(schema))
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror}", code="not_writable") from error
+
+
+def load(path: Path) -> SuffStats:
+    """See `SuffStats.load`."""
+    import pyarrow as pa
+
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        head: Mapping[str, Any] = json.loads(table.schema.metadata[b"mlpipe"])
+        if head["format"] != FORMAT:
+            raise KeyError(head["format"])
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}", code="file_not_found") from error
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} does not hold statistics that this version can read", code="not_statistics") from error
+    table = table.replace_schema_metadata(None)
+    blocks = None
+    if head["names"] is not None:
+        rows = column(table, "row_count").astype(float)
+        largest, smallest = float(rows.max(initial=0)), float(rows.min(initial=np.inf))
+        blocks = Blocks(head["names"], len(table), table, largest=largest, smallest=smallest)
+    recipe, gram = Recipe.from_json(head["recipe"]), np.array(head["gram"])
+    return SuffStats(recipe, head["rows"], head["n"], head["sum_log_w"], gram, blocks, head["collect"], dict(head["info"]))

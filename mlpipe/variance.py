@@ -1,0 +1,142 @@
+"""Tables of estimates: fixed effects and variance parameters, with standard errors from the exact information."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import ConfigError, did_you_mean
+from .reduction import lower_factor
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .result import LMMFit
+
+Row = dict[str, Any]
+
+
+def covariances(fit: LMMFit) -> list[np.ndarray]:
+    """The covariance matrix of each random term's effects."""
+    return [fit.sigma**2 * term.factor @ term.factor.T for term in fit.terms]
+
+
+def varcorr(fit: LMMFit) -> pa.Table:
+    """One row a variance, then a covariance, the residual last (see `LMMFit.varcorr`)."""
+    import pyarrow as pa
+
+    rows: list[Row] = []
+    for term, psi in zip(fit.terms, covariances(fit), strict=True):
+        sd = np.sqrt(np.diag(psi))
+        for i, name in enumerate(term.names):
+            rows.append(_variance(term.group, name, None, psi[i, i], sd[i]))
+        for j in range(len(sd)):
+            for i in range(j + 1, len(sd)):
+                cor = psi[i, j] / (sd[i] * sd[j]) if sd[i] * sd[j] > 0 else math.nan
+                rows.append(_variance(term.group, term.names[j], term.names[i], psi[i, j], cor))
+    rows.append(_variance("Residual", None, None, fit.sigma**2, fit.sigma))
+    text, real = pa.string(), pa.float64()
+    schema = pa.schema([("group", text), ("term1", text), ("term2", text), ("variance", real), ("sd", real)])
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _variance(group: str, term1: str | None, term2: str | None, variance: float, sd: float) -> Row:
+    return {"group": group, "term1": term1, "term2": term2, "variance": float(variance), "sd": float(sd)}
+
+
+def icc(fit: LMMFit) -> dict[str, float]:
+    """Var(intercept) / (all intercept variances + sigma²) per grouping factor."""
+    share: dict[str, float] = {}
+    for term, psi in zip(fit.terms, covariances(fit), strict=True):
+        for i, name in enumerate(term.names):
+            if name == "(Intercept)":
+                share[term.group] = share.get(term.group, 0.0) + float(psi[i, i])
+    total = sum(share.values()) + fit.sigma**2
+    return {group: value / total for group, value in share.items()}
+
+
+def tidy(fit: LMMFit, conf_level: float, ddf: str) -> pa.Table:
+    """See `LMMFit.tidy`. Raises ConfigError for a confidence level outside (0, 1) or unknown degrees of freedom."""
+    import pyarrow as pa
+
+    if not 0 < conf_level < 1:
+        raise ConfigError(f"conf_level = {conf_level!r} is not between 0 and 1")
+    if ddf != "wald":
+        raise ConfigError(f"ddf = {ddf!r} is not available in this version", hint=did_you_mean(ddf, ["wald"]))
+    normal = NormalDist()
+    z = normal.inv_cdf(0.5 + conf_level / 2)
+    rows = []
+    for name, estimate, se in zip(fit.names, fit.beta, np.sqrt(np.diag(fit.covariance)), strict=True):
+        statistic = float(estimate / se) if se > 0 else math.nan
+        p_value = math.erfc(abs(statistic) / math.sqrt(2))
+        rows.append(_estimate("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})
+    for (group, name, estimate), se in zip(random_parameters(fit), random_errors(fit), strict=True):
+        rows.append(_estimate("ran_pars", group, name, estimate, se, z))
+    return pa.Table.from_pylist(rows, schema=_tidy_schema())
+
+
+def _tidy_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    texts = ("effect", "group", "term")
+    reals = ("estimate", "std_error", "statistic", "df", "p_value", "conf_low", "conf_high")
+    return pa.schema([(name, pa.string()) for name in texts] + [(name, pa.float64()) for name in reals])
+
+
+def _estimate(effect: str, group: str | None, term: str, estimate: float, se: float, z: float) -> Row:
+    known = se is not None and math.isfinite(se)
+    row: Row = {"effect": effect, "group": group, "term": term, "estimate": float(estimate), "std_error": float(se) if known else None}
+    return row | ({"conf_low": float(estimate - z * se), "conf_high": float(estimate + z * se)} if known else {})
+
+
+def random_parameters(fit: LMMFit) -> list[tuple[str, str, float]]:
+    """(group, term, value) of the standard deviations and correlations, named as broom.mixed does, the residual's last."""
+    out: list[tuple[str, str, float]] = []
+    for term, psi in zip(fit.terms, covariances(fit), strict=True):
+        values = _sd_cor(psi)
+        names = [f"sd__{name}" for name in term.names]
+        names += [f"cor__{term.names[j]}.{term.names[i]}" for j in range(len(psi)) for i in range(j + 1, len(psi))]
+        out += [(term.group, name, value) for name, value in zip(names, values, strict=True)]
+    return [*out, ("Residual", "sd__Observation", fit.sigma)]
+
+
+def _sd_cor(psi: np.ndarray) -> list[float]:
+    sd = np.sqrt(np.diag(psi))
+    pairs = [(i, j) for j in range(len(psi)) for i in range(j + 1, len(psi))]
+    cor = [float(psi[i, j] / (sd[i] * sd[j])) if sd[i] * sd[j] > 0 else math.nan for i, j in pairs]
+    return [*sd.tolist(), *cor]
+
+
+def random_errors(fit: LMMFit) -> np.ndarray:
+    """Standard errors of `random_parameters` by the delta method from the covariance of (theta*, log sigma)."""
+    stars = [term.star for term in fit.terms]
+    at = np.concatenate([*(star.T[np.triu_indices(len(star))] for star in stars), [math.log(fit.sigma)]])
+
+    def parameters(x: np.ndarray) -> np.ndarray:
+        values, place = [], 0
+        scale = math.exp(2 * x[-1])
+        for term, star in zip(fit.terms, stars, strict=True):
+            k = len(star)
+            lower = np.zeros((k, k))
+            lower.T[np.triu_indices(k)] = x[place : place + k * (k + 1) // 2]
+            place += k * (k + 1) // 2
+            raw = lower_factor(np.linalg.solve(term.R, lower))
+            values += _sd_cor(scale * raw @ raw.T)
+        return np.array([*values, math.exp(x[-1])])
+
+    J = _jacobian(parameters, at)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.sqrt(np.einsum("ij,jk,ik->i", J, fit.theta_covariance, J)))
+
+
+def _jacobian(function: Callable[[np.ndarray], np.ndarray], at: np.ndarray) -> np.ndarray:
+    """Central differences with steps of 1e-6 of each coordinate's size."""
+    columns = []
+    for i in range(len(at)):
+        step = np.zeros(len(at))
+        step[i] = 1e-6 * max(abs(at[i]), 1e-2)
+        columns.append((function(at + step) - function(at - step)) / (2 * step[i]))
+    return np.column_stack(columns)

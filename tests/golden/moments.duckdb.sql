@@ -1,0 +1,30 @@
+/* Mean, spread and range of numeric expressions: on a sample for shifts and scales (which need not be exact), on all used rows for data-dependent bases. */
+SELECT
+  COUNT(*) AS row_count,
+  COUNT(CASE WHEN x0 * 0.0e0 = 0.0e0 THEN x0 END) AS count_0,
+  AVG(CASE WHEN x0 * 0.0e0 = 0.0e0 THEN x0 END) AS mean_0,
+  STDDEV_SAMP(CASE WHEN x0 * 0.0e0 = 0.0e0 THEN x0 END) AS sd_0,
+  MIN(CASE WHEN x0 * 0.0e0 = 0.0e0 THEN x0 END) AS min_0,
+  MAX(CASE WHEN x0 * 0.0e0 = 0.0e0 THEN x0 END) AS max_0,
+  SUM(
+    CASE
+      WHEN x0 * 0.0e0 = 0.0e0
+      THEN CASE WHEN FLOOR(x0) = x0 THEN 0.0e0 ELSE 1.0e0 END
+      ELSE 0.0e0
+    END
+  ) AS fractions_0
+FROM (
+  /* The rows that enter the fit, one column per feature. */
+  /* src offers the used columns by position: c3 is the source's fourth column as a number (or text, or boolean), k3 the */
+  /* same column as a key, in the source's own type. Rows with a missing or infinite value in any used column are left out here and */
+  /* counted apart (missing.sql). Features are shifted and scaled near mean 0 and spread 1, so that sums of their products keep their digits. */
+  SELECT
+    c1 AS x0
+  FROM src
+  WHERE
+    c1 * 0.0e0 = 0.0e0
+    AND c0 * 0.0e0 = 0.0e0
+    AND c5 * 0.0e0 = 0.0e0
+    AND c3 * 0.0e0 = 0.0e0
+    AND NOT k4 IS NULL
+) AS used

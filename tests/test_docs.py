@@ -1,0 +1,105 @@
+"""README and docs: every Python block runs, every command runs, and the output shown after it is what it prints."""
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mlpipe import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, and the text block that follows it, if one does."""
+
+    language: str
+    text: str
+    output: str | None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The Python and shell blocks of a page, in order."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    for i, (language, text) in enumerate(found):
+        after = found[i + 1] if i + 1 < len(found) else ("", "")
+        if language in ("python", "sh"):
+            yield Block(language, text, after[1] if after[0] == "text" else None)
+
+
+def run_python(text: str, names: dict[str, Any]) -> str:
+    """What the block prints; its names stay for the next one."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(text, "<block>", "exec"), names)
+    return printed.getvalue()
+
+
+def run_shell(text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the block's `mlpipe …` commands print on standard output; setting up and testing are for .ci/run."""
+    capsys.readouterr()
+    for line in text.splitlines():
+        words = shlex.split(line)
+        if words[0] == "mlpipe":
+            monkeypatch.setattr(sys, "argv", words)
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+            assert stopped.value.code == 0, line
+    return capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_shows_is_what_happens(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mlpipe", "configs"):  # the top of the checkout, but for what a block writes
+        os.symlink(ROOT / name, tmp_path / name)
+    names: dict[str, Any] = {}
+    for block in blocks(page):
+        out = run_python(block.text, names) if block.language == "python" else run_shell(block.text, monkeypatch, capsys)
+        if block.output is not None:
+            assert out.rstrip() == block.output.rstrip()
+
+
+def test_pages_have_examples() -> None:
+    shown = {page.stem: [block.language for block in blocks(page)] for page in PAGES}
+    assert shown["README"].count("python") == 2 and shown["README"].count("sh") == 4
+    assert all(shown[name] for name in ("concepts", "data", "statistics", "for-r-users", "cli", "formula"))
+
+
+def test_the_job_reference_is_complete() -> None:
+    """Every key a job may have is in the table of docs/cli.md."""
+    from mlpipe.job import LimitsSection, ModelSection, OutputSection, PolicySection, SourceSection
+
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for section in (SourceSection, ModelSection, OutputSection, LimitsSection, PolicySection):
+        for key in section.model_fields:
+            assert re.search(rf"`(\w+\.)?{key}`", text), key
+
+
+def test_every_option_is_in_the_reference() -> None:
+    """The limits and their variables as docs/cli.md tells them."""
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for parameter in cli.run.params:
+        for variable in [parameter.envvar] if isinstance(parameter.envvar, str) else []:
+            assert f"`{parameter.opts[0]}` | `{variable}` | `{parameter.name}`" in text
+    for name in cli.cli.commands:
+        assert f"`mlpipe {name} " in text
+
+
+def test_formula_functions_are_in_the_reference() -> None:
+    from mlpipe.expr import KNOWN
+
+    text = (ROOT / "docs" / "formula.md").read_text(encoding="utf-8")
+    assert not [name for name in KNOWN if name != "cbind" and not re.search(rf"\b{name}\b", text)]
