@@ -27,11 +27,27 @@ FIT = """
 import mlpipe as mp
 print(mp.lmm("y ~ {fixed} + ({random} | g)", "{data}", options=mp.Options(threads={threads}, memory_limit="{memory}")))
 """
+LOGIT = """
+import mlpipe as mp
+fit = mp.glmm("y ~ {fixed} + (1 | g)", "{data}", family="binomial", options=mp.Options(threads={threads}, memory_limit="{memory}"))
+print(fit, fit.info["passes"], fit.info["spool"])
+"""
+# What holding rows as cells is measured against: the grouped query alone, its result streamed.
+GROUPED = """
+import duckdb
+con = duckdb.connect(config={{"threads": {threads}, "memory_limit": "{memory}"}})
+reader = con.sql(
+    "select g, {covariates}, count(*), sum(y) from read_parquet('{data}') group by g, {covariates}"
+).to_arrow_reader(65536)
+print(sum(batch.num_rows for batch in reader))
+"""
 PANDAS = "import pandas as pd\nframe = pd.read_parquet('{data}')\n"
 CASES = {
     "scan": SCAN,
     "intercept": FIT.replace("{random}", "1"),
     "slope": FIT.replace("{random}", "1 + x1"),
+    "logit": LOGIT,
+    "grouped": GROUPED,
     "statsmodels": PANDAS + """
 import statsmodels.formula.api as smf
 print(smf.mixedlm("y ~ {fixed}", frame, groups=frame["g"]).fit().summary())
@@ -83,7 +99,8 @@ def main() -> None:
     arguments = parser.parse_args()
     known = CASES | peers()
     sums = ", ".join(f"sum({name})" for name in (*COVARIATES, "y"))
-    values = {"data": arguments.data, "threads": arguments.threads, "fixed": FIXED, "sums": sums, "memory": arguments.memory_limit}
+    values = {"data": arguments.data, "threads": arguments.threads, "memory": arguments.memory_limit}
+    values |= {"fixed": FIXED, "covariates": ", ".join(COVARIATES), "sums": sums}
     scripts = {case: known[case].format(**values) for case in arguments.cases}
     results: dict[str, list[tuple[float, float, int, int, int]]] = {case: [] for case in scripts}
     for turn in range(arguments.runs + 1):

@@ -1,4 +1,4 @@
-"""Linear mixed models fitted where the rows are: SQL reduces them to sufficient statistics, results are Arrow tables.
+"""Mixed models fitted where the rows are: SQL reduces them to sufficient statistics, results are Arrow tables.
 
     fit = mlpipe.lmm("reaction ~ days + (1 + days | subject)", mlpipe.datasets.path("sleepstudy"))
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .fit import lmm as lmm
     from .fit import plan as plan
     from .fit import suffstats as suffstats
+    from .generalized import glm as glm
+    from .generalized import glmm as glmm
+    from .generalized_result import GLMFit as GLMFit
+    from .generalized_result import GLMMFit as GLMMFit
     from .options import Options as Options
     from .planning import Plan as Plan
     from .result import LMMFit as LMMFit
@@ -45,6 +49,8 @@ _MODULES = {
         "MlpipeWarning", "RankWarning", "ResourceError", "SeparationWarning", "SingularFitWarning",
     ),
     "fit": ("lmm", "plan", "suffstats"),
+    "generalized": ("glm", "glmm"),
+    "generalized_result": ("GLMFit", "GLMMFit"),
     "options": ("Options",),
     "planning": ("Plan",),
     "result": ("LMMFit", "load"),

@@ -1,4 +1,4 @@
-"""Arrow columns as numpy arrays without the detour that imports pandas where it is installed (0.3 s)."""
+"""Arrow columns as numpy arrays, and back, without the detour that imports pandas where it is installed (0.2 s)."""
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -17,3 +17,11 @@ def column(table: pa.Table | pa.RecordBatch, name: str) -> np.ndarray:
     if len(parts) == 1:
         return parts[0]
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def arrow(values: np.ndarray, kind: pa.DataType | None = None) -> pa.Array:
+    """Numbers (n,) as an Arrow array of this type (DOUBLE if None), over the same memory where that is contiguous."""
+    import pyarrow as pa
+
+    data = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(kind or pa.float64(), len(data), [None, pa.py_buffer(data)])

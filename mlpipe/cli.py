@@ -1,105 +1,30 @@
 """The command line: fit, plan, run, show, predict. Results go to standard output, log and progress to standard error."""
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from . import __version__
-from .errors import ConfigError, DataError, MlpipeError, MlpipeWarning, ResourceError, exit_code
+from .console import Console, warnings_to
+from .errors import ConfigError, DataError, ResourceError, exit_code
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from .options import Options
-    from .result import LMMFit
+    from .result import MixedFit
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NOT_CONVERGED = 4
 TERMINATED = 143
 ROW_GROUP = 122_880  # least rows of a Parquet row group, as DuckDB writes them
-
-
-class Console:
-    """Where a command's words go: results to standard output, all else to standard error. A reader that has gone is no error."""
-
-    def __init__(self) -> None:
-        self.log: str | None = None
-
-    def out(self, text: str) -> None:
-        """A result. Raises ResourceError where standard output cannot take it."""
-        try:
-            click.echo(text)
-        except BrokenPipeError:
-            _silence(sys.stdout)
-        except OSError as error:
-            _silence(sys.stdout)
-            raise ResourceError(f"cannot write to standard output: {error.strerror}", code="not_writable") from error
-
-    def say(self, text: str) -> None:
-        """Anything that is not a result."""
-        try:
-            click.echo(text, err=True)
-        except OSError:
-            _silence(sys.stderr)
-
-    def log_to(self, kind: str | None) -> None:
-        """One line a stage from now on: "text", "json" (then warnings and errors are objects too), or None."""
-        self.log = kind
-        if kind is None:
-            return
-        from .progress import LOGGER, LogLines
-
-        handler = _Handler(sys.stderr)
-        handler.setFormatter(LogLines(kind))
-        LOGGER.handlers = [handler]
-        LOGGER.setLevel(logging.INFO)
-
-    def warn(self, message: Warning | str, category: type[Warning]) -> None:
-        """One of our warnings."""
-        if self.log == "json":
-            self._record({"warning": category.__name__, "message": str(message)})
-        else:
-            self.say(f"warning: {message}")
-
-    def fail(self, error: BaseException) -> int:
-        """Says what went wrong and returns the exit status; a traceback only for what is a mistake of ours."""
-        if isinstance(error, MemoryError):
-            error = ResourceError("out of memory", code="out_of_memory")
-        elif isinstance(error, OSError):
-            error = ResourceError(str(error), code="io")
-        elif not isinstance(error, MlpipeError):
-            self.say("".join(traceback.format_exception(error)).rstrip())
-            error = MlpipeError(f"a bug in mlpipe: {error!r}", code="bug")
-        if self.log == "json" and isinstance(error, MlpipeError):
-            self._record({"error": error.code, "message": error.message, "hint": error.hint})
-        else:
-            self.say(f"error: {error}")
-        return exit_code(error)
-
-    def _record(self, fields: dict[str, Any]) -> None:
-        from .progress import LOGGER
-
-        LOGGER.warning(fields["message"], extra={"fields": fields})
-
-
-class _Handler(logging.StreamHandler[Any]):
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A log that cannot be written does not stop the work."""
-
-
-def _silence(stream: IO[str]) -> None:
-    """Sends what is still to be written nowhere, so that the interpreter's last flush does not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -123,6 +48,11 @@ rows = _options(
     click.option("--table", help="DATA is a DuckDB database; read this table of it."),
 )
 model = _options(
+    click.option("--family", help="Fit a generalized model: binomial, poisson, negbinomial, gamma, beta …; without random terms a GLM."),
+    click.option("--link", help="Its link, if not the customary one."),
+    click.option("--nagq", type=int, help="Quadrature nodes a random effect; 1, the default, is the Laplace approximation."),
+    click.option("--trials", help="Numbers of trials of a binomial proportion: a column or an expression."),
+    click.option("--cluster", multiple=True, metavar="COLUMN", help="Cluster-robust standard errors of a model without random terms."),
     click.option("--weights", help="Precision weights: a column or an expression."),
     click.option("--freq", help="Frequency weights: a column or an expression."),
     click.option("--offset", help="Offset: a column or an expression."),
@@ -136,7 +66,7 @@ logs = click.option("--log", type=click.Choice(["text", "json"]), help="One log 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlpipe")
 def cli() -> None:
-    """Linear mixed models fitted where the data lives.
+    """Mixed models, linear and generalized, fitted where the data lives.
 
     Exit status: 0 done, 2 wrong request, 3 wrong data, 4 not converged or forbidden by a job's policy (results are written), 5 engine,
     memory or disk, 130 or 143 interrupted.
@@ -148,23 +78,27 @@ def cli() -> None:
 @rows
 @click.option("--ml", is_flag=True, help="Maximum likelihood instead of REML.")
 @model
+@click.option("--checkpoint", type=click.Path(), help="Keep the state of a generalized mixed model here; the same fit goes on from it.")
 @click.option("--out", type=click.Path(), help="Write the fit to this directory.")
 @click.option("--overwrite", is_flag=True, help="Replace a fit that is there.")
 @limits
 @logs
 @pass_console
-def fit(console: Console, /, formula: str, ml: bool, out: str | None, overwrite: bool, log: str | None, **settings: Any) -> None:
+def fit(
+    console: Console, /, formula: str, ml: bool, checkpoint: str | None, out: str | None, overwrite: bool, log: str | None, **settings: Any
+) -> None:
     """Fit FORMULA to DATA and print the summary.
 
     DATA: Parquet, CSV, JSON or Arrow files, globs or directories; or a DuckDB database with --table.
     """
-    from .fit import lmm
+    from .fit import fitted
 
     console.log_to(log)
     mode = "overwrite" if overwrite else "error"
     if out is not None:
         _check_target(out, mode)
-    result = lmm(formula, _data(settings), reml=not ml, options=_limits(settings), **_model(settings))
+    own = ({"reml": False} if ml else {}) | ({"checkpoint": checkpoint} if checkpoint is not None else {})
+    result = fitted(_function(formula, settings), formula, _data(settings), _limits(settings), _model(settings) | own)
     try:
         if out is not None:
             result.write(out, mode=mode)
@@ -183,7 +117,7 @@ def plan(console: Console, /, formula: str, **settings: Any) -> None:
     """Say what a fit of FORMULA to DATA would do: statements, passes, memory. Only preparatory looks are run."""
     from .fit import plan as make_plan
 
-    console.out(str(make_plan("lmm", formula, _data(settings), options=_limits(settings), **_model(settings))))
+    console.out(str(make_plan(_function(formula, settings), formula, _data(settings), options=_limits(settings), **_model(settings))))
 
 
 @cli.command()
@@ -198,7 +132,7 @@ def run(console: Console, /, job_file: str, log: str | None, **settings: Any) ->
     console.log_to(log)
     job = read_job(job_file)
     if job.output is not None:
-        _check_target(job.output.target, job.output.mode)
+        _check_target(job.output.target, job.output.mode, job.output.prefix)
     result = fit_job(job, {name: settings[name] for name in LIMITS if settings[name] is not None})
     try:
         write_output(result, job.output)
@@ -222,14 +156,16 @@ def show(console: Console, /, fit_directory: str) -> None:
 @click.argument("fit_directory", metavar="FIT", type=click.Path())
 @rows
 @click.option("--out", required=True, type=click.Path(), help="A Parquet file; one that exists is replaced when the new one is complete.")
-@click.option("--effects", type=click.Choice(["conditional", "population"]), default="conditional", show_default=True)
+@click.option("--effects", type=click.Choice(["conditional", "population", "marginal"]), default="conditional", show_default=True)
+@click.option("--kind", type=click.Choice(["response", "link"]), default="response", show_default=True)
 @click.option("--new-levels", type=click.Choice(["population", "null", "raise"]), default="population", show_default=True)
 @click.option("--prefix", default="", help="Put before the names of added columns.")
 @limits
 @logs
 @pass_console
 def predict(
-    console: Console, /, fit_directory: str, out: str, effects: str, new_levels: str, prefix: str, log: str | None, **settings: Any
+    console: Console, /, fit_directory: str, out: str, effects: str, kind: str, new_levels: str, prefix: str, log: str | None,
+    **settings: Any
 ) -> None:
     """Write the rows of DATA with predictions of FIT to a Parquet file."""
     from .progress import stage
@@ -239,7 +175,7 @@ def predict(
     options = _limits(settings)
     result = load(fit_directory)
     with stage("predict", {}, options=options) as fields:
-        reader = result.predict(_data(settings), effects=effects, new_levels=new_levels, prefix=prefix, options=options)
+        reader = result.predict(_data(settings), effects=effects, kind=kind, new_levels=new_levels, prefix=prefix, options=options)
         _write_parquet(reader, out)
         counts = result.info["scored"]
         fields |= counts
@@ -255,24 +191,19 @@ def _write_parquet(reader: pa.RecordBatchReader, out: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from .atomic import replacing
+
     target = Path(os.path.realpath(out))  # a link keeps pointing where it does
     if target.exists() and not target.is_file():
         raise ResourceError(f"cannot write {out}: it is not a regular file", code="not_writable")
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with unfinished.open("wb") as file:
-            with pq.ParquetWriter(file, reader.schema, compression="zstd") as writer:
-                for table in _row_groups(reader):
-                    writer.write_table(table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
+        with replacing(target) as file, pq.ParquetWriter(file, reader.schema, compression="zstd") as writer:
+            for table in _row_groups(reader):
+                writer.write_table(table)
     except OSError as error:
         raise ResourceError(f"cannot write {out}: {error.strerror or error}", code="not_writable") from error
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot write {out}: {error}", code="column_type") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
@@ -299,8 +230,18 @@ def _model(settings: dict[str, Any]) -> dict[str, Any]:
     """The fitting function's keywords from the command's flags."""
     contrasts = dict(_pair(text, "--contrast") for text in settings["contrasts"])
     levels = {name: value.split(",") for name, value in (_pair(text, "--levels") for text in settings["levels"])}
-    given = {name: settings[name] for name in ("weights", "freq", "offset", "na")}
-    return given | {"contrasts": contrasts or None, "levels": levels or None}
+    given = {name: settings[name] for name in ("family", "link", "nagq", "trials", "weights", "freq", "offset", "na")}
+    given |= {"contrasts": contrasts or None, "levels": levels or None, "cluster": settings["cluster"] or None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _function(formula: str, settings: dict[str, Any]) -> str:
+    """Which function fits: linear without a family, else mixed where the formula has random terms."""
+    from .formula import parse
+
+    if settings["family"] is None:
+        return "lmm"
+    return "glmm" if parse(formula).random else "glm"
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:
@@ -321,30 +262,18 @@ def _data(settings: dict[str, Any]) -> Any:
     return table(name, paths[0])
 
 
-def _check_target(target: str, mode: str) -> None:
+def _check_target(target: str, mode: str, prefix: str = "mlpipe") -> None:
     """A fit that would not be replaced is refused before the work, not after it."""
-    if mode == "error" and (Path(target) / "fit.json").exists():
+    from .store import holds_fit
+
+    if mode == "error" and holds_fit(target, prefix):
         hint = '--overwrite, or mode = "overwrite" in a job, replaces it'
         raise ConfigError(f"{target} already holds a fit", code="target_exists", hint=hint)
 
 
-def _finish(result: LMMFit) -> None:
+def _finish(result: MixedFit) -> None:
     if not result.converged:
         raise click.exceptions.Exit(NOT_CONVERGED)
-
-
-@contextmanager
-def _warnings_to(console: Console) -> Iterator[None]:
-    """Our warnings go to the console, those of others nowhere."""
-
-    def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        console.warn(message, category)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", MlpipeWarning)
-        warnings.showwarning = show_warning
-        yield
 
 
 @contextmanager
@@ -382,6 +311,6 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # names that the terminal's encoding lacks are written as escapes
             stream.reconfigure(errors="backslashreplace")
     console = Console()
-    with _terminable() as came, _warnings_to(console):
+    with _terminable() as came, warnings_to(console):
         status = _status(console)
     sys.exit(TERMINATED if came else status)

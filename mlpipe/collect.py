@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import combinations_with_replacement
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 from . import expr, statements
 from .arrays import column
 from .blocks import Blocks, Clusters, Collector
+from .crossing import crossed
 from .design import Atom
+from .engines.base import Columns
 from .errors import DataError
 from .features import Recipe
 from .formula import parse_expression
@@ -20,10 +23,17 @@ from .looks import shift_and_scale
 from .options import Options
 from .planning import Plan, Request, prepare, settle
 from .progress import stage
+from .sql import Names
+from .statements import Part
 from .stats import SuffStats
 
 FAR = 100.0  # true mean, in spreads, beyond which a pass is repeated with the true shift
 OFF_SCALE = 1e4  # true spread over assumed spread beyond which it is repeated
+# bytes that a group, each of its keys and each of its sums take in an engine's table, as measured on DuckDB
+GROUP_BYTES, KEY_BYTES, SUM_BYTES = 32, 16, 16
+SPARED = 16  # times an engine's room that a table with a group for every row may take before groups are counted
+UNLIMITED = 4  # times these that an engine without a memory limit takes
+MOST_PARTS = 32  # beyond which the parts spill
 
 
 def collect(plan: Plan) -> SuffStats:
@@ -34,10 +44,10 @@ def collect(plan: Plan) -> SuffStats:
     """
     seconds: dict[str, float] = {}
     engine, options = plan.engine, plan.request.options
-    total = _row_count(plan)
+    total = row_count(plan)
     with stage("cross_products", seconds, engine, options) as fields:
         gram, rows, n, sum_log_w = _gram(plan)
-        dropped = _dropped(plan, total, rows)
+        dropped = dropped_rows(plan, total, rows)
         fields |= {"rows": rows, "dropped": total - rows}
     scans = 1
     if far := _far_off(plan.recipe, gram):
@@ -46,11 +56,21 @@ def collect(plan: Plan) -> SuffStats:
         with stage("cross_products_again", seconds, engine, options):
             gram, rows, n, sum_log_w = _gram(plan)
         scans += 1
-    blocks = None
-    if plan.path != "none":
-        with stage("blocks", seconds, engine, options) as fields:
-            blocks = _blocks(plan)
-            _reconcile(plan, gram, blocks)
+    blocks: Blocks | None = None
+    parts: tuple[Part | None, ...] = ()
+    several = None
+    if plan.path == "crossed":
+        with stage("cells", seconds, engine, options) as fields:
+            several = crossed(plan, rows)
+            _reconcile(plan, gram, [factor.sums.sum(axis=1) for factor in several.factors])
+            fields |= {"levels": [len(factor.levels) for factor in several.factors]}
+        parts = [None]
+        plan.notes.extend(several.notes)
+    elif plan.path != "none":
+        with stage("blocks", seconds, engine, options) as fields, _limited(plan, rows) as limited:
+            parts = _parts(limited, rows)
+            blocks = _blocks(limited, parts)
+            _reconcile(plan, gram, [blocks.totals()])
             fields |= {"blocks": blocks.n_blocks}
     plan.engine.check_unchanged()
     info = {
@@ -58,13 +78,13 @@ def collect(plan: Plan) -> SuffStats:
         "rows_dropped": total - rows,
         "dropped": dropped,
         "blocks": blocks.n_blocks if blocks else 0,
-        "passes": scans + (blocks is not None),
+        "passes": scans + len(parts),
         "seconds": seconds,
         "notes": list(plan.notes),
         "path": plan.path,
         "engine": plan.engine.dialect,
     }
-    return SuffStats(plan.recipe, rows, n, sum_log_w, gram, blocks, plan.request.collect, info)
+    return SuffStats(plan.recipe, rows, n, sum_log_w, gram, blocks, plan.request.collect, info, several)
 
 
 def collect_like(stats: SuffStats, data: Any, options: Options | None = None) -> SuffStats:
@@ -89,7 +109,8 @@ def collect_like(stats: SuffStats, data: Any, options: Options | None = None) ->
         return collect(prepare(engine, request, like=recipe))
 
 
-def _row_count(plan: Plan) -> int:
+def row_count(plan: Plan) -> int:
+    """The rows of the source, used or not."""
     known = plan.engine.row_count()
     if known is not None:
         return known
@@ -101,13 +122,13 @@ def _gram(plan: Plan) -> tuple[np.ndarray, int, float, float]:
     """Cross-products of all features, rows, rows with frequencies, sum of log weights; raises where they are not finite."""
     gram, rows, n, sum_log_w = _streamed_gram(plan) if plan.wide else _summed_gram(plan)
     if rows == 0:
-        total = _row_count(plan)
+        total = row_count(plan)
         causes = _causes(plan)
         _refuse_bad_values(plan, causes)
         what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used: " + _described(causes)
         raise DataError(what, code="no_rows", column=next(iter(causes["missing"]), None))
     if not (np.isfinite(gram).all() and math.isfinite(n) and math.isfinite(sum_log_w)):
-        raise _not_finite(plan)
+        raise not_finite(plan)
     return gram, rows, n, sum_log_w
 
 
@@ -141,12 +162,12 @@ def _streamed_gram(plan: Plan) -> tuple[np.ndarray, int, float, float]:
     return (gram + gram.T) / 2, rows, n, sum_log_w
 
 
-def _dropped(plan: Plan, total: int, rows: int) -> dict[str, int]:
+def dropped_rows(plan: Plan, total: int, rows: int) -> dict[str, int]:
     """Why rows were left out; raises for infinite values, negative weights, and any missing value under na="raise"."""
     if rows == total:
         return {}
     if rows > total:
-        raise _changed()
+        raise changed()
     causes = _causes(plan)
     _refuse_bad_values(plan, causes)
     if plan.request.na == "raise" and causes["missing"]:
@@ -185,7 +206,7 @@ def _refuse_bad_values(plan: Plan, causes: dict[str, dict[str, int]]) -> None:
         raise DataError(f"the weight {name!r} is negative in {count:,} rows", code="negative_weights", column=name)
 
 
-def _not_finite(plan: Plan) -> DataError:
+def not_finite(plan: Plan) -> DataError:
     """The error for sums that are not finite although every raw value is: the term, how many rows, a value."""
     recipe = plan.recipe
     nodes = [node for v in recipe.variables.values() if v.kind == "numeric" for node in v.columns]
@@ -235,44 +256,91 @@ def rescaled(recipe: Recipe, scalings: dict[Atom, tuple[float, float]]) -> Recip
     return closed
 
 
-def _blocks(plan: Plan) -> Blocks:
+def _width(recipe: Recipe) -> int:
+    return GROUP_BYTES + KEY_BYTES * len(recipe.groups) + SUM_BYTES * len(recipe.pairs())
+
+
+def _key_positions(plan: Plan) -> list[int]:
+    return [plan.names.positions[name] for name in plan.recipe.groups]
+
+
+@contextmanager
+def _limited(plan: Plan, rows: int) -> Iterator[Plan]:
+    """The plan; where its engine cannot keep the table of the blocks within the memory limit, over a copy of the rows in DuckDB."""
+    recipe, limit = plan.recipe, plan.request.options.engine_bytes
+    width = UNLIMITED * _width(recipe)
+    if plan.engine.spills or rows * width <= limit or (keys := plan.engine.key_count(_key_positions(plan))) * width <= limit:
+        yield plan
+        return
+    from .sources import open_source
+
+    plan.notes.append(f"about {keys:,} groups exceed the memory limit in {plan.engine.dialect}: DuckDB summed them, from a copy on disk")
+    names = Names({name: i for i, name in enumerate(recipe.kinds)}, recipe.kinds)
+    columns = Columns(plan.columns.values, frozenset(plan.names.positions[name] for name in recipe.kinds))
+    copied = plan.engine.query(statements.raw_rows(recipe, plan.names), columns)
+    with closing(open_source(copied, options=plan.request.options)) as engine:
+        yield replace(plan, engine=engine, names=names)
+
+
+def _parts(plan: Plan, rows: int) -> tuple[Part | None, ...]:
+    """The parts by key in which the blocks are summed, each small enough for the engine's memory; (None,) for all at once."""
+    width, positions = _width(plan.recipe), _key_positions(plan)
+    room = plan.engine.table_room(positions)
+    if room is None or rows * width <= SPARED * room:
+        return (None,)
+    keys = plan.engine.key_count(positions)
+    count = min(-(-keys * width // room), MOST_PARTS)
+    if count <= 1:
+        return (None,)
+    plan.notes.append(f"about {keys:,} groups do not fit the engine's memory at once: they were summed in {count} parts, one pass each")
+    return tuple(Part(number, count) for number in range(count))
+
+
+def _blocks(plan: Plan, parts: Sequence[Part | None]) -> Blocks:
     recipe = plan.recipe
     pairs = recipe.pairs()
     names = [f"s{k}" for k in range(len(pairs))]
     if plan.path == "second level":
-        return _second_level(plan, names)
+        return _second_level(plan, names, parts)
     shared = [k for k, (_, j) in enumerate(pairs) if j in recipe.z]
     options = plan.request.options
     collector = Collector(
         names, shared, keep_keys=plan.request.collect != "fit", budget=options.memory_bytes // 4, parent=options.temp_directory
     )
-    for batch in plan.engine.query(statements.block_sums(recipe, plan.names), plan.columns):
-        collector.add(batch)
+    for part in parts:
+        for batch in plan.engine.query(statements.block_sums(recipe, plan.names, part), plan.columns):
+            collector.add(batch)
     return collector.finish()
 
 
-def _second_level(plan: Plan, names: list[str]) -> Blocks:
-    table = plan.engine.query(statements.second_level(plan.recipe, plan.names), plan.columns).read_all().sort_by("row_count")
-    held = {name: column(table, name).astype(float) for name in table.column_names}
+def _second_level(plan: Plan, names: list[str], parts: Sequence[Part | None]) -> Blocks:
+    tables = [plan.engine.query(statements.second_level(plan.recipe, plan.names, part), plan.columns).read_all() for part in parts]
+    whole = Blocks(names)
+    sizes = np.array(sorted({float(rows) for table in tables for rows in column(table, "row_count")}))
     size = len(names)
-    products = np.empty((len(table), size, size))
-    for k, j in combinations_with_replacement(range(size), 2):
-        products[:, k, j] = products[:, j, k] = held[f"p_{k}_{j}"]
-    clusters = Clusters(held["block_count"], np.stack([held[f"t_{k}"] for k in range(size)]), products)
-    rows = held["row_count"]
-    largest, smallest = float(rows.max(initial=0)), float(rows.min(initial=math.inf))
-    return Blocks(names, int(held["block_count"].sum()), clusters=clusters, largest=largest, smallest=smallest)
+    whole.clusters = Clusters(np.zeros(len(sizes)), np.zeros((size, len(sizes))), np.zeros((len(sizes), size, size)))
+    for table in tables:
+        held = {name: column(table, name).astype(float) for name in table.column_names}
+        products = np.empty((len(table), size, size))
+        for k, j in combinations_with_replacement(range(size), 2):
+            products[:, k, j] = products[:, j, k] = held[f"p_{k}_{j}"]
+        clusters = Clusters(held["block_count"], np.stack([held[f"t_{k}"] for k in range(size)]), products)
+        whole.clusters.add(clusters, np.searchsorted(sizes, held["row_count"]), len(sizes))
+    whole.n_blocks = int(whole.clusters.count.sum())
+    whole.largest, whole.smallest = float(sizes.max(initial=0)), float(sizes.min(initial=math.inf))
+    return whole
 
 
-def _reconcile(plan: Plan, gram: np.ndarray, blocks: Blocks) -> None:
-    """Every scan saw the same rows: the blocks' sums add up to the ungrouped ones."""
-    totals = blocks.totals()
-    for total, (a, j) in zip(totals, plan.recipe.pairs(), strict=True):
-        size = math.sqrt(gram[a, a] * gram[j, j]) + 1.0
-        if not abs(total - gram[a, j]) <= 1e-9 * size:
-            raise _changed()
+def _reconcile(plan: Plan, gram: np.ndarray, totals: list[np.ndarray]) -> None:
+    """Every scan saw the same rows: each factor's sums add up to the ungrouped ones."""
+    for sums in totals:
+        for total, (a, j) in zip(sums, plan.recipe.pairs(), strict=True):
+            size = math.sqrt(gram[a, a] * gram[j, j]) + 1.0
+            if not abs(total - gram[a, j]) <= 1e-9 * size:
+                raise changed()
 
 
-def _changed() -> DataError:
+def changed() -> DataError:
+    """The error for scans of one fit that did not see the same rows."""
     return DataError("the source changed while it was read", code="source_changed", hint="fit a snapshot of it")
 

@@ -4,64 +4,150 @@ from __future__ import annotations
 import html as markup
 import math
 import os
-import re
-import unicodedata
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
-from . import variance
+from . import expr, variance
+from .layout import abbreviated, aligned, coefficients, filled, formatted, one_line, p_value, printable, ratio, to_decimals
 
 if TYPE_CHECKING:
-    from .result import LMMFit
+    from .generalized_result import GeneralizedFit, GLMFit
+    from .result import MixedFit
 
-DIGITS = 4  # significant digits of every number in a column, at least, as in lme4's summary
 WIDEST_CORRELATION = 20  # coefficients above which the correlation matrix is left out, as in lme4
 MAX_NOTED = 8
 ZERO_WEIGHT = "weight 0 in "
 
 
-def summary(fit: LMMFit, *, correlation: bool) -> str:
+def summary(fit: MixedFit, *, correlation: bool) -> str:
     """The text of a fit; `correlation`: with the correlation matrix of the fixed effects, if it is not too large."""
-    random = _random_rows(fit)
-    lines = [*_head(fit), "", *_criterion(fit), "", "Random effects:", *_aligned(random, left=len(random[0]), indent=" ")]
-    lines += [f"Number of obs: {fit.nobs:.15g}, groups: {printable(fit.terms[0].group)}, {fit.n_blocks}", ""]
-    lines += ["Fixed effects:", *_aligned(_fixed_rows(fit), left=1)] if fit.names else ["No fixed effect coefficients"]
-    if correlation and len(fit.names) > WIDEST_CORRELATION:
-        lines += ["", f"Correlation matrix not shown, as p = {len(fit.names)} > {WIDEST_CORRELATION}; fit.vcov() has the covariances"]
-    elif correlation and len(fit.names) > 1:
-        lines += ["", "Correlation of Fixed Effects:", *_aligned(_correlations(fit), left=1)]
+    lines = _plain(fit) if _is_plain(fit) else _mixed(fit, correlation)
     notes = [f"note: {note}" for note in _notes(fit)]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
-def html(fit: LMMFit) -> str:
+def _mixed(fit: MixedFit, correlation: bool) -> list[str]:
+    """lme4's summary of a model with random effects."""
+    random = _random_rows(fit)
+    lines = [*_head(fit), "", *_criterion(fit), "", "Random effects:", *aligned(random, left=len(random[0]), indent=" ")]
+    lines += [*_family_parameters(fit), f"Number of obs: {fit.nobs:.15g}, groups: {printable(fit.terms[0].group)}, {fit.n_blocks}", ""]
+    lines += ["Fixed effects:", *aligned(_fixed_rows(fit), left=1)] if fit.names else ["No fixed effect coefficients"]
+    if correlation and len(fit.names) > WIDEST_CORRELATION:
+        lines += ["", f"Correlation matrix not shown, as p = {len(fit.names)} > {WIDEST_CORRELATION}; fit.vcov() has the covariances"]
+    elif correlation and len(fit.names) > 1:
+        lines += ["", "Correlation of Fixed Effects:", *aligned(_correlations(fit), left=1)]
+    return lines
+
+
+def _plain(fit: GLMFit) -> list[str]:
+    """The summary of a model without random effects, after R's of a glm."""
+    lines = [*_head(fit), ""]
+    lines += ["Coefficients:", *aligned(_fixed_rows(fit), left=1)] if fit.names else ["No coefficients"]
+    return [*lines, "", _dispersion(fit), *_family_parameters(fit), *_fit_of(fit)]
+
+
+def _dispersion(fit: GLMFit) -> str:
+    quasi, scaled = _is_quasi(fit), fit.has_residual
+    value = coefficients([fit.dispersion])[0] if quasi or scaled else "1"
+    how = "estimated from Pearson residuals as" if quasi else "estimated by maximum likelihood as" if scaled else "taken to be"
+    return f"(Dispersion parameter for the {fit.family} family {how} {value})"
+
+
+def _fit_of(fit: GLMFit) -> list[str]:
+    """How many rows, how likely; a quasi family has no likelihood."""
+    size = f"Number of obs: {fit.nobs:.15g}, residual degrees of freedom: {fit.nobs - len(fit.names):.15g}"
+    if _is_quasi(fit):
+        return [size]
+    row = fit.facts()
+    return [size, f"Log-likelihood: {fit.loglik:.1f} with {fit.n_params} parameters, AIC: {row['aic']:.1f}, BIC: {row['bic']:.1f}"]
+
+
+def html(fit: MixedFit) -> str:
     """The tables of the summary for notebooks; everything that comes from the user is escaped."""
     title, *facts = [markup.escape(line) for line in _head(fit)]
-    facts.append(f"{fit.nobs:.15g} rows, {fit.n_blocks} levels of {markup.escape(printable(fit.terms[0].group))}")
-    facts.append(f"log-likelihood {fit.loglik:.4f}")
-    tables = _html_table("Random effects", _random_rows(fit)) + (_html_table("Fixed effects", _fixed_rows(fit)) if fit.names else "")
+    groups = f", {fit.n_blocks} levels of {markup.escape(printable(fit.terms[0].group))}" if fit.terms else ""
+    facts.append(f"{fit.nobs:.15g} rows{groups}")
+    facts += [f"log-likelihood {fit.loglik:.4f}"] if math.isfinite(fit.loglik) else []
+    facts += [markup.escape(line) for line in _family_parameters(fit)]
+    tables = _html_table("Random effects", _random_rows(fit)) if fit.terms else ""
+    tables += _html_table("Fixed effects" if fit.terms else "Coefficients", _fixed_rows(fit)) if fit.names else ""
     notes = "".join(f"<p>note: {markup.escape(note)}</p>" for note in _notes(fit))
     return f"<div><p><b>{title}</b><br>{'<br>'.join(facts)}</p>{tables}{notes}</div>"
 
 
-def _head(fit: LMMFit) -> list[str]:
-    out = [f"Linear mixed model fit by {'REML' if fit.reml else 'maximum likelihood'}", f"Formula: {_one_line(fit.formula)}"]
+def _is_generalized(fit: MixedFit) -> TypeGuard[GeneralizedFit]:
+    return fit.recipe.family is not None
+
+
+def _is_plain(fit: MixedFit) -> TypeGuard[GLMFit]:
+    return not fit.terms
+
+
+def _is_quasi(fit: GLMFit) -> bool:
+    return fit.family != fit.base_family
+
+
+def _head(fit: MixedFit) -> list[str]:
+    """Method, family, formula, data and what else was given."""
+    out = [_title(fit)]
+    out += [f" Family: {fit.family}  ( {fit.link} )"] if _is_generalized(fit) else []
+    out += [f"Formula: {one_line(fit.formula)}"]
     out += [f"   Data: {printable(os.fspath(fit.source))}"] if isinstance(fit.source, str | os.PathLike) else []
-    given = (("Weights", fit.recipe.weights), ("Frequencies", fit.recipe.freq), ("Offset", fit.recipe.offset))
-    return out + [f"{name}: {_one_line(text)}" for name, text in given if text]
+    recipe = fit.recipe
+    given = (("Weights", recipe.weights), ("Frequencies", recipe.freq), ("Trials", recipe.trials), ("Offset", recipe.offset))
+    out += [f"{name}: {one_line(text)}" for name, text in given if text]
+    out += [f"Modelled: {_modelled(fit)}"] if _modelled(fit) else []
+    return out + ([_robust(fit)] if _is_plain(fit) and fit.robust else [])
 
 
-def _criterion(fit: LMMFit) -> list[str]:
+def _title(fit: MixedFit) -> str:
+    if not _is_generalized(fit):
+        return f"Linear mixed model fit by {'REML' if fit.reml else 'maximum likelihood'}"
+    if _is_plain(fit):
+        return f"Generalized linear model fit by {'quasi-' if _is_quasi(fit) else 'maximum '}likelihood"
+    rule = "Laplace Approximation" if fit.nagq == 1 else f"Adaptive Gauss-Hermite Quadrature, nagq = {fit.nagq}"
+    curvature = "" if fit.curvature == "observed" else f", {fit.curvature} curvature"
+    return f"Generalized linear mixed model fit by maximum likelihood ({rule}{curvature})"
+
+
+def _modelled(fit: MixedFit) -> str:
+    """Of what a binomial model gives the probability, where the response does not say it itself."""
+    node, success = fit.recipe.formula.response, fit.recipe.success
+    if node is None:
+        return ""
+    if success is not None:
+        return f"the probability that {printable(expr.label(node))} is {printable(success)!r}"
+    if isinstance(node, expr.Call) and node.function == "cbind":
+        return f"the probability of {printable(expr.label(node.args[0]))}"
+    return ""
+
+
+def _robust(fit: GLMFit) -> str:
+    if not fit.recipe.groups:
+        return f"Standard errors: heteroskedasticity-robust ({fit.robust})"
+    return f"Standard errors: cluster-robust ({fit.robust}), {fit.n_blocks} clusters of {printable(':'.join(fit.recipe.groups))}"
+
+
+def _family_parameters(fit: MixedFit) -> list[str]:
+    """The shape, k, alpha or precision; a standard deviation stands among the variances, or as the dispersion."""
+    named = [parameter for parameter in fit.family_parameters() if not parameter[1].startswith("sd__")]
+    out = []
+    for _, name, value, error in named:
+        shown, *known = coefficients([value, error]) if math.isfinite(error) else coefficients([value])
+        out.append(f"Family parameter: {name} = {shown}{f' (std. error {known[0]})' if known else ''}")
+    return out
+
+
+def _criterion(fit: MixedFit) -> list[str]:
     if fit.reml:
         return [f"REML criterion at convergence: {-2 * fit.loglik:.1f}"]
-    row = fit.glance().to_pylist()[0]
+    row = fit.facts()
     values = [f"{row[name]:.1f}" for name in ("aic", "bic", "loglik", "deviance")]
-    return _aligned([["AIC", "BIC", "logLik", "deviance", "df.resid"], [*values, f"{fit.nobs - fit.n_params:.15g}"]], left=0)
+    return aligned([["AIC", "BIC", "logLik", "deviance", "df.resid"], [*values, f"{fit.nobs - fit.n_params:.15g}"]], left=0)
 
 
-def _random_rows(fit: LMMFit) -> list[list[str]]:
+def _random_rows(fit: MixedFit) -> list[list[str]]:
     """Groups, Name, Variance, Std.Dev. and, where a term has several coefficients, the lower triangle of their correlations."""
     widest = max(len(term.names) for term in fit.terms)
     names, variances, correlations = [], [], []
@@ -70,99 +156,41 @@ def _random_rows(fit: LMMFit) -> list[list[str]]:
         for i, name in enumerate(term.names):
             names.append((term.group if i == 0 else "", name))
             variances.append(float(psi[i, i]))
-            correlations.append([_ratio(psi[i, j], sd[i] * sd[j]) for j in range(i)])
-    names.append(("Residual", ""))
-    variances.append(fit.sigma**2)
-    columns = [_filled(_formatted(values), False) for values in (variances, [math.sqrt(value) for value in variances])]
+            correlations.append([ratio(psi[i, j], sd[i] * sd[j]) for j in range(i)])
+    if fit.has_residual:
+        names.append(("Residual", ""))
+        variances.append(fit.sigma**2)
+        correlations.append([])
+    columns = [filled(formatted(values), False) for values in (variances, [math.sqrt(value) for value in variances])]
     rows = [["Groups", "Name", "Variance", "Std.Dev.", *(["Corr"] if widest > 1 else [])]]
-    rows += [[*name, *values, *cors] for name, *values, cors in zip(names, *columns, [*correlations, []], strict=True)]
+    rows += [[*name, *values, *cors] for name, *values, cors in zip(names, *columns, correlations, strict=True)]
     return [row + [""] * (3 + widest - len(row)) for row in rows] if widest > 1 else rows
 
 
-def _ratio(covariance: float, product: float) -> str:
-    return f"{covariance / product:5.2f}" if product > 0 else "  NaN"
-
-
-def _fixed_rows(fit: LMMFit) -> list[list[str]]:
+def _fixed_rows(fit: MixedFit) -> list[list[str]]:
     """Estimates and standard errors with common decimals, as R's printCoefmat, and Wald tests."""
     errors = np.sqrt(np.diag(fit.covariance))
     with np.errstate(divide="ignore", invalid="ignore"):
         z = fit.beta / errors
-    numbers = _coefficients([*fit.beta.tolist(), *errors.tolist()])
-    p = [_p_value(math.erfc(abs(value) / math.sqrt(2))) for value in z]
+    numbers = coefficients([*fit.beta.tolist(), *errors.tolist()])
+    p = [p_value(math.erfc(abs(value) / math.sqrt(2))) for value in z]
     rows = [["", "Estimate", "Std. Error", "z value", "Pr(>|z|)"]]
-    columns = (fit.names, numbers[: len(z)], numbers[len(z) :], (_decimals(value, 3) for value in z), p)
+    columns = (fit.names, numbers[: len(z)], numbers[len(z) :], (to_decimals(value, 3) for value in z), p)
     return rows + [list(row) for row in zip(*columns, strict=True)]
 
 
-def _coefficients(values: Sequence[float]) -> list[str]:
-    """R's printCoefmat: rounded to DIGITS significant digits of the smallest, which then keeps them all."""
-    sizes = [math.floor(math.log10(abs(value))) for value in values if value and math.isfinite(value)]
-    places = max(1, DIGITS - 1 - min(sizes, default=0))
-    return _formatted([round(value, places) if math.isfinite(value) else value for value in values])
-
-
-def _formatted(values: Sequence[float], digits: int = DIGITS) -> list[str]:
-    """R's format(): as few common decimals as show each value to `digits` significant digits; an exponent where that is shorter."""
-    significant, exponents = [1], [0]
-    for value in values:
-        if value and math.isfinite(value):
-            mantissa, exponent = f"{abs(value):.{digits - 1}e}".split("e")
-            significant.append(len(mantissa.rstrip("0").replace(".", "")))
-            exponents.append(int(exponent))
-    decimals = max(0, *(s - e - 1 for s, e in zip(significant, exponents, strict=True)))
-    fixed = max(exponents) + 1 + (decimals + 1 if decimals else 0)
-    places = max(significant) - 1
-    if fixed <= places + (2 if places else 1) + 4:
-        return [_decimals(value, decimals) for value in values]
-    return [f"{value:.{places}e}" if math.isfinite(value) else _decimals(value, 0) for value in values]
-
-
-def _decimals(value: float, decimals: int) -> str:
-    return f"{value:.{decimals}f}" if math.isfinite(value) else "NaN" if math.isnan(value) else "-Inf" if value < 0 else "Inf"
-
-
-def _p_value(p: float) -> str:
-    return "NaN" if math.isnan(p) else "<2e-16" if p < 2e-16 else f"{p:.3g}"
-
-
-def _correlations(fit: LMMFit) -> list[list[str]]:
+def _correlations(fit: MixedFit) -> list[list[str]]:
     """The lower triangle under abbreviated names."""
     sd = np.sqrt(np.diag(fit.covariance))
     across, down = abbreviated(fit.names, 6), abbreviated(fit.names, 11)
     rows = [["", *across[:-1]]]
     for i in range(1, len(sd)):
-        cells = [_decimals(fit.covariance[i, j] / (sd[i] * sd[j]), 3) if sd[i] * sd[j] > 0 else "NaN" for j in range(i)]
+        cells = [to_decimals(fit.covariance[i, j] / (sd[i] * sd[j]), 3) if sd[i] * sd[j] > 0 else "NaN" for j in range(i)]
         rows.append([down[i], *cells, *[""] * (len(sd) - 1 - i)])
     return rows
 
 
-def abbreviated(names: Sequence[str], length: int) -> list[str]:
-    """Names of about `length` characters that stay distinct, as R's abbreviate(): `(Intercept)` becomes `(Intr)`.
-
-    Lower-case vowels go first, then lower-case letters, then the rest, each from the end; the first character stays. Names that come
-    out alike are given one character more until they differ.
-    """
-    out = [_shortened(name, length) for name in names]
-    for more in range(length + 1, max(map(len, names), default=0) + 1):
-        if len(set(out)) == len(out):
-            break
-        out = [_shortened(name, more) if out.count(short) > 1 else short for name, short in zip(names, out, strict=True)]
-    return out
-
-
-def _shortened(name: str, length: int) -> str:
-    groups: tuple[Callable[[str], bool], ...] = (lambda c: c in "aeiou", str.islower, lambda c: True)
-    for goes in groups:
-        for i in range(len(name) - 1, 0, -1):
-            if len(name) <= length:
-                return name
-            if goes(name[i]):
-                name = name[:i] + name[i + 1 :]
-    return name
-
-
-def _notes(fit: LMMFit) -> list[str]:
+def _notes(fit: MixedFit) -> list[str]:
     out = []
     if dropped := fit.info.get("rows_dropped", 0):
         out.append(f"{dropped} of {fit.info.get('rows_read', fit.rows + dropped)} rows dropped{_causes(fit.info.get('dropped', {}))}")
@@ -172,7 +200,22 @@ def _notes(fit: LMMFit) -> list[str]:
         out.append("boundary (singular) fit: a random-effects covariance matrix is not of full rank")
     if not fit.converged:
         out.append(f"NOT CONVERGED: {fit.message} (scaled score {fit.score:.2g} after {fit.evaluations} evaluations)")
-    return [printable(note) for note in (*out, *fit.info.get("notes", []))]
+    return [printable(note) for note in (*out, *fit.info.get("notes", []), *_meaning(fit))]
+
+
+def _meaning(fit: MixedFit) -> list[str]:
+    """What a generalized fit's numbers rest on: separation, blocks that do not vary, and the quadrature for blocks of this size."""
+    info, out = fit.info, []
+    if separated := info.get("separation"):
+        out.append(f"separation: {', '.join(separated)} predict the outcome exactly, and have no finite estimates")
+    if flat := info.get("blocks_without_variation"):
+        out.append(f"the response is the same throughout {flat:,} of {fit.n_blocks:,} blocks")
+    if not _is_generalized(fit) or "per_block" not in info or any("nagq" in note for note in info.get("notes", [])):
+        return out
+    size = f"{info['per_block']:.3g} {'trials' if fit.base_family == 'binomial' else 'rows'} on average"
+    if fit.nagq == 1:
+        return [*out, f"nagq = 1 takes a block's likelihood from its mode and curvature alone: better the larger blocks are (here {size})"]
+    return [*out, f"nagq = {fit.nagq} nodes a random effect: the smaller blocks are (here {size}), the more of them matter"]
 
 
 def _causes(counts: dict[str, int]) -> str:
@@ -180,36 +223,6 @@ def _causes(counts: dict[str, int]) -> str:
     parts = [f"{name} ({n})" if name.startswith(ZERO_WEIGHT) else f"{name} missing ({n})" for name, n in counts.items()]
     shown = ", ".join(parts[:MAX_NOTED]) + (f", and {len(parts) - MAX_NOTED} more" if len(parts) > MAX_NOTED else "")
     return f": {shown}" if shown else ""
-
-
-def _one_line(text: str) -> str:
-    """A formula written over several lines, on one."""
-    return printable(re.sub(r"\s*[\r\n]\s*", " ", text.strip()))
-
-
-def printable(text: str) -> str:
-    """Control characters as escapes: a column's name must not move the cursor, nor break a table."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-def _width(text: str) -> int:
-    """Columns on a terminal: wide characters take two, combining ones none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _aligned(rows: Sequence[Sequence[str]], *, left: int, indent: str = "") -> list[str]:
-    """Columns of equal width: the first `left` flush left, the others flush right."""
-    cells = [[printable(cell) for cell in row] for row in rows]
-    sides = [j < left for j in range(len(cells[0]))]
-    columns = [_filled(column, flush_left) for column, flush_left in zip(zip(*cells, strict=True), sides, strict=True)]
-    return [(indent + " ".join(row)).rstrip() for row in zip(*columns, strict=True)]
-
-
-def _filled(cells: Sequence[str], flush_left: bool) -> list[str]:
-    """Cells of one width."""
-    width = max(map(_width, cells))
-    spaces = [" " * (width - _width(cell)) for cell in cells]
-    return [cell + space if flush_left else space + cell for cell, space in zip(cells, spaces, strict=True)]
 
 
 def _html_table(caption: str, rows: list[list[str]]) -> str:

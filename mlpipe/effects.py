@@ -20,14 +20,13 @@ if TYPE_CHECKING:
 
     from .engines.base import Engine
     from .options import Options
-    from .result import LMMFit
-
+    from .result import MixedFit
 
 KEPT = 1_000_000  # levels whose modes are kept for further calls
 
 
 @contextmanager
-def reopened(fit: LMMFit, options: Options | None = None) -> Iterator[Engine]:
+def reopened(fit: MixedFit, options: Options | None = None) -> Iterator[Engine]:
     """The fit's own source again, after a check that it is unchanged. Raises DataError where it is gone or changed."""
     from .sources import open_source
     from .stats import SuffStats
@@ -44,7 +43,7 @@ def reopened(fit: LMMFit, options: Options | None = None) -> Iterator[Engine]:
         engine.close()
 
 
-def ranef(fit: LMMFit, *, wide: bool, stream: bool) -> pa.Table | pa.RecordBatchReader:
+def ranef(fit: MixedFit, *, wide: bool, stream: bool) -> pa.Table | pa.RecordBatchReader:
     """See `LMMFit.ranef`: a table sorted by the keys, or a stream in the engine's order. Tables of up to KEPT levels stay with the fit."""
     import pyarrow as pa
 
@@ -59,13 +58,11 @@ def ranef(fit: LMMFit, *, wide: bool, stream: bool) -> pa.Table | pa.RecordBatch
     return pa.RecordBatchReader.from_batches(first.schema, (batch for table in (first, *tables) for batch in table.to_batches()))
 
 
-def table_of(fit: LMMFit, tables: Iterator[pa.Table]) -> pa.Table:
+def table_of(fit: MixedFit, tables: Iterator[pa.Table]) -> pa.Table:
     """The batches as one table, sorted by the keys."""
     import pyarrow as pa
 
     return _sorted(pa.concat_tables(tables), key_names(fit))
-
-
 
 
 def _sorted(table: pa.Table, keys: list[str]) -> pa.Table:
@@ -83,7 +80,7 @@ def _sorted(table: pa.Table, keys: list[str]) -> pa.Table:
         return table
 
 
-def key_names(fit: LMMFit) -> list[str]:
+def key_names(fit: MixedFit) -> list[str]:
     """The names of the key columns: the source's own, or `<name>_key` where that is one of ours."""
     taken = {"group", "term", "estimate", "std_error", "reliability"}
     taken |= {column for name in coefficient_names(fit) for column in (name, f"{name}_se")}
@@ -96,9 +93,12 @@ def key_names(fit: LMMFit) -> list[str]:
     return out
 
 
-def _computed(fit: LMMFit) -> Iterator[pa.Table]:
+def _computed(fit: MixedFit) -> Iterator[pa.Table]:
     from .stats import SuffStats
 
+    if fit.source is None:
+        hint = 'write the fit with ranef=True, or predict with effects="population"'
+        raise DataError("the fit was written without its conditional modes (BLUPs)", code="no_modes", hint=hint)
     if isinstance(fit.source, SuffStats):
         yield from _from_statistics(fit, fit.source)
     else:
@@ -106,12 +106,12 @@ def _computed(fit: LMMFit) -> Iterator[pa.Table]:
             yield from from_rows(fit, engine)
 
 
-def residual_vector(fit: LMMFit) -> np.ndarray:
+def residual_vector(fit: MixedFit) -> np.ndarray:
     """The combination of features that is y - X beta."""
     return np.asarray(response_vector(fit.recipe, fit.response) - fit.gamma)
 
 
-def from_rows(fit: LMMFit, engine: Engine) -> Iterator[pa.Table]:
+def from_rows(fit: MixedFit, engine: Engine) -> Iterator[pa.Table]:
     """The modes by one grouped query over the rows: a wide table a batch."""
     from . import statements
     from .looks import used_columns
@@ -131,7 +131,7 @@ def from_rows(fit: LMMFit, engine: Engine) -> Iterator[pa.Table]:
         yield _table(fit, [batch.column(key) for key in keys], S, r)
 
 
-def _from_statistics(fit: LMMFit, stats: Any) -> Iterator[pa.Table]:
+def _from_statistics(fit: MixedFit, stats: Any) -> Iterator[pa.Table]:
     """The same from per-block sums that were kept with their keys."""
     from .blocks import stack
     from .stats import full_map
@@ -152,7 +152,7 @@ def _from_statistics(fit: LMMFit, stats: Any) -> Iterator[pa.Table]:
         yield _table(fit, [batch.column(key) for key in keys], S, (r_map @ sums).T)
 
 
-def _table(fit: LMMFit, keys: list[Any], S: np.ndarray, r: np.ndarray) -> pa.Table:
+def _table(fit: MixedFit, keys: list[Any], S: np.ndarray, r: np.ndarray) -> pa.Table:
     """Modes and conditional standard deviations of a batch of blocks from Z'wZ (B, z, z) and Z'w(y - X beta) (B, z)."""
     import pyarrow as pa
 
@@ -164,13 +164,13 @@ def _table(fit: LMMFit, keys: list[Any], S: np.ndarray, r: np.ndarray) -> pa.Tab
     return pa.table(dict(zip(names, columns, strict=True)))
 
 
-def coefficient_names(fit: LMMFit) -> list[str]:
+def coefficient_names(fit: MixedFit) -> list[str]:
     """The coefficients of all terms, in order; a name that occurs in two terms of the factor gets its term's number."""
     flat = [name for term in fit.terms for name in term.names]
     return [name if flat.count(name) == 1 else f"{name}.{k + 1}" for k, term in enumerate(fit.terms) for name in term.names]
 
 
-def solved(fit: LMMFit, S: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def solved(fit: MixedFit, S: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Modes (B, q) and their conditional standard deviations (B, q) in the user's coordinates."""
     Q = np.column_stack([term.Q for term in fit.terms])
     lambda_, back = _block_diagonal([term.star for term in fit.terms]), _block_diagonal([np.linalg.inv(term.R) for term in fit.terms])
@@ -180,7 +180,7 @@ def solved(fit: LMMFit, S: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.nd
     L = np.linalg.cholesky(M)
     u = np.linalg.solve(M, (r @ half)[:, :, None])[:, :, 0]
     P = np.linalg.solve(L, np.broadcast_to(out.T, (len(S), *out.T.shape)))
-    return u @ out.T, fit.sigma * np.sqrt((P**2).sum(axis=1))
+    return u @ out.T, fit.effect_scale * np.sqrt((P**2).sum(axis=1))
 
 
 def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
@@ -192,13 +192,13 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def long(fit: LMMFit, table: pa.Table) -> pa.Table:
+def long(fit: MixedFit, table: pa.Table) -> pa.Table:
     """One row a level and coefficient: group, keys, term, estimate, std_error, reliability (1 - Var(b|y) / Var(b))."""
     import pyarrow as pa
 
     names, n = coefficient_names(fit), len(table)
     labels = [name for term in fit.terms for name in term.names]
-    prior = np.concatenate([fit.sigma * np.sqrt((term.factor**2).sum(axis=1)) for term in fit.terms])
+    prior = np.concatenate([fit.effect_scale * np.sqrt((term.factor**2).sum(axis=1)) for term in fit.terms])
     estimate = np.column_stack([column(table, name) for name in names])
     se = np.column_stack([column(table, f"{name}_se") for name in names])
     with np.errstate(invalid="ignore", divide="ignore"):

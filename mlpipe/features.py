@@ -7,8 +7,10 @@ the transformation is undone exactly on the coefficients).
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +29,13 @@ from .design import (
 )
 from .errors import DataError, FormulaError
 from .formula import Formula, parse, parse_expression
+from .outcome import outcome_variables, response_label
 
 if TYPE_CHECKING:
     import numpy as np
 
 CONSTANT: Monomial = ()
+MAX_DEGREE = 4  # of polynomials that are collected as products
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,18 @@ class Coordinates:
 
     `scalings`: numeric atom -> (shift c, scale d), raw = c + d * collected. `levels`: categorical variable -> the
     labels of its levels. `omitted`: categorical variable -> the level whose indicator is 1 minus all others.
+    `polynomials`: numeric atom that is not collected -> the raw monomials of other atoms that it is made of.
     """
 
     scalings: Mapping[Atom, tuple[float, float]]
     levels: Mapping[str, tuple[str, ...]]
     omitted: Mapping[str, str]
+    polynomials: Mapping[Atom, Mapping[Monomial, float]] = field(default_factory=dict)
 
     def affine(self, atom: Atom) -> dict[Monomial, float]:
-        """One raw atom as a combination of the constant and collected atoms."""
+        """One raw atom as a combination of features: of the constant and collected atoms, or of their products."""
+        if atom in self.polynomials:
+            return self._sum(self.polynomials[atom])
         if atom in self.scalings:
             shift, scale = self.scalings[atom]
             return {CONSTANT: shift, (atom,): scale} if shift else {(atom,): scale}
@@ -60,9 +68,21 @@ class Coordinates:
         """A raw monomial as a combination of features (the product of its atoms' affine maps)."""
         product: dict[Monomial, float] = {CONSTANT: 1.0}
         for atom in monomial:
-            parts = self.affine(atom)
-            product = {tuple(sorted(left + right)): a * b for left, a in product.items() for right, b in parts.items()}
+            product = multiplied(product, self.affine(atom))
         return product
+
+    def _sum(self, polynomial: Mapping[Monomial, float]) -> dict[Monomial, float]:
+        out: dict[Monomial, float] = {}
+        for monomial, weight in polynomial.items():
+            for feature, coefficient in self.expand(monomial).items():
+                out[feature] = out.get(feature, 0.0) + weight * coefficient
+        return out
+
+    def with_products(self, variables: Sequence[Variable]) -> Coordinates:
+        """The same with polynomials in other variables as products, but for those whose coefficients would over- or underflow."""
+        trial = replace(self, polynomials=polynomials(variables))
+        kept = {atom: terms for atom, terms in trial.polynomials.items() if _representable(trial.affine(atom))}
+        return replace(self, scalings={atom: pair for atom, pair in self.scalings.items() if atom not in kept}, polynomials=kept)
 
 
 @dataclass(frozen=True)
@@ -71,7 +91,9 @@ class Recipe:
 
     `features`: covariate features, then one per response. `z`: positions of the features of the random part.
     `responses`: the variable labels of the responses, in the order of their features; `extra_responses`: the texts of those
-    that are not the formula's own.
+    that are not the formula's own. `family`: of a generalized model, whose `responses` are the parts of its outcome (response or
+    successes, trials, offset); `trials`: as the user wrote them; `success`: the level of a two-level response that is modelled.
+    `factors`: the key columns of each of several grouping factors; `groups` are then all of them.
     """
 
     formula: Formula
@@ -87,6 +109,10 @@ class Recipe:
     coordinates: Coordinates
     features: tuple[Monomial, ...]
     z: tuple[int, ...]
+    family: str | None = None
+    trials: str | None = None
+    success: str | None = None
+    factors: tuple[tuple[str, ...], ...] = ()
 
     @property
     def n_covariates(self) -> int:
@@ -159,6 +185,10 @@ class Recipe:
             "omitted": dict(self.coordinates.omitted),
             "features": [[[a.variable, a.part] for a in feature] for feature in self.features],
             "z": list(self.z),
+            "family": self.family,
+            "trials": self.trials,
+            "success": self.success,
+            "factors": [list(groups) for groups in self.factors],
         }
 
     @classmethod
@@ -172,9 +202,17 @@ class Recipe:
             variables[label] = replace(variables[label], order=tuple(order))
         for label, constants in record["constants"].items():
             variables[label] = with_constants(variables[label], constants)
-        variables |= response_variables(formula, record["kinds"], record["offset"], record["extra_responses"])
+        products = polynomials(variables.values())
+        family, trials, success = (record.get(name) for name in ("family", "trials", "success"))
+        if family is None:
+            variables |= response_variables(formula, record["kinds"], record["offset"], record["extra_responses"])
+        else:
+            variables |= outcome_variables(formula, record["kinds"], family, record["offset"], trials, success)
         coordinates = Coordinates(
-            {Atom(v, part): (c, d) for v, part, c, d in record["scalings"]}, level_labels(variables.values()), record["omitted"]
+            scalings := {Atom(v, part): (c, d) for v, part, c, d in record["scalings"]},
+            level_labels(variables.values()),
+            record["omitted"],
+            {atom: terms for atom, terms in products.items() if atom not in scalings},
         )
         return cls(
             formula=formula,
@@ -190,18 +228,77 @@ class Recipe:
             coordinates=coordinates,
             features=tuple(tuple(Atom(*atom) for atom in feature) for feature in record["features"]),
             z=tuple(record["z"]),
+            family=family,
+            trials=trials,
+            success=success,
+            factors=tuple(tuple(groups) for groups in record.get("factors", ())),
         )
+
+
+def multiplied(left: Mapping[Monomial, float], right: Mapping[Monomial, float]) -> dict[Monomial, float]:
+    """The product of two combinations of monomials; an atom may occur in one several times."""
+    out: dict[Monomial, float] = {}
+    for a, x in left.items():
+        for b, y in right.items():
+            monomial = tuple(sorted(a + b))
+            out[monomial] = out.get(monomial, 0.0) + x * y
+    return out
+
+
+def polynomials(variables: Iterable[Variable]) -> dict[Atom, dict[Monomial, float]]:
+    """The numeric variables that are polynomials in one other variable, such as I(year^2) beside year.
+
+    Collected as products of the other's shifted and scaled values they keep their digits: 1, year and year² as they are, each
+    with its own shift, are all but the same column.
+    """
+    known = {v.columns[0]: Atom(v.label, "1") for v in variables if v.kind == "numeric" and v.basis is None and len(v.columns) == 1}
+    out = {}
+    for node, atom in known.items():
+        terms = _polynomial(node, {other: held for other, held in known.items() if held != atom})
+        if terms is not None and len({a for monomial in terms for a in monomial}) == 1 and max(map(len, terms)) <= MAX_DEGREE:
+            out[atom] = terms
+    return out
+
+
+def _polynomial(node: expr.Node, known: Mapping[expr.Node, Atom]) -> dict[Monomial, float] | None:
+    """A node as a polynomial in the atoms of known nodes, None where it is none."""
+    node = expr.unwrap(node)
+    if node in known:
+        return {(known[node],): 1.0}
+    if isinstance(node, expr.Number):
+        return {CONSTANT: float(node.value)}
+    if isinstance(node, expr.Unary) and node.op in "+-":
+        return _scaled(_polynomial(node.operand, known), 1.0 if node.op == "+" else -1.0)
+    if not isinstance(node, expr.Binary):
+        return None
+    left, right = _polynomial(node.left, known), _polynomial(node.right, known)
+    if left is None or right is None:
+        return None
+    if node.op in "+-":
+        signed = _scaled(right, 1.0 if node.op == "+" else -1.0) or {}
+        return {monomial: left.get(monomial, 0.0) + signed.get(monomial, 0.0) for monomial in left | signed}
+    if node.op == "*":
+        return multiplied(left, right)
+    power = right.get(CONSTANT, 0.0) if right.keys() == {CONSTANT} else 0.0
+    if node.op == "^" and power in range(1, MAX_DEGREE + 1):
+        return reduce(multiplied, [left] * int(power))
+    return _scaled(left, 1 / power) if node.op == "/" and power else None
+
+
+def _scaled(terms: dict[Monomial, float] | None, factor: float) -> dict[Monomial, float] | None:
+    return None if terms is None else {monomial: factor * weight for monomial, weight in terms.items()}
+
+
+def _representable(terms: Mapping[Monomial, float]) -> bool:
+    """Whether all coefficients are finite and those of the highest degree are not lost."""
+    degree = max(map(len, terms))
+    return all(math.isfinite(x) and (x != 0.0 or len(monomial) < degree) for monomial, x in terms.items())
 
 
 def _is_level(node: expr.Node, level: Level) -> expr.Node:
     if isinstance(level, bool):
         return node if level else expr.Unary("!", node)
     return expr.Binary("==", node, expr.Text(level) if isinstance(level, str) else expr.Number(level))
-
-
-def response_label(label: str) -> str:
-    """The variable label of a response, apart from covariates of the same name."""
-    return f"{label} ~"
 
 
 def response_variables(formula: Formula, kinds: Mapping[str, str], offset: str | None, extra: Sequence[str]) -> dict[str, Variable]:

@@ -21,10 +21,16 @@ if TYPE_CHECKING:
     from .engines.base import Engine
     from .planning import Plan
     from .reduction import Reduced
-    from .result import LMMFit
+    from .result import LMMFit, MixedFit
     from .solve.lmm import LMMSolution
     from .stats import SuffStats
 
+_OWN = {  # keywords that not every function has
+    "lmm": ("reml",),
+    "glmm": ("family", "link", "nagq", "trials", "checkpoint"),
+    "glm": ("family", "link", "trials", "cluster"),
+}
+GENERALIZED = ("glmm", "glm")
 EXPLAINED = 1e-4  # share of the response's sum of squares left by X beta, below which the response is read again as a residual
 ROUNDING = 1e-13  # residuals over the response's spread, below which they are its rounding error
 
@@ -108,6 +114,11 @@ def plan(
     formula: str,
     data: Any,
     *,
+    family: str | None = None,
+    link: str | None = None,
+    nagq: int | None = None,
+    trials: str | None = None,
+    cluster: str | Sequence[str] | None = None,
     weights: str | None = None,
     freq: str | None = None,
     offset: str | None = None,
@@ -118,17 +129,64 @@ def plan(
 ) -> Plan:
     """What a fit would do: SQL, passes, memory. Runs nothing but the preparatory looks.
 
-    `function`: "lmm" or "suffstats". Other arguments and errors as in `lmm`.
+    `function`: "lmm", "suffstats", "glmm" or "glm". Other arguments and errors as in the function of that name.
     """
     from .planning import prepare
     from .sources import open_source
 
-    if function not in ("lmm", "suffstats"):
-        raise ConfigError(f"there is no function {function!r} to plan", hint=did_you_mean(function, ["lmm", "suffstats"]))
+    if function not in (*_OWN, "suffstats"):
+        raise ConfigError(f"there is no function {function!r} to plan", hint=did_you_mean(function, [*_OWN, "suffstats"]))
     arguments = _arguments(locals()) | {"collect": "blocks" if function == "suffstats" else "fit"}
+    own = {"family": family, "link": link, "nagq": nagq, "trials": trials, "cluster": cluster}
+    given = {name: value for name, value in own.items() if value is not None}
+    check_keywords(function, given)
     options = options or Options()
+    request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
     with closing(open_source(data, options=options)) as engine:
-        return prepare(engine, _request(formula, arguments, options))
+        prepared = prepare(engine, request)
+        if prepared.path == "spool":
+            from .gather import expected
+
+            prepared.expected = expected(prepared, compress=function == "glmm")
+        return prepared
+
+
+def _generalized(function: str, formula: str, given: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
+    """What a request for a generalized model has more; raises ConfigError as the fit would."""
+    from .families import check_mixed, check_plain, check_weights, checked_family
+    from .formula import parse
+
+    settings = {name: value for name, value in given.items() if name != "cluster"}
+    family, settings["link"] = checked_family(given["family"], given.get("link"), quasi=function == "glm")
+    if function == "glmm":
+        check_mixed(parse(formula), given.get("nagq", 1))
+    else:
+        check_plain(parse(formula))
+        cluster = given.get("cluster", ())
+        settings["groups"] = (cluster,) if isinstance(cluster, str) else tuple(cluster)
+    check_weights(family, weights)
+    return settings | {"family": family}
+
+
+def fitted(function: str, formula: str, data: Any, options: Options, settings: Mapping[str, Any]) -> MixedFit:
+    """The fit by `mlpipe.lmm`, `glmm` or `glm`, as the command line and jobs ask for it. Raises ConfigError for settings it has not."""
+    check_keywords(function, settings)
+    if function == "lmm":
+        return lmm(formula, data, options=options, **settings)
+    from . import generalized
+
+    made: MixedFit = getattr(generalized, function)(formula, data, options=options, **settings)
+    return made
+
+
+def check_keywords(function: str, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a keyword that belongs to other functions, and for a generalized model without a family."""
+    for name in settings:
+        owners = [other for other, names in _OWN.items() if name in names]
+        if owners and function not in owners:
+            raise ConfigError(f"{name} does not belong to {function}", hint=f"it is for {' and '.join(owners)}")
+    if function in GENERALIZED and "family" not in settings:
+        raise ConfigError(f"{function} needs a family", hint='such as "binomial" or "poisson"')
 
 
 def _arguments(scope: dict[str, Any]) -> dict[str, Any]:

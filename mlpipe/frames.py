@@ -12,7 +12,7 @@ import mlpipe
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .result import LMMFit
+    from .result import MixedFit
 
 NAME = "mlpipe"
 FITTING = ("lmm", "glmm", "ols", "glm", "gee", "suffstats", "plan")
@@ -26,14 +26,14 @@ class Namespace(Generic[Frame]):
     def __init__(self, frame: Frame) -> None:
         self._frame: Frame = frame
 
-    def predict(self, fit: LMMFit, **kwargs: Any) -> Frame:
+    def predict(self, fit: MixedFit, **kwargs: Any) -> Frame:
         """The frame's rows, in order, and `predicted` (and `lower`, `upper`): `fit.predict` with its keywords and errors.
 
         A LazyFrame gives a LazyFrame, predicted in batches when it is collected.
         """
         return self._kind(lambda frame: fit.predict(frame, **kwargs))
 
-    def augment(self, fit: LMMFit, **kwargs: Any) -> Frame:
+    def augment(self, fit: MixedFit, **kwargs: Any) -> Frame:
         """The frame's rows, in order, and `fitted`, `resid`, `fitted_fixed`: `fit.augment` with its keywords and errors.
 
         A LazyFrame gives a LazyFrame, computed in batches when it is collected.

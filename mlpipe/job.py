@@ -14,7 +14,7 @@ from .errors import ConfigError, ConvergenceError, did_you_mean
 from .options import Options
 
 if TYPE_CHECKING:
-    from .result import LMMFit
+    from .result import MixedFit
 
 Mode = Literal["error", "overwrite", "append"]
 
@@ -22,14 +22,13 @@ Mode = Literal["error", "overwrite", "append"]
 RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
     (): ("models", "store"),
     ("source",): ("columns",),
-    ("model",): ("by", "corr", "family", "groups", "link", "nagq", "time", "trials", "where"),
+    ("model",): ("by", "corr", "groups", "time", "where"),
     ("output",): ("scoring_sql",),
     ("limits",): ("timeout",),
     ("policy",): ("max_drift",),
 }
 RESERVED_VALUES: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("model", "kind"): ("glmm", "ols", "glm", "gee"),
-    ("policy", "forbid"): ("separation",),
+    ("model", "kind"): ("ols", "gee"),
 }
 _WANTED = {
     "bool_type": "true or false",
@@ -40,7 +39,11 @@ _WANTED = {
     "dict_type": "a table",
     "model_type": "a table",
 }
-_UNIONS = {"source.path": "text in quotes or a list of such", "limits.memory_limit": "text in quotes or a whole number"}
+_UNIONS = {
+    "source.path": "text in quotes or a list of such",
+    "model.cluster": "text in quotes or a list of such",
+    "limits.memory_limit": "text in quotes or a whole number",
+}
 
 
 class Section(BaseModel):
@@ -60,11 +63,16 @@ class SourceSection(Section):
 
 
 class ModelSection(Section):
-    """The model: its formula and what `mlpipe.lmm` takes."""
+    """The model: its formula and what `mlpipe.lmm`, `glmm` or `glm` takes."""
 
-    kind: Literal["lmm"] = "lmm"
+    kind: Literal["lmm", "glmm", "glm"] = "lmm"
     formula: str
     reml: bool = True
+    family: str | None = None
+    link: str | None = None
+    nagq: int = 1
+    trials: str | None = None
+    cluster: str | list[str] | None = None
     weights: str | None = None
     freq: str | None = None
     offset: str | None = None
@@ -74,7 +82,7 @@ class ModelSection(Section):
 
 
 class OutputSection(Section):
-    """Where the fit is written: see `LMMFit.write`."""
+    """Where the fit is written: see `MixedFit.write`."""
 
     target: str
     prefix: str = "mlpipe"
@@ -93,7 +101,7 @@ class LimitsSection(Section):
 class PolicySection(Section):
     """What makes a job fail with exit code 4 although results are written."""
 
-    forbid: list[Literal["singular", "rank", "nonconvergence"]] = Field(default_factory=list)
+    forbid: list[Literal["singular", "separation", "rank", "nonconvergence"]] = Field(default_factory=list)
     max_drop_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
@@ -123,6 +131,7 @@ def read_job(path: str | Path) -> Job:
     except ValidationError as error:
         raise _readable(error, str(path)) from error
     _check_source(job.source, str(path))
+    _check_model(job.model, str(path))
     return job
 
 
@@ -182,6 +191,21 @@ def _check_source(source: SourceSection, path: str) -> None:
         raise ConfigError(f"{path}: source.types is for CSV and JSON files", code="job_source")
 
 
+def _check_model(model: ModelSection, path: str) -> None:
+    """Raises ConfigError for keys of another kind of model, before any work."""
+    from .fit import check_keywords
+
+    try:
+        check_keywords(model.kind, _settings(model))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: [model] {error.message}", code="job_value", hint=error.hint) from error
+
+
+def _settings(model: ModelSection) -> dict[str, Any]:
+    """The keywords of the fitting function: what the job says and nothing more."""
+    return model.model_dump(exclude={"kind", "formula"}, exclude_unset=True)
+
+
 def data_of(source: SourceSection) -> Any:
     """What the fitting functions take as `data`."""
     from . import sources
@@ -193,27 +217,27 @@ def data_of(source: SourceSection) -> Any:
     return sources.source(source.path, types=source.types) if source.path is not None and source.types else source.path
 
 
-def fit_job(job: Job, limits: Mapping[str, Any]) -> LMMFit:
+def fit_job(job: Job, limits: Mapping[str, Any]) -> MixedFit:
     """Fits what the job says and writes nothing; `limits` (from flags and the environment) win over the job's own.
 
-    Raises what `mlpipe.lmm` raises.
+    Raises what `mlpipe.lmm`, `glmm` or `glm` raises.
     """
-    from .fit import lmm
+    from .fit import fitted
 
     settings = job.limits.model_dump(exclude_none=True) | dict(limits)
-    arguments = job.model.model_dump(exclude={"kind", "formula"})
-    return lmm(job.model.formula, data_of(job.source), options=Options(**settings), **arguments)
+    return fitted(job.model.kind, job.model.formula, data_of(job.source), Options(**settings), _settings(job.model))
 
 
-def write_output(fit: LMMFit, output: OutputSection | None) -> None:
-    """Writes the fit where the job says, if it does. Raises what `LMMFit.write` raises."""
+def write_output(fit: MixedFit, output: OutputSection | None) -> None:
+    """Writes the fit where the job says, if it does. Raises what `MixedFit.write` raises."""
     if output is not None:
         fit.write(output.target, prefix=output.prefix, mode=output.mode, ranef=output.ranef)
 
 
-def check_policy(fit: LMMFit, policy: PolicySection) -> None:
+def check_policy(fit: MixedFit, policy: PolicySection) -> None:
     """Raises ConvergenceError for a fit that the policy forbids, naming every reason."""
-    states = {"singular": fit.singular, "rank": bool(fit.dropped), "nonconvergence": not fit.converged}
+    states = {"singular": fit.singular, "separation": bool(fit.info.get("separation"))}
+    states |= {"rank": bool(fit.dropped), "nonconvergence": not fit.converged}
     reasons: list[str] = [name for name in dict.fromkeys(policy.forbid) if states[name]]
     read = fit.info.get("rows_read") or 0
     share = fit.info.get("rows_dropped", 0) / read if read else 0.0

@@ -49,7 +49,9 @@ class Looks:
         return out
 
     def new_levels(self, variables: Mapping[str, Variable]) -> dict[str, tuple[Level, ...]]:
-        """The levels of the used rows that the variables do not know yet."""
+        """The levels of the used rows that the variables do not know yet. Raises DataError (code "empty") without any row."""
+        if not self._row(statements.missing((), (), {}, self.names), sample=True)["row_count"]:
+            raise DataError("there are no rows", code="empty")
         found = self._levels([v for v in variables.values() if v.kind == "category"])
         return {label: tuple(level for level in levels if level not in variables[label].levels) for label, levels in found.items()}
 
@@ -142,7 +144,7 @@ class Looks:
         return dict(self.engine.query(statement, self.columns, sample=sample).read_all().to_pylist()[0])
 
     def coordinates(self, variables: Mapping[str, Variable]) -> Coordinates:
-        """A shift and scale per numeric atom from a cheap sample, and each factor's most frequent level."""
+        """A shift and scale per collected numeric atom from a cheap sample, and each factor's most frequent level."""
         atoms = [(Atom(v.label, str(k + 1)), node) for v in variables.values() if v.kind == "numeric" for k, node in enumerate(v.columns)]
         scalings: dict[Atom, tuple[float, float]] = {}
         if atoms:
@@ -151,8 +153,8 @@ class Looks:
             self._note_wide_integers(nodes, row)
             scalings = {atom: scaling(row, k) for k, (atom, _) in enumerate(atoms)}
         omitted = {label: max(counts, key=lambda level: counts[level]) for label, counts in self.counts.items() if counts}
-        return Coordinates(scalings, level_labels(variables.values()), omitted)
-
+        covariates = [v for label, v in variables.items() if label not in self.shell.responses]
+        return Coordinates(scalings, level_labels(variables.values()), omitted).with_products(covariates)
 
     def _note_wide_integers(self, nodes: Sequence[expr.Node], row: Mapping[str, Any]) -> None:
         schema = self.engine.schema()

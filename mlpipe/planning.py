@@ -2,19 +2,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import expr
-from .design import Variable, code, variables_of
+from .design import Atom, Variable, code, level_label, variables_of
 from .engines.base import Columns, Engine
 from .errors import ColumnNotFoundError, ConfigError, DataError, FormulaError, did_you_mean
 from .features import Coordinates, Recipe, closure, extended, level_labels, needed, response_column, response_variables
 from .formula import Formula, parse, parse_expression
 from .looks import Looks, used_columns
 from .options import Options
+from .outcome import outcome_variables, response_label
 
 if TYPE_CHECKING:
+    from sqlglot import exp
+
     from .sql import Names
 
 NESTED = ("LIST", "[", "STRUCT", "MAP", "ARRAY", "OBJECT", "UNION")  # in the names of types that cannot be grouped by
@@ -24,7 +27,8 @@ FLOOR = 256 << 20  # bytes: interpreter, libraries and the engine's least workin
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, as text and plain values."""
+    """What the user asked for, as text and plain values; `family`, `link`, `trials` and `nagq` of a generalized model, `groups` where the
+    formula has none."""
 
     formula: str
     weights: str | None = None
@@ -35,15 +39,30 @@ class Request:
     na: str = "drop"
     responses: Sequence[str] | None = None
     collect: str = "fit"
+    family: str | None = None
+    link: str | None = None
+    trials: str | None = None
+    nagq: int = 1
+    groups: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the spool of an iterative fit will hold, as far as counts and a sample tell: at most so many `rows`, `ratio` of them a
+    cell (1 where rows are not compressed), `nbytes` in all."""
+
+    rows: int
+    ratio: float
+    nbytes: int
 
 
 @dataclass
 class Plan:
     """What a fit will do. `print(plan)` explains it; `plan.sql` holds the statements that will run.
 
-    Attributes: `recipe`, what is summed; `path`, how the blocks are summed ("second level", "blocks", "none");
-    `names`, where the columns stand; `notes`, choices made and why.
+    Attributes: `recipe`, what is summed; `path`, how the blocks are summed ("second level", "blocks", "none"), or "spool" for iterative
+    fits; `names`, where the columns stand; `notes`, choices made and why; `expected`, of the spool, where it was asked for.
     """
 
     engine: Engine
@@ -52,6 +71,7 @@ class Plan:
     names: Names
     path: str
     notes: list[str] = field(default_factory=list)
+    expected: Expected | None = None
 
     @property
     def columns(self) -> Columns:
@@ -69,40 +89,90 @@ class Plan:
         from . import statements
         from .engines.dialects import render
 
+        if self.path == "spool":
+            compressed = self.expected is not None and self.expected.ratio > 1.0
+            return {"cells": render(self.cells(compressed=compressed), self.engine.dialect, pretty=True)}
         rows = statements.used_rows(self.recipe, self.names, keys=False)
         ungrouped = rows if self.wide else statements.cross_products(self.recipe, self.names)
         out = {"cross_products": render(ungrouped, self.engine.dialect, pretty=True)}
         if self.path != "none":
+            if self.path == "crossed":
+                return out
             grouped = statements.second_level if self.path == "second level" else statements.block_sums
             out[self.path.replace(" ", "_")] = render(grouped(self.recipe, self.names), self.engine.dialect, pretty=True)
         return out
 
+    def cells(self, *, compressed: bool) -> exp.Select:
+        """The statement of an iterative fit's rows, in the order of their blocks."""
+        from .cells import arranged
+        from .sql import over
+        from .statements import used_rows
+
+        keys = [self.names.key(group).name for group in self.recipe.groups]
+        return over(arranged(self.recipe, keys, compressed=compressed), used_rows(self.recipe, self.names, keys=True), "used")
+
     def bytes_needed(self) -> int:
         """The least memory in bytes that the plan can run in."""
         sums = len(self.recipe.pairs())
-        cluster = 64 * sums * sums * 8 if self.path != "none" else 0
+        cluster = 64 * sums * sums * 8 if self.path in ("second level", "blocks") else 0
         return FLOOR + 4 * len(self.recipe.features) ** 2 * 8 + 4 * 65_536 * sums * 8 + cluster
 
     def __str__(self) -> str:
         recipe, limit = self.recipe, self.request.options.memory_bytes
-        read, passes = len(self.columns.values | self.columns.keys), 1 if self.path == "none" else 2
+        if self.path == "spool":
+            return self._explained([*self._model(), *self._spool()])
+        read, passes = len(self.columns.values | self.columns.keys), 2 if self.path in ("second level", "blocks", "crossed") else 1
         summed = {
             "second level": "blocks compressed by their size inside the engine",
             "blocks": f"{len(recipe.pairs())} sums per block, compressed here where blocks share Z'wZ",
+            "crossed": f"{len(recipe.pairs())} sums per level of {len(recipe.factors)} grouping factors, and the cells of levels that meet",
             "none": "no grouping factor",
         }[self.path]
-        lines = [
-            f"formula: {recipe.formula.text}",
-            f"engine:  {self.engine.dialect}",
+        return self._explained([
             f"reads:   {read} of {len(self.names.positions)} columns, {passes} full passes",
             f"sums:    {len(recipe.features)} features {'by BLAS on streamed rows' if self.wide else 'in SQL'}; {summed}",
             f"memory:  at least {self.bytes_needed() / 1e6:,.0f} MB of {limit / 1e6:,.0f} MB; "
             "per-block sums above a quarter of the limit go to a mapped file",
-        ]
+        ])  # fmt: skip
+
+    def _explained(self, what: list[str]) -> str:
+        """The text of a plan: model and engine, `what` is done, notes, statements."""
+        lines = [f"formula: {self.recipe.formula.text}", f"engine:  {self.engine.dialect}", *what]
         lines += [f"note:    {note}" for note in self.notes]
         for name, text in self.sql.items():
             lines += ["", f"-- {name}", text]
         return "\n".join(lines)
+
+    def _model(self) -> list[str]:
+        """The family, the quadrature and the parameters of a generalized model."""
+        from .cells import family_of
+
+        formula, request = self.recipe.formula, self.request
+        fixed = len(code(formula.fixed, self.recipe.variables))
+        sizes = [len(code(bar.terms, self.recipe.variables)) for bar in formula.random]
+        shape = int(family_of(self.recipe).shape)
+        counts = {"fixed": fixed, "of the random part": sum(k * (k + 1) // 2 for k in sizes), "of the family": shape}
+        lines = [f"family:  {request.family}, link {request.link}"]
+        if sizes:
+            effects = "1 random effect" if sum(sizes) == 1 else f"{sum(sizes)} random effects"
+            rule = "the mode alone (Laplace)" if request.nagq == 1 else f"{request.nagq ** sum(sizes):,} nodes"
+            lines.append(f"nagq:    {request.nagq} with {effects} a block: {rule}")
+        return [*lines, f"params:  {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
+
+    def _spool(self) -> list[str]:
+        """What is read, and where the rows of the iterations are kept."""
+        read, limit = len(self.columns.values | self.columns.keys), self.request.options.memory_bytes
+        lines = [f"reads:   {read} of {len(self.names.positions)} columns in one pass; the likelihood then reads the spool"]
+        if self.expected is not None:
+            rows, ratio, nbytes = self.expected.rows, self.expected.ratio, self.expected.nbytes
+            held = f"as cells of {ratio:.1f} rows" if ratio > 1.0 else "row by row"
+            order = "ordered by block, " if self.recipe.groups else ""
+            place = "in a mapped file" if nbytes > limit // 4 else "in memory"
+            lines += [
+                f"spool:   at most {rows:,} rows, {order}{held}",
+                f"memory:  about {nbytes / 1e6:,.1f} MB of spool {place}, a quarter of the limit being {limit / 4e6:,.0f} MB",
+            ]
+        return lines
 
 
 def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Plan:
@@ -117,18 +187,25 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     names, notes = _names(engine, formula, request)
     _check_request(request)
     variables = {v.label: v for v in variables_of(formula, names.kinds, request.contrasts)}
-    responses = response_variables(formula, names.kinds, request.offset, request.responses or ())
-    shell = _shell(formula, request, names, variables | responses, tuple(responses))
+    responses, success = _responses(engine, formula, names, request, variables)
+    shell = replace(_shell(formula, request, names, variables | responses, tuple(responses)), success=success)
     engine.check_columns(sorted(used_columns(shell, names).values | used_columns(shell, names).keys))
-    looks = Looks(engine, names, shell, request.levels)
+    own = success is not None and formula.response is not None and expr.label(formula.response)
+    looks = Looks(engine, names, shell, {name: order for name, order in (request.levels or {}).items() if name != own})
     if like is None:
         variables = looks.settled(variables)
-        recipe = settle(shell, variables, responses, looks.coordinates(variables | responses), request.collect)
+        coordinates = looks.coordinates(variables | responses)
+        if request.family is not None:  # a density needs the response as it is
+            as_is = {Atom(label, "1"): (0.0, 1.0) for label in responses}
+            coordinates = replace(coordinates, scalings={**coordinates.scalings, **as_is})
+        recipe = settle(shell, variables, responses, coordinates, request.collect)
     else:
         recipe = extended(like, looks.new_levels(like.variables))
-    unweighted = request.weights is None and request.freq is None and len(recipe.z) == 1 and not recipe.features[recipe.z[0]]
+    plain = request.weights is None and request.freq is None
+    unweighted = plain and bool(recipe.groups) and len(recipe.z) == 1 and not recipe.features[recipe.z[0]]
     second = unweighted and request.collect == "fit" and len(recipe.features) <= WIDE
     path = "none" if not recipe.groups else "second level" if second else "blocks"
+    path = "spool" if request.family is not None else "crossed" if recipe.factors else path
     plan = Plan(engine, request, recipe, names, path, [*notes, *engine.identity().notes, *looks.notes])
     limit = request.options.memory_bytes
     if plan.bytes_needed() > limit:
@@ -138,6 +215,34 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
             hint="raise memory_limit, or use fewer terms",
         )
     return plan
+
+
+def _responses(
+    engine: Engine, formula: Formula, names: Names, request: Request, variables: Mapping[str, Variable]
+) -> tuple[dict[str, Variable], str | None]:
+    """The variables of the response, and the modelled level of one that is text."""
+    if request.family is None:
+        return response_variables(formula, names.kinds, request.offset, request.responses or ()), None
+    node, success = formula.response, None
+    if node is not None and request.family == "binomial" and isinstance(node, expr.Column) and names.kinds[node.name] == "text":
+        success = _second_level(engine, formula, names, request, variables, node)
+    return outcome_variables(formula, names.kinds, request.family, request.offset, request.trials, success), success
+
+
+def _second_level(
+    engine: Engine, formula: Formula, names: Names, request: Request, variables: Mapping[str, Variable], node: expr.Column
+) -> str:
+    """The second of the two levels of a text response, the one that counts as success."""
+    outcome = Variable(label=node.name, kind="category", expression=node, columns=(), suffixes=())
+    label = response_label(node.name)
+    shell = _shell(formula, request, names, {**variables, label: outcome}, (label,))
+    known = {name: order for name, order in (request.levels or {}).items() if name == node.name}
+    levels = Looks(engine, names, shell, known).settled({node.name: outcome})[node.name].levels
+    if len(levels) != 2:
+        raise DataError(
+            f"the response {node.name!r} has {len(levels)} levels, a binomial response two", code="response_levels", column=node.name
+        )
+    return level_label(levels[1])
 
 
 def _check_request(request: Request) -> None:
@@ -153,7 +258,7 @@ def _names(engine: Engine, formula: Formula, request: Request) -> tuple[Names, l
     from .sql import Names
 
     schema = engine.schema()
-    keys = [group for bar in formula.random for group in bar.groups]
+    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups]
     values = [name for node in _nodes(formula, request) for name in expr.columns(node)]
     for name in (*values, *keys):
         if name not in schema:
@@ -173,21 +278,21 @@ def _nodes(formula: Formula, request: Request) -> list[expr.Node]:
     nodes = [node for term in formula.fixed for node in term.variables] + list(formula.offsets)
     nodes += [node for bar in formula.random for term in bar.terms for node in term.variables]
     nodes += [formula.response] if formula.response is not None else []
-    texts = (request.weights, request.freq, request.offset, *(request.responses or ()))
+    texts = (request.weights, request.freq, request.offset, request.trials, *(request.responses or ()))
     return nodes + [parse_expression(text) for text in texts if text is not None]
 
 
 def _used_names(formula: Formula, request: Request) -> tuple[str, ...]:
-    keys = [group for bar in formula.random for group in bar.groups]
+    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups]
     return tuple(dict.fromkeys([*(name for node in _nodes(formula, request) for name in expr.columns(node)), *keys]))
 
 
 def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[str, Variable], responses: tuple[str, ...]) -> Recipe:
     """A recipe without features, for statements that only need to know which rows enter."""
-    groups = {bar.groups for bar in formula.random}
-    if len(groups) > 1:
+    factors = tuple(dict.fromkeys(bar.groups for bar in formula.random))
+    if len(factors) > 1 and request.family is not None:
         raise FormulaError(
-            "several grouping factors: " + ", ".join(sorted(":".join(g) for g in groups)) + "; this version fits one",
+            "several grouping factors: " + ", ".join(sorted(":".join(g) for g in factors)) + "; a generalized model takes one",
             code="several_factors",
         )
     return Recipe(
@@ -199,11 +304,14 @@ def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[
         weights=request.weights,
         freq=request.freq,
         offset=request.offset,
-        groups=next(iter(groups), ()),
+        groups=tuple(dict.fromkeys(key for factor in factors for key in factor)) or request.groups,
+        factors=factors if len(factors) > 1 else (),
         variables=variables,
         coordinates=Coordinates({}, {}, {}),
         features=(),
         z=(),
+        family=request.family,
+        trials=request.trials,
     )
 
 
@@ -211,8 +319,6 @@ def settle(
     shell: Recipe, variables: Mapping[str, Variable], responses: Mapping[str, Variable], coordinates: Coordinates, collect: str
 ) -> Recipe:
     """The recipe with its features: the least a plain fit needs, or a set closed under every change of coding."""
-    from dataclasses import replace
-
     formula = shell.formula
     fixed = code(formula.fixed, variables)
     random = [column for bar in formula.random for column in code(bar.terms, variables)]

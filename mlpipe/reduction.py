@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,8 +16,9 @@ from .design import Atom, DesignColumn, Level, Variable, code, level_label, vari
 from .errors import ConfigError, DataError, FormulaError
 from .expr import columns as columns_of
 from .expr import label
-from .features import Recipe, response_label
+from .features import Recipe
 from .formula import Formula, RandomTerm, Term
+from .outcome import response_label
 from .solve.blocks import BlockChunk, pseudo_blocks
 from .solve.likelihood import LMMProblem
 from .stats import SuffStats, full_map
@@ -169,27 +170,45 @@ def reduce(
     `contrasts`, `levels`: other codings and level orders than those the statistics were collected with.
     Raises DataError where the statistics lack a term, the response or the grouping factor.
     """
+    parts = coded(stats, formula, contrasts, levels)
+    problem = LMMProblem(
+        chunks=_chunks(stats, stats.recipe, parts.random, parts.W),
+        A=parts.W.T @ stats.gram @ parts.W,
+        n=stats.n,
+        sum_log_w=stats.sum_log_w,
+        sizes=tuple(len(term.names) for term in parts.random),
+        reml=reml,
+    )
+    return Reduced(problem, parts.fixed, parts.random, stats.recipe, parts.scale, parts.offset, parts.response)
+
+
+class Coded(NamedTuple):
+    """A formula over collected features: `W` (features, p + 1) gives [X* y*]; `scale`, `offset` as in Reduced."""
+
+    fixed: Fixed
+    random: tuple[Random, ...]
+    W: np.ndarray
+    scale: float
+    offset: np.ndarray
+    response: str
+
+
+def coded(
+    stats: SuffStats, formula: Formula, contrasts: Mapping[str, str] | None, levels: Mapping[str, Sequence[Any]] | None
+) -> Coded:
+    """The maps of a formula's parts; arguments and errors as in `reduce`."""
     coding = Coding(stats.recipe, formula, contrasts, levels or {})
     recipe = stats.recipe
     response = _response(recipe, formula)
     target = response_vector(recipe, response)
-    fixed = _fixed_part(stats, coding.columns(formula.fixed), recipe)
+    fixed = fixed_part(stats, coding.columns(formula.fixed), recipe)
     offset = np.linalg.lstsq(fixed.Q, target, rcond=None)[0]
     t = target - fixed.Q @ offset
     scale = float(np.sqrt(max(t @ stats.gram @ t, 0.0) / stats.n))
     if scale == 0.0:
         raise DataError("the response is fitted exactly by the fixed effects", code="no_residual")
-    random = tuple(_random_part(bar, coding.columns(bar.terms), recipe) for bar in formula.random)
-    W = np.column_stack([fixed.Q, t / scale])
-    problem = LMMProblem(
-        chunks=_chunks(stats, recipe, random, W),
-        A=W.T @ stats.gram @ W,
-        n=stats.n,
-        sum_log_w=stats.sum_log_w,
-        sizes=tuple(len(term.names) for term in random),
-        reml=reml,
-    )
-    return Reduced(problem, fixed, random, recipe, scale, offset, response)
+    random = tuple(random_part(stats, bar, coding.columns(bar.terms), recipe) for bar in formula.random)
+    return Coded(fixed, random, np.column_stack([fixed.Q, t / scale]), scale, offset, response)
 
 
 class Coding:
@@ -251,7 +270,17 @@ def _response(recipe: Recipe, formula: Formula) -> str:
     return response
 
 
-def _fixed_part(stats: SuffStats, columns: Sequence[DesignColumn], recipe: Recipe) -> Fixed:
+class Gram(Protocol):
+    """Cross-products (features, features) of `n` rows."""
+
+    @property
+    def gram(self) -> np.ndarray: ...
+
+    @property
+    def n(self) -> float: ...
+
+
+def fixed_part(stats: Gram, columns: Sequence[DesignColumn], recipe: Recipe) -> Fixed:
     """Keeps each column that adds to the earlier ones, as lme4 does: later ones go."""
     T = recipe.matrix(columns)
     kept: list[int] = []
@@ -265,11 +294,15 @@ def _fixed_part(stats: SuffStats, columns: Sequence[DesignColumn], recipe: Recip
     dropped = tuple(column.name for j, column in enumerate(columns) if j not in kept)
     R = np.triu(Q.T @ T[:, kept])
     if kept:
-        G = Q.T @ stats.gram @ Q / stats.n
-        d = np.sqrt(np.diag(G))
-        U = np.linalg.cholesky(G / np.outer(d, d)).T * d
-        Q, R = np.linalg.solve(U.T, Q.T).T, np.triu(U @ R)
+        Q, R = _orthogonal(Q, R, Q.T @ stats.gram @ Q / stats.n)
     return Fixed(names, dropped, T[:, kept], Q, R)
+
+
+def _orthogonal(Q: np.ndarray, R: np.ndarray, G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The map Q R as another Q R, whose columns F Q have unit cross-products, from those of the given ones, G."""
+    d = np.sqrt(np.diag(G))
+    U = np.linalg.cholesky(G / np.outer(d, d)).T * d
+    return np.linalg.solve(U.T, Q.T).T, np.triu(U @ R)
 
 
 def _new_direction(column: np.ndarray, Q: np.ndarray) -> np.ndarray | None:
@@ -299,9 +332,10 @@ def _adds(gram: np.ndarray, Q: np.ndarray, v: np.ndarray) -> bool:
     return bool(size - half @ half > COLLINEAR * size)
 
 
-def _random_part(bar: RandomTerm, columns: Sequence[DesignColumn], recipe: Recipe) -> Random:
-    if tuple(bar.groups) != recipe.groups:
-        held = ":".join(recipe.groups) or "no grouping factor"
+def random_part(stats: Gram, bar: RandomTerm, columns: Sequence[DesignColumn], recipe: Recipe) -> Random:
+    """The random term over the recipe's features. Raises DataError for another grouping factor, FormulaError for columns that repeat."""
+    if tuple(bar.groups) not in (recipe.factors or (recipe.groups,)):
+        held = ", ".join(":".join(groups) for groups in recipe.factors or (recipe.groups,)) or "no grouping factor"
         raise DataError(f"the statistics are over {held}, not {bar.group_label}", code="not_collected")
     T = recipe.matrix(columns)
     rest = np.delete(np.arange(len(T)), list(recipe.z))
@@ -310,7 +344,16 @@ def _random_part(bar: RandomTerm, columns: Sequence[DesignColumn], recipe: Recip
     Q, R = np.linalg.qr(T[list(recipe.z)])
     if T.shape[1] > len(recipe.z) or _rank(T) < T.shape[1]:
         raise FormulaError(f"the columns of the random term ({bar.text}) repeat each other", code="random_rank")
+    G = Q.T @ stats.gram[np.ix_(recipe.z, recipe.z)] @ Q / stats.n
+    if _determined(G):  # columns that nearly repeat each other would cost the score its digits, whatever the coordinates of b
+        Q, R = _orthogonal(Q, R, G)
     return Random(bar.group_label, tuple(column.name for column in columns), Q, R)
+
+
+def _determined(G: np.ndarray) -> bool:
+    """Whether several columns with these cross-products are so far from repeating each other that they can be made orthogonal."""
+    d = np.sqrt(np.diag(G))
+    return len(d) > 1 and bool(d.min() > 0 and np.linalg.eigvalsh(G / np.outer(d, d))[0] > COLLINEAR)
 
 
 def _rank(T: np.ndarray) -> int:

@@ -1,8 +1,9 @@
 """Predictions where the rows are: every row of a source, in its order, with the linear predictor."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,44 +22,65 @@ if TYPE_CHECKING:
 
     from .engines.base import Engine
     from .options import Options
-    from .result import LMMFit
+    from .result import MixedFit
     from .sql import Names
 
 
+@dataclass(frozen=True)
+class Output:
+    """One output column: the quantities it is made of, each a column that the statement computes, and how (None: as it is)."""
+
+    parts: tuple[str, ...]
+    made: Callable[..., np.ndarray] | None = None
+
+
 def predict(
-    fit: LMMFit, data: Any, *, effects: str | Sequence[str], new_levels: str, ordered: bool, prefix: str, options: Options | None
+    fit: MixedFit,
+    data: Any,
+    *,
+    effects: str | Sequence[str],
+    kind: str,
+    new_levels: str,
+    ordered: bool,
+    prefix: str,
+    options: Options | None,
 ) -> pa.RecordBatchReader:
-    """See `LMMFit.predict`. Raises DataError for missing columns, columns of another kind, a name that is taken."""
-    conditional = _conditional(fit, effects)
-    outputs = {f"{prefix}predicted": "conditional" if conditional else "population"}
-    return _scored(fit, data, outputs, conditional, new_levels, ordered, None, options)
+    """See `MixedFit.predict`. Raises DataError for missing columns, columns of another kind, a name that is taken."""
+    if kind not in ("response", "link"):
+        raise ConfigError(f"kind = {kind!r} is not known", hint=did_you_mean(str(kind), ["response", "link"]))
+    wanted = _wanted(fit, effects)
+    if kind == "link" and wanted == "marginal" and fit.recipe.family is not None:
+        raise ConfigError("a mean over the random effects has no linear predictor", hint='kind="response", or effects="population"')
+    output = Output((wanted,)) if kind == "link" and wanted != "marginal" else fit.output(wanted)
+    return _scored(fit, data, {f"{prefix}predicted": output}, wanted == "conditional", new_levels, ordered, None, options)
 
 
-def augment(fit: LMMFit, data: Any, *, columns: Sequence[str] | None, prefix: str, options: Options | None) -> pa.RecordBatchReader:
-    """See `LMMFit.augment`. Raises DataError as `predict`, and where the fit's own source is gone or changed."""
-    outputs = {f"{prefix}fitted": "conditional", f"{prefix}resid": "residual", f"{prefix}fitted_fixed": "population"}
-    return _scored(fit, data, outputs, True, "population", True, columns, options)
+def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: str, options: Options | None) -> pa.RecordBatchReader:
+    """See `MixedFit.augment`. Raises DataError as `predict`, and where the fit's own source is gone or changed."""
+    best = "conditional" if fit.terms else "population"
+    outputs = {f"{prefix}fitted": fit.output(best), f"{prefix}resid": fit.output("residual")}
+    outputs[f"{prefix}fitted_fixed"] = fit.output("population")
+    return _scored(fit, data, outputs, bool(fit.terms), "population", True, columns, options)
 
 
-def _conditional(fit: LMMFit, effects: str | Sequence[str]) -> bool:
-    if effects == "conditional":
-        return True
-    if effects == "population":
-        return False
+def _wanted(fit: MixedFit, effects: str | Sequence[str]) -> str:
+    """Which prediction `effects` asks for."""
     if isinstance(effects, str):
-        hint = did_you_mean(effects, ["conditional", "population"])
-        raise ConfigError(f"effects = {effects!r} is not available for a linear mixed model", hint=hint)
+        if effects not in ("conditional", "population", "marginal"):
+            hint = did_you_mean(effects, ["conditional", "population", "marginal"])
+            raise ConfigError(f"effects = {effects!r} is not known", hint=hint)
+        return effects if fit.terms else "population"
     known = {term.group for term in fit.terms}
     for name in effects:
         if name not in known:
             raise ConfigError(f"there is no grouping factor {name!r}", hint=did_you_mean(name, sorted(known)))
-    return bool(effects)
+    return "conditional" if effects else "population"
 
 
 def _scored(
-    fit: LMMFit,
+    fit: MixedFit,
     data: Any,
-    outputs: dict[str, str],
+    outputs: dict[str, Output],
     conditional: bool,
     new_levels: str,
     ordered: bool,
@@ -71,23 +93,25 @@ def _scored(
     stack = ExitStack()
     try:
         engine = stack.enter_context(_engine(fit, data, options))
-        names = located(engine, fit.recipe, outputs.values(), conditional)
-        shown = _shown(engine, columns, outputs)
+        parts = list(dict.fromkeys(part for output in outputs.values() for part in output.parts))
+        observed = "residual" in parts or "observed" in parts
+        names = located(engine, fit.recipe, observed, conditional)
+        shown = _shown(engine, columns, list(outputs))
         joined = _joined(fit, engine, names) if conditional else None
-        statement = statement_of(fit, names, shown, outputs, joined.schema if joined is not None else None, ordered)
+        statement = statement_of(fit, names, shown, parts, joined.schema if joined is not None else None, ordered)
         from .engines.base import Columns
 
         groups = fit.recipe.groups if conditional else ()
-        values = frozenset(names.positions[name] for name in (*_value_names(fit.recipe, "residual" in outputs.values()), *groups))
+        values = frozenset(names.positions[name] for name in (*_value_names(fit.recipe, observed), *groups))
         wanted = Columns(values, frozenset(names.positions[name] for name in groups), everything=True, row_number=ordered)
         reader = engine.query(statement, wanted, joined=joined)
-        return _finished(fit, reader, list(shown), list(outputs), new_levels, stack)
+        return _finished(fit, reader, list(shown), parts, outputs, new_levels, stack)
     except BaseException:
         stack.close()
         raise
 
 
-def _engine(fit: LMMFit, data: Any, options: Options | None) -> Any:
+def _engine(fit: MixedFit, data: Any, options: Options | None) -> Any:
     from contextlib import closing
 
     from .sources import open_source
@@ -110,12 +134,12 @@ def _value_names(recipe: Recipe, response: bool) -> list[str]:
     return list(dict.fromkeys(name for node in nodes for name in expr.columns(node)))
 
 
-def located(engine: Engine, recipe: Recipe, kinds: Any, conditional: bool) -> Names:
+def located(engine: Engine, recipe: Recipe, observed: bool, conditional: bool) -> Names:
     """Where the columns that scoring needs stand in a source. Raises where one is missing or of another kind."""
     from .sql import Names
 
     schema = engine.schema()
-    values = _value_names(recipe, "residual" in kinds)
+    values = _value_names(recipe, observed)
     for name in [*values, *(recipe.groups if conditional else ())]:
         if name not in schema:
             raise ColumnNotFoundError(f"there is no column {name!r}", column=name, hint=did_you_mean(name, list(schema)))
@@ -129,7 +153,7 @@ def located(engine: Engine, recipe: Recipe, kinds: Any, conditional: bool) -> Na
     return Names({name: i for i, name in enumerate(schema)}, recipe.kinds)
 
 
-def _shown(engine: Engine, columns: Sequence[str] | None, outputs: dict[str, str]) -> dict[str, int]:
+def _shown(engine: Engine, columns: Sequence[str] | None, outputs: Sequence[str]) -> dict[str, int]:
     """The source's columns that are handed on, with their positions."""
     positions = {name: i for i, name in enumerate(engine.schema())}
     for name in columns or ():
@@ -142,7 +166,7 @@ def _shown(engine: Engine, columns: Sequence[str] | None, outputs: dict[str, str
     return shown
 
 
-def _joined(fit: LMMFit, engine: Engine, names: Names) -> pa.Table:
+def _joined(fit: MixedFit, engine: Engine, names: Names) -> pa.Table:
     """The conditional modes by level: keys j0, j1, …, and h0, h1, …, their coefficients over the random features."""
     import pyarrow as pa
 
@@ -207,9 +231,9 @@ def _key(group: str, recipe: Recipe, names: Names, keys: pa.DataType) -> exp.Exp
 
 
 def statement_of(
-    fit: LMMFit, names: Names, shown: dict[str, int], outputs: dict[str, str], joined: pa.Schema | None, ordered: bool
+    fit: MixedFit, names: Names, shown: dict[str, int], parts: Sequence[str], joined: pa.Schema | None, ordered: bool
 ) -> exp.Select:
-    """The statement that scores `src`: columns r…, the outputs o0, o1, …, and `unseen` (1 where no mode was joined).
+    """The statement that scores `src`: columns r…, the `parts` o0, o1, …, and `unseen` (1 where no mode was joined).
 
     `joined`: the schema of the table of modes, None for the population's predictions.
     """
@@ -226,11 +250,15 @@ def statement_of(
     every = {"population": fixed}
     if joined is not None:
         every["conditional"] = plus(fixed.copy(), _random_part(recipe, names))
-    if "residual" in outputs.values():
+    if "residual" in parts:
         every["residual"] = _residual(fit, names, every["conditional"])
+    if "variance" in parts:
+        every["variance"] = _variance(fit, names)
+    if "observed" in parts:
+        every["observed"] = _observed(recipe, names)
     columns: list[exp.Expr] = [exp.column(f"r{i}", table="src") for i in shown.values()]
-    for k, kind in enumerate(outputs.values()):
-        value = every[kind].copy()
+    for k, part in enumerate(parts):
+        value = every[part].copy()
         columns.append(named(case([(both([usable.copy(), finite(exp.Paren(this=value.copy()))]), value)], None), f"o{k}"))
     if joined is not None:
         missing = exp.Is(this=exp.column("h0"), expression=exp.Null())
@@ -270,7 +298,7 @@ def _random_part(recipe: Recipe, names: Names) -> exp.Expr:
     return reduce(plus, parts)
 
 
-def _residual(fit: LMMFit, names: Names, fitted: exp.Expr) -> exp.Expr:
+def _residual(fit: MixedFit, names: Names, fitted: exp.Expr) -> exp.Expr:
     """Response minus fitted; offsets are part of both, so the fitted value without them stands against y - offsets."""
     from .sql import minus, numeric, plus
 
@@ -281,26 +309,86 @@ def _residual(fit: LMMFit, names: Names, fitted: exp.Expr) -> exp.Expr:
     return minus(response, fitted.copy())
 
 
+def _observed(recipe: Recipe, names: Names) -> exp.Expr:
+    """The response of a generalized model as it is modelled: with trials, the proportion of successes."""
+    from .outcome import TRIALS
+    from .sql import case, number, numeric, ratio
+
+    response = numeric(recipe.variables[recipe.responses[0]].expression, names)
+    if TRIALS not in recipe.variables:
+        return response
+    trials = numeric(recipe.variables[TRIALS].expression, names)
+    return case([(exp_positive(trials), ratio(response, trials.copy()))], number(float("nan")))
+
+
+def exp_positive(value: exp.Expr) -> exp.Expr:
+    """True where the value is above 0."""
+    from sqlglot import exp
+
+    from .sql import number
+
+    return exp.GT(this=exp.Paren(this=value.copy()), expression=number(0))
+
+
+def _variance(fit: MixedFit, names: Names) -> exp.Expr:
+    """The variance z'Ψz of the random part at a row, over the features."""
+    from functools import reduce
+
+    from .sql import feature, number, plus, times
+
+    recipe, parts = fit.recipe, []
+    half = np.hstack([term.Q @ term.star for term in fit.terms])
+    psi = fit.effect_scale**2 * half @ half.T
+    for a, i in enumerate(recipe.z):
+        for b, j in enumerate(recipe.z[: a + 1]):
+            product = number(float(psi[a, b] * (1.0 if a == b else 2.0)))
+            for k in (i, j):
+                product = times(product, feature(recipe.features[k], recipe, names)) if recipe.features[k] else product
+            parts.append(product)
+    return reduce(plus, parts)
+
+
+def _made(output: Output, parts: dict[str, Any]) -> Any:
+    """One output column of a batch from its parts; null where one of them is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if output.made is None:
+        return parts[output.parts[0]]
+    values = [np.from_dlpack(pc.fill_null(parts[name], float("nan"))) for name in output.parts]
+    with np.errstate(invalid="ignore", over="ignore"):
+        made = output.made(*values)
+    return pa.array(made, mask=~np.isfinite(made))
+
+
 def _finished(
-    fit: LMMFit, reader: pa.RecordBatchReader, shown: list[str], outputs: list[str], new_levels: str, stack: ExitStack
+    fit: MixedFit,
+    reader: pa.RecordBatchReader,
+    shown: list[str],
+    parts: list[str],
+    outputs: dict[str, Output],
+    new_levels: str,
+    stack: ExitStack,
 ) -> pa.RecordBatchReader:
     """The reader with the true names, unseen levels treated and counted; closes the source at its end."""
     import pyarrow as pa
 
-    keep = len(shown) + len(outputs)
-    schema = pa.schema([reader.schema.field(i).with_name(name).with_nullable(True) for i, name in enumerate([*shown, *outputs])])
+    keep = len(shown) + len(parts)
+    fields = [reader.schema.field(i).with_name(name).with_nullable(True) for i, name in enumerate(shown)]
+    schema = pa.schema([*fields, *(pa.field(name, pa.float64()) for name in outputs)])
     counts = {"rows": 0, "unseen_levels": 0, "null_predictions": 0}
 
     def batches() -> Iterator[pa.RecordBatch]:
+        fit.info["scored"] = counts  # growing: whoever reads may stop before the last batch
         with stack:
             for batch in reader:
-                arrays = [batch.column(i) for i in range(keep)]
+                held = {part: batch.column(len(shown) + k) for k, part in enumerate(parts)}
+                arrays = [batch.column(i) for i in range(len(shown))] + [_made(output, held) for output in outputs.values()]
                 if batch.num_columns > keep:
                     arrays = _unseen(batch, arrays, len(shown), new_levels, counts)
                 counts["rows"] += batch.num_rows
                 counts["null_predictions"] += arrays[len(shown)].null_count
                 yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-        fit.info["scored"] = counts
 
     return pa.RecordBatchReader.from_batches(schema, batches())
 

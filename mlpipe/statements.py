@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 from sqlglot import exp
 
@@ -34,6 +35,13 @@ from .sql import (
 )
 
 
+class Part(NamedTuple):
+    """The keys of part `number`, from 0, of `of` parts."""
+
+    number: int
+    of: int
+
+
 def weight_columns(recipe: Recipe) -> dict[str, str]:
     """The weight columns of the used rows: w (precision), q (frequency), and the expressions they hold."""
     return {name: text for name, text in (("w", recipe.weights), ("q", recipe.freq)) if text is not None}
@@ -58,6 +66,15 @@ def usable(recipe: Recipe, names: Names) -> Expression:
     return both(conditions)
 
 
+def in_part(part: Part, recipe: Recipe, names: Names) -> Expression:
+    """True for the rows whose keys fall into one of several parts; a block lies in one part."""
+    # the lowest bits place a key in the engine's hash table: parts by them would crowd its slots
+    hashed = exp.Anonymous(this="hash", expressions=[names.key(group) for group in recipe.groups])
+    bits = exp.Paren(this=exp.BitwiseRightShift(this=hashed, expression=exp.Literal.number(24)))
+    remainder = exp.Mod(this=bits, expression=exp.Literal.number(part.of))
+    return exp.EQ(this=remainder, expression=exp.Literal.number(part.number))
+
+
 def used_rows(recipe: Recipe, names: Names, *, keys: bool) -> exp.Select:
     """The rows that enter the fit: features f0, f1, …, weights w and q, and, where asked for, the keys."""
     columns: list[Expression] = [names.key(group) for group in recipe.groups] if keys else []
@@ -68,6 +85,12 @@ def used_rows(recipe: Recipe, names: Names, *, keys: bool) -> exp.Select:
             columns.append(named(feature(monomial, recipe, names), f"f{i}", feature_label(monomial)))
     if not columns:
         columns.append(named(number(1), "f0"))
+    return skeleton("rows").select(*columns, append=False, copy=False).where(usable(recipe, names), copy=False)
+
+
+def raw_rows(recipe: Recipe, names: Names) -> exp.Select:
+    """The rows that enter the fit, as they are in the source: its columns in the order of `recipe.kinds`."""
+    columns = [names.key(name) for name in recipe.kinds]
     return skeleton("rows").select(*columns, append=False, copy=False).where(usable(recipe, names), copy=False)
 
 
@@ -100,15 +123,18 @@ def cross_products(recipe: Recipe, names: Names) -> exp.Select:
     return over(statement, used_rows(recipe, names, keys=False), "used")
 
 
-def block_sums(recipe: Recipe, names: Names) -> exp.Select:
-    """Per block: its keys, row_count, and s0, s1, … in the order of `recipe.pairs()`."""
+def block_sums(recipe: Recipe, names: Names, part: Part | None = None) -> exp.Select:
+    """Per block: its keys, row_count, and s0, s1, … in the order of `recipe.pairs()`; of all blocks, or of one part of them."""
     keys = [names.key(group) for group in recipe.groups]
     sums = [_sum(recipe, a, j, f"s{k}") for k, (a, j) in enumerate(recipe.pairs())]
     statement = skeleton("block_sums").select(*keys, *sums, copy=False).group_by(*(key.copy() for key in keys), copy=False)
-    return over(statement, used_rows(recipe, names, keys=True), "used")
+    rows = used_rows(recipe, names, keys=True)
+    if part is not None:
+        rows = rows.where(in_part(part, recipe, names), copy=False)
+    return over(statement, rows, "used")
 
 
-def second_level(recipe: Recipe, names: Names) -> exp.Select:
+def second_level(recipe: Recipe, names: Names, part: Part | None = None) -> exp.Select:
     """Per distinct block size: block_count, the sums t_k of s_k, and p_k_l of their products (k <= l)."""
     size = len(recipe.pairs())
     sums = [total(exp.column(f"s{k}"), f"t_{k}") for k in range(size)]
@@ -116,7 +142,7 @@ def second_level(recipe: Recipe, names: Names) -> exp.Select:
         total(exp.Mul(this=exp.column(f"s{k}"), expression=exp.column(f"s{j}")), f"p_{k}_{j}")
         for k, j in combinations_with_replacement(range(size), 2)
     ]
-    return over(skeleton("second_level").select(*sums, *products, copy=False), block_sums(recipe, names), "blocks")
+    return over(skeleton("second_level").select(*sums, *products, copy=False), block_sums(recipe, names, part), "blocks")
 
 
 def levels(variables: Sequence[Variable], names: Names, where: Expression) -> exp.Select:

@@ -17,7 +17,7 @@ from .arrays import column
 from .blocks import Blocks, stack
 from .design import Level, Monomial, ordered_levels
 from .errors import ConfigError, DataError
-from .features import CONSTANT, Coordinates, Recipe, extended
+from .features import CONSTANT, Coordinates, Recipe, extended, multiplied
 
 if TYPE_CHECKING:
     from .options import Options
@@ -62,10 +62,18 @@ class SuffStats:
         return merge(self, other)
 
     def update(self, data: Any, *, options: Options | None = None) -> SuffStats:
-        """These statistics and those of further rows of the same shape, as new statistics; bases and shifts stay as they are."""
+        """These statistics and those of further rows of the same shape, as new statistics; bases and shifts stay as they are.
+
+        Data without any row change nothing and are counted in `info["empty_updates"]`.
+        """
         from .collect import collect_like
 
-        return merge(self, collect_like(self, data, options))
+        try:
+            return merge(self, collect_like(self, data, options))
+        except DataError as error:
+            if error.code != "empty":
+                raise
+            return replace(self, info={**self.info, "empty_updates": self.info.get("empty_updates", 0) + 1})
 
     def save(self, path: str | Path) -> None:
         """Writes one Arrow file. Raises DataError where only the second level was kept (collect="fit")."""
@@ -102,7 +110,7 @@ def _rewritten(feature: Monomial, source: Coordinates, target: Coordinates) -> d
             parts[CONSTANT] = (raw.get(CONSTANT, 0.0) - shift) / scale
         else:
             parts = source.affine(atom) if atom.part in source.levels[atom.variable] else {}
-        product = {tuple(sorted(a + b)): x * y for a, x in product.items() for b, y in parts.items() if y}
+        product = multiplied(product, {monomial: value for monomial, value in parts.items() if value})
     return product
 
 

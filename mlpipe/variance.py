@@ -14,17 +14,17 @@ from .reduction import lower_factor
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .result import LMMFit
+    from .result import MixedFit
 
 Row = dict[str, Any]
 
 
-def covariances(fit: LMMFit) -> list[np.ndarray]:
+def covariances(fit: MixedFit) -> list[np.ndarray]:
     """The covariance matrix of each random term's effects."""
-    return [fit.sigma**2 * term.factor @ term.factor.T for term in fit.terms]
+    return [fit.effect_scale**2 * term.factor @ term.factor.T for term in fit.terms]
 
 
-def varcorr(fit: LMMFit) -> pa.Table:
+def varcorr(fit: MixedFit) -> pa.Table:
     """One row a variance, then a covariance, the residual last (see `LMMFit.varcorr`)."""
     import pyarrow as pa
 
@@ -37,7 +37,8 @@ def varcorr(fit: LMMFit) -> pa.Table:
             for i in range(j + 1, len(sd)):
                 cor = psi[i, j] / (sd[i] * sd[j]) if sd[i] * sd[j] > 0 else math.nan
                 rows.append(_variance(term.group, term.names[j], term.names[i], psi[i, j], cor))
-    rows.append(_variance("Residual", None, None, fit.sigma**2, fit.sigma))
+    if fit.has_residual:
+        rows.append(_variance("Residual", None, None, fit.sigma**2, fit.sigma))
     text, real = pa.string(), pa.float64()
     schema = pa.schema([("group", text), ("term1", text), ("term2", text), ("variance", real), ("sd", real)])
     return pa.Table.from_pylist(rows, schema=schema)
@@ -47,7 +48,7 @@ def _variance(group: str, term1: str | None, term2: str | None, variance: float,
     return {"group": group, "term1": term1, "term2": term2, "variance": float(variance), "sd": float(sd)}
 
 
-def icc(fit: LMMFit) -> dict[str, float]:
+def icc(fit: MixedFit) -> dict[str, float]:
     """Var(intercept) / (all intercept variances + sigma²) per grouping factor."""
     share: dict[str, float] = {}
     for term, psi in zip(fit.terms, covariances(fit), strict=True):
@@ -58,7 +59,7 @@ def icc(fit: LMMFit) -> dict[str, float]:
     return {group: value / total for group, value in share.items()}
 
 
-def tidy(fit: LMMFit, conf_level: float, ddf: str) -> pa.Table:
+def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:
     """See `LMMFit.tidy`. Raises ConfigError for a confidence level outside (0, 1) or unknown degrees of freedom."""
     import pyarrow as pa
 
@@ -75,6 +76,7 @@ def tidy(fit: LMMFit, conf_level: float, ddf: str) -> pa.Table:
         rows.append(_estimate("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})
     for (group, name, estimate), se in zip(random_parameters(fit), random_errors(fit), strict=True):
         rows.append(_estimate("ran_pars", group, name, estimate, se, z))
+    rows += [_estimate("ran_pars", *parameter, z) for parameter in fit.family_parameters()]
     return pa.Table.from_pylist(rows, schema=_tidy_schema())
 
 
@@ -92,15 +94,15 @@ def _estimate(effect: str, group: str | None, term: str, estimate: float, se: fl
     return row | ({"conf_low": float(estimate - z * se), "conf_high": float(estimate + z * se)} if known else {})
 
 
-def random_parameters(fit: LMMFit) -> list[tuple[str, str, float]]:
-    """(group, term, value) of the standard deviations and correlations, named as broom.mixed does, the residual's last."""
+def random_parameters(fit: MixedFit) -> list[tuple[str, str, float]]:
+    """(group, term, value) of the standard deviations and correlations, named as broom.mixed does."""
     out: list[tuple[str, str, float]] = []
     for term, psi in zip(fit.terms, covariances(fit), strict=True):
         values = _sd_cor(psi)
         names = [f"sd__{name}" for name in term.names]
         names += [f"cor__{term.names[j]}.{term.names[i]}" for j in range(len(psi)) for i in range(j + 1, len(psi))]
         out += [(term.group, name, value) for name, value in zip(names, values, strict=True)]
-    return [*out, ("Residual", "sd__Observation", fit.sigma)]
+    return out
 
 
 def _sd_cor(psi: np.ndarray) -> list[float]:
@@ -110,14 +112,17 @@ def _sd_cor(psi: np.ndarray) -> list[float]:
     return [*sd.tolist(), *cor]
 
 
-def random_errors(fit: LMMFit) -> np.ndarray:
-    """Standard errors of `random_parameters` by the delta method from the covariance of (theta*, log sigma)."""
+def random_errors(fit: MixedFit) -> np.ndarray:
+    """Standard errors of `random_parameters` by the delta method, from the covariance of theta* (and of log sigma where Λ is relative
+    to it)."""
+    if not fit.terms:
+        return np.zeros(0)
     stars = [term.star for term in fit.terms]
-    at = np.concatenate([*(star.T[np.triu_indices(len(star))] for star in stars), [math.log(fit.sigma)]])
+    at = np.concatenate([*(star.T[np.triu_indices(len(star))] for star in stars), [math.log(fit.sigma)] if fit.residual_scaled else []])
 
     def parameters(x: np.ndarray) -> np.ndarray:
         values, place = [], 0
-        scale = math.exp(2 * x[-1])
+        scale = math.exp(2 * x[-1]) if fit.residual_scaled else 1.0
         for term, star in zip(fit.terms, stars, strict=True):
             k = len(star)
             lower = np.zeros((k, k))
@@ -125,7 +130,7 @@ def random_errors(fit: LMMFit) -> np.ndarray:
             place += k * (k + 1) // 2
             raw = lower_factor(np.linalg.solve(term.R, lower))
             values += _sd_cor(scale * raw @ raw.T)
-        return np.array([*values, math.exp(x[-1])])
+        return np.array(values)
 
     J = _jacobian(parameters, at)
     with np.errstate(invalid="ignore"):

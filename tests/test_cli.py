@@ -225,6 +225,115 @@ def test_a_machine_that_gives_out_is_status_5(error: BaseException, invoke: Invo
     assert done.code == 5 and done.err.startswith("error: ") and "Traceback" not in done.err
 
 
+# ---- generalized models
+
+CBPP = str(mp.datasets.path("cbpp"))
+COUNTS = "cbind(incidence, size - incidence) ~ period"
+MIXED = f"{COUNTS} + (1 | herd)"
+
+
+@pytest.mark.parametrize(
+    ("formula", "flags", "expected"),
+    [
+        (MIXED, ["--nagq", "5"], lambda: mp.glmm(MIXED, CBPP, family="binomial", nagq=5)),
+        (MIXED, ["--link", "probit"], lambda: mp.glmm(MIXED, CBPP, family="binomial", link="probit")),
+        (
+            "I(incidence / size) ~ period + (1 | herd)",
+            ["--trials", "size"],
+            lambda: mp.glmm("I(incidence / size) ~ period + (1 | herd)", CBPP, family="binomial", trials="size"),
+        ),
+        (COUNTS, [], lambda: mp.glm(COUNTS, CBPP, family="binomial")),
+        (COUNTS, ["--cluster", "herd"], lambda: mp.glm(COUNTS, CBPP, family="binomial", cluster="herd")),
+        (COUNTS, ["--cluster", "herd", "--cluster", "period"], lambda: mp.glm(COUNTS, CBPP, family="binomial", cluster=["herd", "period"])),
+    ],
+)
+def test_a_family_makes_it_generalized(formula: str, flags: list[str], expected: Callable[[], object], invoke: Invoke) -> None:
+    done = invoke("fit", formula, CBPP, "--family", "binomial", *flags)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.strip() == str(expected()).strip()
+
+
+@pytest.mark.parametrize(("formula", "kind"), [(MIXED, "GLMMFit"), (COUNTS, "GLMFit")])
+@pytest.mark.parametrize("target", ["fit", "fit.duckdb"])
+def test_generalized_fits_are_written_shown_and_predict(formula: str, kind: str, target: str, invoke: Invoke) -> None:
+    done = invoke("fit", formula, CBPP, "--family", "binomial", "--out", target)
+    assert (done.code, done.err) == (0, "") and type(mp.load(target)).__name__ == kind
+    assert invoke("show", target).out == "\n".join(line for line in done.out.split("\n") if "Data:" not in line)
+    again = invoke("fit", formula, CBPP, "--family", "binomial", "--out", target)
+    assert (again.code, again.out) == (2, "") and f"{target} already holds a fit" in again.err
+    given = mp.load(target)
+    for effects in ("conditional", "population", "marginal"):
+        done = invoke("predict", target, CBPP, "--out", "p.parquet", "--effects", effects)
+        assert done.code == 0 and done.err.startswith("56 rows")
+        expected = pl.DataFrame(given.predict(CBPP, effects=effects))
+        assert pl.read_parquet("p.parquet").equals(expected)
+    assert invoke("predict", target, CBPP, "--out", "p.parquet", "--kind", "link", "--effects", "population").code == 0
+    link = pl.read_parquet("p.parquet")["predicted"].to_numpy()
+    mean = pl.DataFrame(given.predict(CBPP, effects="population"))["predicted"].to_numpy()
+    assert 1 / (1 + 2.718281828459045 ** -link) == pytest.approx(mean)
+
+
+def test_a_checkpoint_is_kept_and_gone_on_from(invoke: Invoke) -> None:
+    flags = ("--family", "binomial", "--checkpoint", "state.json")
+    first = invoke("fit", MIXED, CBPP, *flags)
+    assert first.code == 0 and json.loads(Path("state.json").read_text())["steps"] > 0
+    assert invoke("fit", MIXED, CBPP, *flags).code == 0
+    refused = invoke("fit", MIXED, CBPP, *flags, "--nagq", "3")
+    assert refused.code == 2 and "checkpoint state.json is of another model" in refused.err
+
+
+def test_a_plan_of_a_generalized_model(invoke: Invoke) -> None:
+    done = invoke("plan", MIXED, CBPP, "--family", "binomial", "--nagq", "5")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == f"{mp.plan('glmm', MIXED, CBPP, family='binomial', nagq=5)}\n"
+    assert "nagq:    5 with 1 random effect a block: 5 nodes\nparams:  4 fixed, 1 of the random part\n" in done.out
+    assert "spool:   at most 56 rows, ordered by block" in done.out
+    assert "MB of spool in memory, a quarter of the limit being 500 MB" in done.out
+    plain = invoke("plan", COUNTS, CBPP, "--family", "quasibinomial", "--memory-limit", "400MB")
+    assert plain.code == 0 and "params:  4 fixed\n" in plain.out and "nagq" not in plain.out and "of the limit being 100 MB" in plain.out
+
+
+@pytest.mark.parametrize(
+    ("formula", "flags", "message"),
+    [
+        (MIXED, ["--nagq", "3"], "nagq does not belong to lmm\nhint: it is for glmm"),
+        (MIXED, ["--family", "binomal"], "did you mean 'binomial'?"),
+        (MIXED, ["--family", "binomial", "--link", "lgoit"], "did you mean 'logit'?"),
+        (MIXED, ["--family", "binomial", "--cluster", "herd"], "cluster does not belong to glmm\nhint: it is for glm"),
+        (MIXED, ["--family", "binomial", "--nagq", "0"], "nagq = 0"),
+        (MIXED, ["--family", "binomial", "--ml"], "reml does not belong to glmm\nhint: it is for lmm"),
+        (COUNTS, ["--family", "binomial", "--nagq", "3"], "nagq does not belong to glm\nhint: it is for glmm"),
+        (COUNTS, ["--family", "binomial", "--checkpoint", "c"], "checkpoint does not belong to glm"),
+        (MIXED, ["--family", "quasibinomial"], "family = 'quasibinomial' is not known"),
+        (MIXED, ["--family", "binomial", "--weights", "size"], "trials= for numbers of trials"),
+    ],
+)
+def test_flags_of_another_kind_of_model_are_refused(formula: str, flags: list[str], message: str, invoke: Invoke) -> None:
+    done = invoke("fit", formula, CBPP, *flags)
+    assert (done.code, done.out) == (2, "") and message in done.err
+    if not {"--ml", "--checkpoint"} & set(flags):
+        planned = invoke("plan", formula, CBPP, *flags)
+        assert (planned.code, planned.out) == (2, "") and message in planned.err
+
+
+def test_a_generalized_fit_that_did_not_converge_is_status_4(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = mp.Options
+    monkeypatch.setattr("mlpipe.options.Options", lambda **given: options(max_passes=2, **given))
+    done = invoke("fit", MIXED, CBPP, "--family", "binomial", "--out", "fit")
+    assert done.code == 4 and "note: NOT CONVERGED" in done.out and not mp.load("fit").converged
+
+
+def test_a_policy_against_separation(invoke: Invoke, tmp_path: Path) -> None:
+    x = [i / 10 for i in range(-20, 20)]
+    pl.DataFrame({"x": x, "y": [value > 0 for value in x]}).write_parquet(tmp_path / "separated.parquet")
+    model = '[model]\nkind = "glm"\nformula = "y ~ x"\nfamily = "binomial"\n'
+    text = f'[source]\npath = "separated.parquet"\n{model}[output]\ntarget = "out"\n[policy]\nforbid = ["separation"]\n'
+    (tmp_path / "job.toml").write_text(text)
+    done = invoke("run", "job.toml")
+    assert done.code == 4 and "the job's policy forbids this result: separation" in done.err
+    assert mp.load("out").info["separation"]
+
+
 # ---- limits: flag, variable, job, default
 
 

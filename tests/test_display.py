@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 import mlpipe as mp
-from mlpipe.display import _formatted, abbreviated, html, printable, summary
+from mlpipe.display import html, summary
+from mlpipe.layout import abbreviated, formatted, printable
 
 SLEEP = mp.datasets.path("sleepstudy")
 
@@ -214,7 +215,7 @@ def test_a_standard_error_of_zero(fit: mp.LMMFit) -> None:
     ],
 )
 def test_numbers_are_formatted_as_by_r(values: list[float], text: list[str]) -> None:
-    assert _formatted(values) == text
+    assert formatted(values) == text
 
 
 @pytest.mark.parametrize(
@@ -248,3 +249,155 @@ def test_html_escapes_what_users_name() -> None:
     fit = mp.lmm(f"y ~ `{bad}` + f + (1 | `{bad}g`)", frame)
     text = html(replace(fit, source=bad, info={"rows_dropped": 1, "dropped": {bad: 1}, "notes": [bad]}))
     assert "<script" not in text and "<b>0" not in text and text.count("&lt;script&gt;alert(&#x27;1&#x27;)") >= 6
+
+
+# ---- generalized models
+
+CBPP = mp.datasets.path("cbpp")
+COUNTS = "cbind(incidence, size - incidence) ~ period"
+
+# lme4's summary of the same model, but for its line of scaled residuals, ours of what is modelled, and digits that lme4's optimiser leaves
+GLMM = f"""\
+Generalized linear mixed model fit by maximum likelihood (Laplace Approximation)
+ Family: binomial  ( logit )
+Formula: {COUNTS} + (1 | herd)
+   Data: {CBPP}
+Modelled: the probability of incidence
+
+  AIC   BIC logLik deviance df.resid
+194.1 204.2  -92.0    184.1       51
+
+Random effects:
+ Groups Name        Variance Std.Dev.
+ herd   (Intercept) 0.4125   0.6423
+Number of obs: 56, groups: herd, 15
+
+Fixed effects:
+            Estimate Std. Error z value Pr(>|z|)
+(Intercept)  -1.3985     0.2325  -6.016 1.79e-09
+period2      -0.9923     0.3066  -3.236  0.00121
+period3      -1.1287     0.3266  -3.455 0.000549
+period4      -1.5803     0.4274  -3.697 0.000218
+
+Correlation of Fixed Effects:
+        (Intr) perid2 perid3
+period2 -0.364
+period3 -0.340  0.278
+period4 -0.261  0.212  0.196
+
+note: nagq = 1 takes a block's likelihood from its mode and curvature alone: better the larger blocks are (here 56.1 trials on average)"""
+
+GLM = """\
+Generalized linear model fit by maximum likelihood
+ Family: poisson  ( log )
+Formula: count ~ x
+Offset: o
+Standard errors: cluster-robust (CR1), 40 clusters of g
+
+Coefficients:
+"""
+
+
+def responses() -> pl.DataFrame:
+    """600 rows of 40 blocks with a response for each family."""
+    rng = np.random.default_rng(1)
+    g, x = np.arange(600) % 40, rng.normal(size=600)
+    mean = np.exp(0.3 + 0.5 * x + 0.5 * rng.normal(size=40)[g])
+    columns = {"count": rng.negative_binomial(2, 2 / (2 + mean)), "size": rng.gamma(3, mean / 3)}
+    columns |= {"real": np.log(mean) + rng.normal(size=600)}
+    share = {"share": rng.beta(2, 3, size=600), "is": np.where(rng.random(600) < mean / (1 + mean), "ye<s", "no")}
+    return pl.DataFrame({"g": g, "x": x, "o": 0.1 * x, **columns, **share})
+
+
+def test_a_generalized_mixed_model_as_lme4_prints_it() -> None:
+    assert str(mp.glmm(f"{COUNTS} + (1 | herd)", CBPP, family="binomial")) == GLMM
+
+
+def test_the_approximation_is_named() -> None:
+    text = str(mp.glmm(f"{COUNTS} + (1 | herd)", CBPP, family="binomial", nagq=5))
+    assert text.startswith("Generalized linear mixed model fit by maximum likelihood (Adaptive Gauss-Hermite Quadrature, nagq = 5)\n")
+    assert "note: nagq = 5 nodes a random effect: the smaller blocks are (here 56.1 trials on average)" in text
+    expected = mp.Options(curvature="expected")
+    assert "(Laplace Approximation, expected curvature)\n" in str(
+        mp.glmm(f"{COUNTS} + (1 | herd)", CBPP, family="binomial", link="probit", options=expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("response", "family", "parameter", "residual"),
+    [
+        ("count", "negbinomial", "k", False),
+        ("count", "negbinomial1", "alpha", False),
+        ("count", "poisson", None, False),
+        ("size", "gamma", "shape", True),
+        ("share", "beta", "precision", False),
+        ("real", "gaussian", None, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+def test_the_familys_parameter_is_told(response: str, family: str, parameter: str | None, residual: bool) -> None:
+    fit = mp.glmm(f"{response} ~ x + (1 | g)", responses(), family=family)
+    text = str(fit)
+    lines = [line for line in text.split("\n") if line.startswith("Family parameter: ")]
+    assert [line.split()[2] for line in lines] == ([parameter] if parameter else [])
+    assert all("(std. error " in line for line in lines)
+    assert any(line.startswith(" Residual ") for line in section(text, "Random effects:")) == residual
+    assert all(line in html(fit) for line in lines)
+
+
+def test_the_level_that_is_modelled_is_named() -> None:
+    frame = responses()
+    fit = mp.glmm("is ~ x + (1 | g)", frame, family="binomial")
+    assert "Modelled: the probability that is is 'ye<s'\n" in str(fit) and "&#x27;ye&lt;s&#x27;" in html(fit)
+    assert "Modelled: the probability that is is 'no'\n" in str(mp.glm("is ~ x", frame, family="binomial", levels={"is": ["ye<s", "no"]}))
+    proportion = str(mp.glm("I(incidence / size) ~ period", CBPP, family="binomial", trials="size"))
+    assert "Trials: size\n" in proportion and "Modelled" not in proportion
+
+
+def test_a_model_without_random_effects() -> None:
+    fit = mp.glm("count ~ x", responses(), family="poisson", cluster="g", offset="o")
+    text = str(fit)
+    assert text.startswith(GLM) and str(fit) == fit.summary()
+    assert [row.split()[0] for row in section(text, "Coefficients:")[1:]] == ["(Intercept)", "x"]
+    row = fit.glance().to_pylist()[0]
+    assert text.endswith(
+        "\n\n(Dispersion parameter for the poisson family taken to be 1)\n"
+        "Number of obs: 600, residual degrees of freedom: 598\n"
+        f"Log-likelihood: {fit.loglik:.1f} with 2 parameters, AIC: {row['aic']:.1f}, BIC: {row['bic']:.1f}"
+    )
+    shown = html(fit)
+    assert "Coefficients</caption>" in shown and "Random effects" not in shown and "600 rows<br>" in shown
+
+
+def test_dispersions() -> None:
+    frame = responses()
+    quasi = mp.glm("count ~ x", frame, family="quasipoisson")
+    text = str(quasi)
+    assert text.startswith("Generalized linear model fit by quasi-likelihood\n Family: quasipoisson  ( log )")
+    assert f"estimated from Pearson residuals as {quasi.sigma**2:.4g})" in text
+    assert "Log-likelihood" not in text and "log-likelihood" not in html(quasi) and "nan" not in text.lower()
+    gamma = mp.glm("size ~ x", frame, family="gamma", vcov="HC1")
+    assert f"for the gamma family estimated by maximum likelihood as {gamma.dispersion:.4g})" in str(gamma)
+    assert "Standard errors: heteroskedasticity-robust (HC1)\n" in str(gamma) and "Family parameter: shape = " in str(gamma)
+
+
+def test_a_generalized_model_without_coefficients() -> None:
+    fit = mp.glm("count ~ 0", responses(), family="poisson", offset="o")
+    assert "\n\nNo coefficients\n\n(Dispersion" in str(fit) and "<table>" not in html(fit)
+
+
+def test_separation_and_blocks_that_do_not_vary_are_told() -> None:
+    frame = responses().with_columns(separated=pl.col("x") > 0)
+    with pytest.warns(mp.MlpipeWarning):
+        fit = mp.glm("separated ~ x", frame, family="binomial")
+    assert any(note.startswith("note: separation: x") for note in notes(fit))
+    flat = frame.with_columns(flat=(pl.col("g") < 3) | (pl.col("o") > 0))
+    mixed = mp.glmm("flat ~ 1 + (1 | g)", flat, family="binomial")
+    assert mixed.info["blocks_without_variation"] >= 3
+    assert f"note: the response is the same throughout {mixed.info['blocks_without_variation']} of 40 blocks" in notes(mixed)
+
+
+def test_few_trials_a_block_are_told_once() -> None:
+    frame = responses().with_columns(g=pl.int_range(600) // 3)
+    told = [note for note in notes(mp.glmm("is ~ x + (1 | g)", frame, family="binomial")) if "nagq" in note]
+    assert len(told) == 1 and "compare nagq=7" in told[0]

@@ -74,8 +74,8 @@ def test_what_a_page_shows_is_what_happens(
 
 def test_pages_have_examples() -> None:
     shown = {page.stem: [block.language for block in blocks(page)] for page in PAGES}
-    assert shown["README"].count("python") == 2 and shown["README"].count("sh") == 4
-    assert all(shown[name] for name in ("concepts", "data", "statistics", "for-r-users", "cli", "formula"))
+    assert shown["README"].count("python") == 3 and shown["README"].count("sh") == 4
+    assert all(shown[name] for name in ("concepts", "data", "statistics", "for-r-users", "cli", "formula", "generalized"))
 
 
 def test_the_job_reference_is_complete() -> None:

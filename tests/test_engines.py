@@ -441,3 +441,24 @@ def test_one_engine_does_not_load_another(module: str, other: str) -> None:
 def test_sources_load_nothing_heavy() -> None:
     code = f"{BARE} import mlpipe.sources; assert not {{'duckdb', 'polars', 'pyarrow', 'sqlglot', 'pandas'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("kind", ["polars", "lazy", "arrow", "duckdb", "path"])
+def test_keys_are_counted_within_a_few_percent(kind: str, tmp_path: Path, opened: Opened) -> None:
+    row = pl.int_range(60_000)
+    frame = pl.select((row % 20_000).alias("a"), (row % 3).cast(pl.String).alias("b"), (row % 7).alias("c"))
+    engine = opened(as_data(frame, kind, tmp_path))
+    assert engine.key_count([0]) == pytest.approx(20_000, rel=0.15)
+    assert engine.key_count([1, 0]) == pytest.approx(60_000, rel=0.15)
+
+
+def test_room_for_groups(tmp_path: Path, opened: Opened) -> None:
+    """A share of the memory for each thread; none where text may have a collation, none of Polars, which does not spill."""
+    frame = pl.DataFrame({"g": [1], "h": ["a"]})
+    path = as_data(frame, "path", tmp_path)
+    one, two = (opened(path, options=Options(memory_limit="2GB", threads=threads)) for threads in (1, 2))
+    room = one.table_room([0, 1])
+    assert room is not None and 300e6 < room < 450e6 and two.table_room([0]) == pytest.approx(room / 2, abs=1)
+    stored = opened(as_data(frame, "duckdb", tmp_path))
+    assert stored.table_room([0]) is not None and stored.table_room([0, 1]) is None
+    assert opened(frame).table_room([0]) is None

@@ -7,12 +7,15 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
 
 import mlpipe as mp
+from mlpipe import collect
+from mlpipe.engines import duckdb as duckdb_engine
 from mlpipe.reduction import theta_of
 
 from .conftest import as_data
@@ -130,6 +133,68 @@ def test_nasty_scales(random: str, shift: float, scale: float, a: float, b: floa
     assert -2 * fit.loglik == pytest.approx(truth.deviance(psi) + 2 * len(grid) * np.log(b), abs=1e-7 + 1e4 * lost)
     want = truth.X @ beta + (truth.Z * _modes(truth, psi, beta)[truth.block]).sum(axis=1)
     np.testing.assert_allclose((fit.augment(nasty).read_all()["fitted"].to_numpy() - a) / b, want, atol=1e-5 + 1e2 * lost)
+
+
+@pytest.mark.parametrize("formula", ["(1 | g)", "(year + I(year^2) | g)"])
+@pytest.mark.parametrize("seed", [21, 4])
+def test_a_parabola_of_years_keeps_its_digits(formula: str, seed: int, tmp_path: Path) -> None:
+    """1, year and year² as they are explain each other but for 1e-10 of their spread; the same model on centred years is the truth."""
+    rng = np.random.default_rng(1000 + seed)
+    g, year = np.arange(2000) % 100, rng.integers(1990, 2020, 2000)
+    y = 0.1 * (year - 2005) ** 2 + rng.normal(size=100)[g] + rng.normal(size=2000)
+    frame = pl.DataFrame({"y": y, "year": year, "g": g, "c": year - 2005})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mp.SingularFitWarning)
+        fit = mp.lmm(f"y ~ year + I(year^2) + {formula}", frame)
+        want = mp.lmm(f"y ~ c + I(c^2) + {formula}".replace("year", "c"), frame)
+    assert fit.converged and want.converged and fit.score < 1e-8
+    assert fit.loglik == pytest.approx(want.loglik, abs=1e-8 + 1e-12 * abs(want.loglik))
+    back = np.array([[1.0, -2005.0, 2005.0**2], [0.0, 1.0, -2 * 2005.0], [0.0, 0.0, 1.0]])
+    se = np.sqrt(np.diag(back @ want.vcov() @ back.T))
+    np.testing.assert_allclose((fit.beta - back @ want.beta) / se, 0.0, atol=1e-7)
+    np.testing.assert_allclose(np.sqrt(np.diag(fit.vcov())) / se, 1.0, rtol=1e-7)
+    assert fit.sigma == pytest.approx(want.sigma, rel=1e-9)
+    predicted = fit.predict(frame).read_all()["predicted"].to_numpy()
+    np.testing.assert_allclose(predicted, want.predict(frame).read_all()["predicted"].to_numpy(), rtol=1e-7)
+    fit.write(tmp_path / "fit")
+    np.testing.assert_array_equal(mp.load(tmp_path / "fit").predict(frame).read_all()["predicted"].to_numpy(), predicted)
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.parametrize("slope", ["log(year)", "I(year^2)"])
+@pytest.mark.parametrize("seed", [2, 11, 12, 17, 20, 24, 29])
+def test_random_slopes_that_nearly_repeat_each_other(seed: int, slope: str) -> None:
+    """No product of features tells the year from its logarithm: the score keeps its digits all the same."""
+    rng = np.random.default_rng(seed)
+    g, year = np.arange(2000) % 100, 1990 + np.arange(2000) // 100
+    y = 0.1 * (year - 2005) ** 2 + rng.normal(size=100)[g] * 0.05 + rng.normal(size=2000) * 5
+    frame = pl.DataFrame({"y": y, "year": year, "g": g})
+    for reml in (True, False):
+        fit = mp.lmm(f"y ~ year + {slope} + (year + {slope} | g)", frame, reml=reml)
+        assert fit.converged and fit.score < 1e-8
+
+
+@pytest.mark.parametrize("term", ["I((x - 3)^2)", "I(2 * x^3 - x / 4)", "I(-x)", "I(x * (x + 1))", "I(x^2):f", "x:I(x^2)", "I(I(x^2)^2)"])
+def test_polynomials_are_the_columns_they_say(term: str) -> None:
+    """Against the same numbers as a column of their own, which nothing is known about."""
+    frame = data()
+    x = frame["x"]
+    values = {"I((x - 3)^2)": (x - 3) ** 2, "I(2 * x^3 - x / 4)": 2 * x**3 - x / 4, "I(-x)": -x, "I(x * (x + 1))": x * (x + 1)}
+    values |= {"I(x^2):f": x**2, "x:I(x^2)": x * x**2, "I(I(x^2)^2)": x**4}
+    other = "p:f" if term.endswith(":f") else "p"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mp.MlpipeWarning)
+        fit = mp.lmm(f"y ~ x + {term} + (1 | g)", frame)
+        want = mp.lmm(f"y ~ x + {other} + (1 | g)", frame.with_columns(p=values[term]))
+    assert len(fit.names) == len(want.names) and len(fit.dropped) == len(want.dropped)
+    np.testing.assert_allclose(fit.beta, want.beta, rtol=1e-7)
+    assert fit.loglik == pytest.approx(want.loglik, abs=1e-8)
+
+
+def test_powers_that_leave_the_range_of_doubles_are_refused() -> None:
+    """The product of scaled values is finite; the column that was asked for is not."""
+    with pytest.raises(mp.DataError, match=r"x\^3 is not finite in 96 rows"):
+        mp.lmm("y ~ x + I(x^3) + (1 | g)", data().with_columns(x=pl.col("x") * 1e120))
 
 
 def test_standard_errors_of_variance_parameters() -> None:
@@ -394,6 +459,92 @@ def test_info_tells_what_was_done(tmp_path: Path) -> None:
     assert {"cross_products", "blocks", "solve", "total"} <= info["seconds"].keys()
     assert "4 of 96 rows dropped" in str(fit) and fit.glance()["n_dropped"].to_pylist() == [4]
     assert mp.lmm("y ~ x + (x | g)", frame).info["path"] == "blocks"
+
+
+# ---- blocks in parts, where they do not fit the engine's memory at once
+
+PARTS = {
+    "integer": (["g"], lambda g: {"g": g}),
+    "text": (["g"], lambda g: {"g": [f"group {k}" for k in g]}),
+    "float": (["g"], lambda g: {"g": np.where(g == 0, np.where(np.arange(len(g)) % 2, 0.0, -0.0), g / 7)}),
+    "two keys": (["g", "h"], lambda g: {"g": g // 10, "h": [f"h{k % 10}" for k in g]}),
+}
+
+
+def many(keys: dict[str, Any], g: np.ndarray) -> pl.DataFrame:
+    rng = np.random.default_rng(11)
+    x = rng.normal(size=len(g))
+    b = rng.normal(size=(2, g.max() + 1))
+    return pl.DataFrame({"y": 1 + 0.5 * x + b[0, g] + b[1, g] * x + rng.normal(size=len(g)), "x": x, **keys})
+
+
+@pytest.mark.parametrize("random", ["1", "x"])
+@pytest.mark.parametrize("entry", ["path", "arrow", "duckdb"])
+@pytest.mark.parametrize("kind", PARTS)
+def test_parts_add_up_to_the_whole(kind: str, entry: str, random: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = np.random.default_rng(3).integers(0, 200, 1_000)
+    names, keys = PARTS[kind]
+    source = as_data(many(keys(g), g), entry, tmp_path)
+    formula = f"y ~ x + ({random} | {':'.join(names)})"
+    options = None if entry == "duckdb" else mp.Options(threads=1)
+    whole = mp.lmm(formula, source, options=options)
+    monkeypatch.setattr(collect, "SPARED", 0)
+    monkeypatch.setattr(duckdb_engine, "table_room", lambda settings: 5_000)
+    fit = mp.lmm(formula, source, options=options)
+    if entry == "duckdb" and kind in ("text", "two keys"):  # a database's texts may have a collation
+        assert fit.info["notes"] == [] and fit.info["passes"] == 2
+    else:
+        assert fit.info["passes"] > 3 and f"summed in {fit.info['passes'] - 1} parts" in fit.info["notes"][-1]
+    assert fit.info["blocks"] == whole.info["blocks"] == len(np.unique(g))
+    np.testing.assert_allclose(fit.beta, whole.beta, rtol=1e-12)
+    np.testing.assert_allclose(fit.vcov(), whole.vcov(), rtol=1e-11, atol=1e-16)
+    assert fit.loglik == pytest.approx(whole.loglik, rel=1e-12)
+    if options is not None:
+        again = mp.lmm(formula, source, options=options)
+        assert again.tidy().equals(fit.tidy()) and again.loglik == fit.loglik
+
+
+@pytest.mark.parametrize("weights", [None, "w"])
+@pytest.mark.parametrize("entry", ["polars", "lazy"])
+@pytest.mark.parametrize("kind", PARTS)
+def test_groups_that_polars_cannot_hold_are_summed_by_duckdb(
+    kind: str, entry: str, weights: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = np.random.default_rng(3).integers(0, 200, 1_000)
+    names, keys = PARTS[kind]
+    day = pl.date(2020, 1, 1) + pl.duration(days=pl.int_range(1_000) % 90)
+    frame = many(keys(g), g).with_columns(w=pl.int_range(1_000) % 3, day=day, f=pl.Series(["a", "b"] * 500, dtype=pl.Enum(["b", "a"])))
+    source = as_data(frame.with_columns(x=pl.when(pl.col("x") < 2).then("x")), entry, tmp_path)
+    formula = f"y ~ x + day + f + (1 | {':'.join(names)})"
+    whole = mp.lmm(formula, source, weights=weights)
+    monkeypatch.setattr(collect, "UNLIMITED", 10**7)
+    monkeypatch.setattr(collect, "SPARED", 0)
+    monkeypatch.setattr(duckdb_engine, "table_room", lambda settings: 5_000)
+    fit = mp.lmm(formula, source, weights=weights)
+    assert "DuckDB summed them" in fit.info["notes"][0] and "parts" in fit.info["notes"][1]
+    assert fit.info["blocks"] == whole.info["blocks"]
+    np.testing.assert_allclose(fit.beta, whole.beta, rtol=1e-11)
+    assert fit.loglik == pytest.approx(whole.loglik, rel=1e-12)
+
+
+def test_a_small_memory_limit_makes_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = np.random.default_rng(3).permutation(np.arange(300_000) // 2)
+    source = as_data(many({"g": g}, g), "path", tmp_path)
+    monkeypatch.setattr(collect, "SPARED", 0)
+    fits = [mp.lmm("y ~ x + (1 | g)", source, options=mp.Options(threads=1, memory_limit=limit)) for limit in ("8GB", "400MB")]
+    assert [fit.info["passes"] for fit in fits] == [2, 4]
+    assert fits[1].loglik == pytest.approx(fits[0].loglik, rel=1e-12)
+    np.testing.assert_allclose(fits[1].beta, fits[0].beta, rtol=1e-12)
+
+
+def test_keys_that_a_collation_makes_one_stay_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    con = duckdb.connect()
+    con.execute("create table stored (y double, g varchar collate nocase)")
+    level = "case when i % 2 = 0 then 'a' else 'A' end || (i // 2) % 5"
+    con.execute(f"insert into stored select (i // 2) % 5 + (i * 37) % 11, {level} from range(50) t(i)")
+    monkeypatch.setattr(collect, "SPARED", 0)
+    monkeypatch.setattr(duckdb_engine, "table_room", lambda settings: 100)
+    assert mp.lmm("y ~ 1 + (1 | g)", con.table("stored")).info["blocks"] == 5
 
 
 # ---- tables

@@ -215,6 +215,21 @@ def test_the_namespace_offers_what_the_package_has(monkeypatch: pytest.MonkeyPat
     assert FRAME.mlpipe.lmm("y ~ x", reml=False) == (("y ~ x",), {"data": FRAME, "reml": False})  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("lazy", [False, True], ids=["eager", "lazy"])
+@pytest.mark.parametrize("effects", ["conditional", "population", "marginal"])
+def test_generalized_models_from_a_frame(effects: str, lazy: bool) -> None:
+    frame: Any = pl.read_parquet(datasets.path("cbpp"))
+    frame = frame.lazy() if lazy else frame
+    counts = "cbind(incidence, size - incidence) ~ period"
+    for fit in (frame.mlpipe.glmm(f"{counts} + (1 | herd)", family="binomial"), frame.mlpipe.glm(counts, family="binomial")):
+        predicted, augmented = frame.mlpipe.predict(fit, effects=effects), frame.mlpipe.augment(fit)
+        assert type(predicted) is type(augmented) is type(frame)
+        whole = predicted.lazy().collect()
+        assert whole.height == 56 and whole["predicted"].is_between(0, 1).all()
+        assert augmented.lazy().collect().columns[-3:] == ["fitted", "resid", "fitted_fixed"]
+    assert str(frame.mlpipe.plan("glm", counts, family="binomial")).startswith("formula: cbind")
+
+
 # ---- what ships
 
 SHAPES = {

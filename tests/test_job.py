@@ -60,12 +60,11 @@ LATER = [
     ('[[models]]\nname = "a"', "models"),
     ('[model]\nformula = "y ~ 1"\nby = ["a"]', "model.by"),
     ('[model]\nformula = "y ~ 1"\nwhere = "a > 1"', "model.where"),
-    ('[model]\nformula = "y ~ 1"\nfamily = "poisson"', "model.family"),
-    ('[model]\nformula = "y ~ 1"\nkind = "glmm"', "model.kind = 'glmm'"),
+    ('[model]\nformula = "y ~ 1"\ncorr = "ar1"', "model.corr"),
+    ('[model]\nformula = "y ~ 1"\nkind = "gee"', "model.kind = 'gee'"),
     ('[output]\ntarget = "x"\nscoring_sql = ["duckdb"]', "output.scoring_sql"),
     ('[limits]\ntimeout = "1h"', "limits.timeout"),
     ("[policy]\nmax_drift = 1", "policy.max_drift"),
-    ('[policy]\nforbid = ["separation"]', "policy.forbid.0 = 'separation'"),
 ]
 
 
@@ -95,6 +94,12 @@ WRONG = [
     (SOURCE + MODEL + '[policy]\nforbid = "singular"', "policy.forbid = 'singular': it must be a list"),
     (SOURCE + MODEL + "[policy]\nmax_drop_fraction = 2", "policy.max_drop_fraction = 2: it should be less than or equal to 1"),
     (SOURCE + MODEL + "[policy]\nmax_drop_fraction = nan", "policy.max_drop_fraction = nan: it should be less than or equal to 1"),
+    (SOURCE + '[model]\nformula = "y ~ 1"\nfamily = "poisson"', "[model] family does not belong to lmm"),
+    (SOURCE + '[model]\nformula = "y ~ 1"\nkind = "glm"', "[model] glm needs a family"),
+    (SOURCE + '[model]\nformula = "y ~ 1"\nkind = "glm"\nfamily = "poisson"\nnagq = 2', "[model] nagq does not belong to glm"),
+    (SOURCE + '[model]\nformula = "y ~ 1"\nkind = "glmm"\nfamily = "poisson"\nreml = false', "[model] reml does not belong to glmm"),
+    (SOURCE + '[model]\nformula = "y ~ 1"\nkind = "glmm"\nfamily = "poisson"\ncluster = "g"', "[model] cluster does not belong to glmm"),
+    (SOURCE + '[model]\nformula = "y ~ 1"\ncluster = 3', "model.cluster = 3: it must be text in quotes or a list of such"),
     ("[source]\n" + MODEL, "[source] needs path, or database with table or query"),
     ('[source]\ndatabase = "d"\n' + MODEL, "[source] needs path, or database with table or query"),
     ('[source]\npath = "p"\ndatabase = "d"\n' + MODEL, "[source] needs path, or database with table or query"),
@@ -184,3 +189,40 @@ def test_policies(job: Path) -> None:
         check_policy(fit, policy)
     assert caught.value.code == "policy"
     check_policy(fit, read(job, SOURCE + MODEL).policy)
+
+
+CBPP = str(mp.datasets.path("cbpp"))
+COUNTS = "cbind(incidence, size - incidence) ~ period"
+
+
+def test_a_generalized_mixed_job(job: Path) -> None:
+    model = f'[model]\nkind = "glmm"\nformula = "{COUNTS} + (1 | herd)"\nfamily = "binomial"\nlink = "probit"\nnagq = 3\n'
+    fit = fit_job(read(job, f'[source]\npath = "{CBPP}"\n{model}'), {"threads": 1})
+    options = mp.Options(threads=1)
+    expected = mp.glmm(f"{COUNTS} + (1 | herd)", CBPP, family="binomial", link="probit", nagq=3, options=options)
+    assert isinstance(fit, mp.GLMMFit) and fit.fixef() == expected.fixef() and fit.loglik == expected.loglik and fit.nagq == 3
+
+
+@pytest.mark.parametrize(("cluster", "given"), [('"herd"', "herd"), ('["herd", "period"]', ["herd", "period"])])
+def test_a_generalized_job_with_clusters(cluster: str, given: str | list[str], job: Path) -> None:
+    model = f'[model]\nkind = "glm"\nformula = "I(incidence / size) ~ period"\nfamily = "binomial"\ntrials = "size"\ncluster = {cluster}\n'
+    fit = fit_job(read(job, f'[source]\npath = "{CBPP}"\n{model}'), {"threads": 1})
+    expected = mp.glm(
+        "I(incidence / size) ~ period", CBPP, family="binomial", trials="size", cluster=given, options=mp.Options(threads=1)
+    )
+    assert isinstance(fit, mp.GLMFit) and fit.tidy() == expected.tidy() and fit.robust == "CR1"
+
+
+def test_limits_hold_for_generalized_jobs(job: Path) -> None:
+    text = f'[source]\npath = "{CBPP}"\n[model]\nkind = "glm"\nformula = "{COUNTS}"\nfamily = "binomial"\n[limits]\nmemory_limit = "1MB"\n'
+    with pytest.raises(mp.ResourceError, match="cannot hold the plan"):
+        fit_job(read(job, text), {})
+
+
+def test_a_policy_against_separation(job: Path) -> None:
+    policy = read(job, SOURCE + MODEL + '[policy]\nforbid = ["separation"]').policy
+    fit = mp.glm(COUNTS, CBPP, family="binomial")
+    check_policy(fit, policy)
+    fit.info["separation"] = ["period2"]
+    with pytest.raises(mp.ConvergenceError, match="forbids this result: separation"):
+        check_policy(fit, policy)

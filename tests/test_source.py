@@ -18,6 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
+import sqlglot
 from pyarrow import fs
 
 from mlpipe.engines import remote
@@ -221,6 +222,32 @@ def test_a_directory_takes_all_parquet_inside(tmp_path: Path, opened: Opened) ->
     (tmp_path / "_SUCCESS").touch()
     (tmp_path / "notes.txt").write_text("hello")
     assert used(opened(tmp_path), "x") == [(1.0,), (2.0,)]
+
+
+@pytest.mark.parametrize("count", [10, 40_000])
+def test_a_file_listed_twice_is_read_twice(count: int, tmp_path: Path, opened: Opened) -> None:
+    """As DuckDB and Polars do."""
+    one = parquet(tmp_path / "a.parquet", i=list(range(count)))
+    other = parquet(tmp_path / "b.parquet", i=pa.array(range(5), pa.int8()))
+    engine = opened([str(one), str(other), str(one)])
+    wanted = [*range(count), *range(5), *range(count)]
+    assert engine.row_count() == len(wanted)
+    numbered = Columns(values=frozenset([0]), row_number=True)
+    table = engine.query(sqlglot.parse_one("select c0, rn from src order by rn", dialect="duckdb"), numbered).read_all()
+    assert (table["c0"].to_pylist(), table["rn"].to_pylist()) == (wanted, list(range(len(wanted))))
+
+
+def test_a_dataset_whose_files_are_not_of_its_schema(tmp_path: Path) -> None:
+    """An ordered dictionary is read at open, for its levels: what fails there names column and files."""
+    levels = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int32()), ["b", "a"], ordered=True)
+    feather.write_feather(pa.table({"g": [1, 2], "y": [1.0, 2.0]}), tmp_path / "a.arrow")
+    feather.write_feather(pa.table({"g": levels, "y": [1.0, 2.0]}), tmp_path / "b.arrow")
+    paths = [str(tmp_path / "a.arrow"), str(tmp_path / "b.arrow")]
+    data = ds.dataset(paths, format="ipc", schema=pa.schema([("g", levels.type), ("y", pa.float64())]))
+    with pytest.raises(DataError, match="'g' cannot be read from .*a.arrow") as caught:
+        open_source(data)
+    assert (caught.value.code, caught.value.column) == ("column_files", "g")
+    open_source(paths).close()  # from the files themselves: an error only where the column is used
 
 
 def test_a_delta_table_is_refused(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def scored(plan: Plan, *, conditional: bool) -> exp.Query:
     gamma = np.concatenate([0.5 + np.arange(covariates), np.zeros(len(plan.recipe.features) - covariates)])
     fit = replace(fit, recipe=plan.recipe, response=plan.recipe.responses[0], gamma=gamma)
     joined = pa.schema([("j0", pa.int64()), ("j1", pa.large_string()), ("h0", pa.float64())]) if conditional else None
-    outputs = {"fitted": "conditional", "resid": "residual"} if conditional else {"predicted": "population"}
-    return statement_of(fit, plan.names, {"y": 0, "g": 3}, outputs, joined, conditional)
+    parts = ["conditional", "residual"] if conditional else ["population"]
+    return statement_of(fit, plan.names, {"y": 0, "g": 3}, parts, joined, conditional)
 
 
 def used(plan: Plan) -> Any:
@@ -88,11 +88,17 @@ STATEMENTS: dict[str, Callable[[], exp.Query]] = {
     "cross_products": lambda: statements.cross_products(intercepts().recipe, intercepts().names),
     "second_level": lambda: statements.second_level(intercepts().recipe, intercepts().names),
     "block_sums": lambda: statements.block_sums(slopes().recipe, slopes().names),
+    "block_sums_part": lambda: statements.block_sums(intercepts().recipe, intercepts().names, statements.Part(1, 4)),
+    "raw_rows": lambda: statements.raw_rows(intercepts().recipe, intercepts().names),
     "used_rows": lambda: statements.used_rows(slopes().recipe, slopes().names, keys=True),
     "blup_sums": lambda: statements.blup_sums(intercepts().recipe, intercepts().names, [-0.5, 0.0, 1.0]),
     "population": lambda: scored(slopes(), conditional=False),
     "conditional": lambda: scored(intercepts(), conditional=True),
 }
+
+
+HASHED = ("block_sums_part",)  # Polars SQL has no hash
+TEXTS = [(name, dialect) for name in STATEMENTS for dialect in DIALECTS if dialect == "duckdb" or name not in HASHED]
 
 
 def text_of(name: str, dialect: str) -> str:
@@ -103,8 +109,7 @@ def golden(name: str, dialect: str) -> Path:
     return GOLDEN / f"{name}.{dialect}.sql"
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("name", STATEMENTS)
+@pytest.mark.parametrize(("name", "dialect"), TEXTS)
 def test_text_is_the_golden_one(name: str, dialect: str) -> None:
     path = golden(name, dialect)
     was = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -114,7 +119,7 @@ def test_text_is_the_golden_one(name: str, dialect: str) -> None:
 
 
 def test_no_golden_file_is_left_over() -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == {golden(name, dialect).name for name in STATEMENTS for dialect in DIALECTS}
+    assert {path.name for path in GOLDEN.iterdir()} == {golden(name, dialect).name for name, dialect in TEXTS}
 
 
 def test_the_plan_shows_the_statements_that_run() -> None:
@@ -282,6 +287,5 @@ def test_functions_are_rs(text: str, engine: str, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for statement_name in STATEMENTS:
-        for dialect_name in DIALECTS:
-            golden(statement_name, dialect_name).write_text(text_of(statement_name, dialect_name), encoding="utf-8")
+    for statement_name, dialect_name in TEXTS:
+        golden(statement_name, dialect_name).write_text(text_of(statement_name, dialect_name), encoding="utf-8")

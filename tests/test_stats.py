@@ -88,6 +88,28 @@ def test_new_levels_and_blocks_join_by_update(tmp_path: Path) -> None:
     assert updated.info == {"rows_read": 600, "rows_dropped": 0}  # not what the fits of it took and noted
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: f.lazy(), lambda f: f.to_arrow().to_reader()], ids=["frame", "lazy", "stream"])
+def test_updating_with_nothing_changes_nothing(wrap: Callable[[pl.DataFrame], Any]) -> None:
+    stats = mp.suffstats(FORMULA, data())
+    again = stats.update(wrap(data().head(0))).update(wrap(data().head(0)))
+    assert again.info == {**stats.info, "empty_updates": 2} and "empty_updates" not in stats.info
+    assert mp.lmm(FORMULA, again).tidy().equals(mp.lmm(FORMULA, stats).tidy())
+    unusable = data().head(3).with_columns(x=pl.lit(None, pl.Float64))
+    with pytest.raises(mp.DataError, match="none of the 3 rows can be used"):
+        stats.update(wrap(unusable))
+
+
+def test_statistics_with_a_square_merge_save_and_serve_sub_models(tmp_path: Path) -> None:
+    """x² is summed as the square of the shifted x."""
+    frame, formula = data(), "y ~ x + I(x^2) + (x | g)"
+    assert not [atom for f in mp.suffstats(formula, frame).recipe.features for atom in f if atom.variable == "I(x^2)"]
+    merged = mp.suffstats(formula, frame.head(200)) + mp.suffstats(formula, frame.tail(400))
+    merged.save(tmp_path / "stats")
+    loaded = mp.SuffStats.load(tmp_path / "stats")
+    for sub in (formula, "y ~ I(x^2) + (1 | g)", "y ~ x + (1 | g)"):
+        same(mp.lmm(sub, loaded), mp.lmm(sub, frame))
+
+
 @pytest.mark.parametrize("given_by", ["levels", "enum"])
 def test_a_declared_order_of_levels_outlives_merging(given_by: str, tmp_path: Path) -> None:
     order = ["top", "low", "mid"]

@@ -1,7 +1,7 @@
 """Arrow data: the order of levels a schema declares, datasets of files, one-shot streams spooled to disk."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, ResourceError
@@ -49,12 +49,32 @@ def ordered_columns(schema: pa.Schema) -> list[str]:
     return [field.name for field in schema if pa.types.is_dictionary(field.type) and field.type.ordered]
 
 
+def ordered_head(data: Any, problems: Container[str]) -> pa.RecordBatch | None:
+    """The first row of the ordered dictionaries of a table or dataset, but for those with a problem, which is told when they are used.
+
+    Raises DataError where the files of a dataset do not hold them as its schema says.
+    """
+    import pyarrow as pa
+
+    ordered = [name for name in ordered_columns(data.schema) if name not in problems]
+    if not ordered:
+        return None
+    try:
+        head = data.slice(0, 1).select(ordered) if isinstance(data, pa.Table) else data.head(1, columns=ordered)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"the columns {', '.join(map(repr, ordered))} cannot be read from {', '.join(data.files[:3])} by the dataset's schema: {error}",
+            code="column_files", column=ordered[0], hint="write the files with one schema",
+        ) from error  # fmt: skip
+    return next(iter(head.to_batches()), None)
+
+
 def levels_of(schema: pa.Schema, first: pa.RecordBatch | None) -> dict[str, tuple[str, ...]]:
     """The declared orders of levels by column name; ordered dictionaries are read from the first batch."""
     found = {}
-    for i, field in enumerate(schema):
-        dictionary = first.column(i).dictionary if first is not None and hasattr(first.column(i), "dictionary") else None
-        levels = declared_levels(field, dictionary)
+    for field in schema:
+        held = first.column(field.name) if first is not None and field.name in first.schema.names else None
+        levels = declared_levels(field, getattr(held, "dictionary", None))
         if levels is not None:
             found[field.name] = levels
     return found

@@ -6,7 +6,7 @@ A statement never sees the names of the source: it reads a table `src` whose col
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -70,6 +70,7 @@ class Engine(Protocol):
     """Runs statements over one source. Errors of the engine surface as DataError or ResourceError, theirs being the cause."""
 
     dialect: str
+    spills: bool  # what exceeds the memory limit goes to disk
 
     def schema(self) -> dict[str, ColumnType]:
         """Exact names and types, in the source's order."""
@@ -85,6 +86,13 @@ class Engine(Protocol):
 
     def row_count(self) -> int | None:
         """The number of rows where it is known without a scan."""
+
+    def table_room(self, keys: Sequence[int]) -> int | None:
+        """Bytes that the table of an aggregate grouped by the columns at `keys` may take before the engine spills; None where
+        it does not, or where keys that are one in grouping may hash apart."""
+
+    def key_count(self, keys: Sequence[int]) -> int:
+        """About how many distinct keys the columns at `keys` hold, from a scan of these columns."""
 
     def check_columns(self, positions: Iterable[int]) -> None:
         """Raises DataError for a column whose files disagree (no lossless common type, or absent from some)."""

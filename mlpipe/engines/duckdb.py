@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from threading import Thread
@@ -22,6 +22,7 @@ from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerpri
 from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
 from .files import Snapshot, Workspace, is_hive
+from .memory import SETTINGS, distinct_keys, hash_is_key, table_room
 from .origin import RELATION, Origin, select_all, source_rows, with_source
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _RESERVED = ("memory", "system", "temp")
 class DuckDBEngine:
     """The Engine over an Origin."""
 
-    dialect = "duckdb"
+    dialect, spills = "duckdb", True
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
@@ -56,6 +57,14 @@ class DuckDBEngine:
     def row_count(self) -> int | None:
         """The number of rows of Parquet files and Arrow tables; None for other sources."""
         return self._origin.rows
+
+    def table_room(self, keys: Sequence[int]) -> int | None:
+        """See Engine."""
+        return table_room(self.query(SETTINGS, Columns()).read_all()) if hash_is_key(self._origin, keys) else None
+
+    def key_count(self, keys: Sequence[int]) -> int:
+        """See Engine."""
+        return int(self.query(distinct_keys(keys), Columns(keys=frozenset(keys))).read_all()["keys"][0].as_py())
 
     def check_columns(self, positions: Iterable[int]) -> None:
         """Raises DataError (code "column_files") for a column that cannot be read as one from all files."""
@@ -269,7 +278,7 @@ def open_arrow(data: Any, options: Options, notes: tuple[str, ...] = (), problem
     """Arrow data: tables, pandas and narwhals frames as they lie, datasets streamed, any other stream spooled to disk once."""
     workspace = Workspace(options.temp_directory)
     with translating(workspace):
-        table, levels, again = _arrow_rows(data, workspace)
+        table, levels, again = _arrow_rows(data, workspace, problems or {})
         con = connect(options, workspace)
         columns = _columns(table.schema.names, con.from_arrow(table), levels)
     snapshot = Snapshot.of(table.files, table.filesystem) if hasattr(table, "files") else None
@@ -286,7 +295,7 @@ def open_arrow(data: Any, options: Options, notes: tuple[str, ...] = (), problem
     )  # fmt: skip
 
 
-def _arrow_rows(data: Any, workspace: Workspace) -> tuple[Any, dict[str, tuple[str, ...]], bool]:
+def _arrow_rows(data: Any, workspace: Workspace, problems: Container[str]) -> tuple[Any, dict[str, tuple[str, ...]], bool]:
     """A table or dataset, the level orders it declares, and whether the caller's object can be read again."""
     dataset = type(data).__module__ == "pyarrow._dataset" and hasattr(data, "scanner")
     if dataset and not hasattr(data, "files"):
@@ -295,9 +304,7 @@ def _arrow_rows(data: Any, workspace: Workspace) -> tuple[Any, dict[str, tuple[s
     table = data if dataset else arrow.in_memory(data)
     if table is None:
         return arrow.spool(data, os.path.join(workspace.path(), "stream.arrow"))
-    head = table.head(1) if dataset else table.slice(0, 1)
-    first = next(iter(head.to_batches()), None) if arrow.ordered_columns(table.schema) else None
-    return table, arrow.levels_of(arrow.check_schema(table.schema), first), True
+    return table, arrow.levels_of(arrow.check_schema(table.schema), arrow.ordered_head(table, problems)), True
 
 
 def open_relation(relation: DuckDBPyRelation) -> DuckDBEngine:

@@ -87,9 +87,9 @@ def _read(function: str, files: Sequence[str], **options: bool) -> exp.Expr:
 
 
 def _variants(con: DuckDBPyConnection, files: Sequence[str]) -> list[Variant]:
-    """The files by schema, in the order of the first file of each."""
-    place = {file: i for i, file in enumerate(files)}
-    rows = con.sql(_SCHEMAS.format(files=render(_read("parquet_schema", files), "duckdb"))).fetchall()
+    """The files by schema, in the order of the first file of each; one that is listed twice counts once here."""
+    place = {file: i for i, file in enumerate(dict.fromkeys(files))}
+    rows = con.sql(_SCHEMAS.format(files=render(_read("parquet_schema", list(place)), "duckdb"))).fetchall()
     groups = [(_top_names(signature), sorted(found, key=place.__getitem__)) for signature, found in rows]
     out = []
     for names, found in sorted(groups, key=lambda group: place[group[1][0]]):

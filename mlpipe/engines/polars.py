@@ -1,7 +1,7 @@
 """Polars: DataFrames and LazyFrames through their own SQL, streaming. Positions, not names, select the columns."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sqlglot import exp
 
 _SAMPLE_ROWS = SAMPLE_SLICES * SLICE_ROWS
+_KEY_SHARE = 64
 _PER_SECOND = {"ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _FAILURES = (PolarsError, PanicException, OSError, MemoryError)
 
@@ -23,7 +24,7 @@ _FAILURES = (PolarsError, PanicException, OSError, MemoryError)
 class PolarsEngine:
     """The Engine over a frame. Raises DataError where the schema of a LazyFrame cannot be found."""
 
-    dialect = "polars"
+    dialect, spills = "polars", False
 
     def __init__(self, frame: pl.DataFrame | pl.LazyFrame) -> None:
         self._frame = frame
@@ -48,6 +49,19 @@ class PolarsEngine:
     def row_count(self) -> int | None:
         """The height of a DataFrame; None for a LazyFrame."""
         return self._frame.height if isinstance(self._frame, pl.DataFrame) else None
+
+    def table_room(self, keys: Sequence[int]) -> int | None:
+        """Polars does not spill."""
+        return None
+
+    def key_count(self, keys: Sequence[int]) -> int:
+        """See Engine. From those keys whose hash is a multiple of _KEY_SHARE, so that few are held."""
+        hashed = self._lazy.select(pl.struct(pl.nth(i).alias(f"k{i}") for i in keys).hash().alias("hash"))
+        kept = hashed.filter(pl.col("hash") % _KEY_SHARE == 0).unique().select(pl.len())
+        try:
+            return int(kept.collect(engine="streaming").item()) * _KEY_SHARE
+        except _FAILURES as error:
+            raise explained(error) from error
 
     def check_columns(self, positions: Iterable[int]) -> None:
         """A frame has one schema: every column can be read."""

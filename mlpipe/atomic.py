@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from .errors import ResourceError
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[IO[bytes]]:
+    """An empty file that takes the target's name once it is complete. Raises ResourceError while another job writes one.
+
+    Its own name is always the same and its writer holds a lock that dies with it: what a killed job left is used again.
+    """
+    path = target.with_name(f".{target.name}.partial")
+    with _locked(path, target) as file:
+        try:
+            file.truncate()
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(path, target)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _locked(path: Path, target: Path) -> IO[bytes]:
+    """The file at a path, made where there is none, locked and at its start."""
+    import fcntl
+
+    while True:
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file, path):
+                return file
+        except BlockingIOError as error:
+            file.close()
+            raise ResourceError(f"another job is writing {target}", code="locked", hint="try again when it is done") from error
+        file.close()
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one of this name: its last writer may have renamed or removed it before we had the lock."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,235 @@
+"""Plan -> spool: the rows of an iterative fit, checked, compressed where that pays, in the order of their blocks."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import cells, expr, statements
+from .arrays import column
+from .collect import dropped_rows, not_finite, row_count
+from .engines.base import Columns
+from .errors import DataError
+from .options import Options
+from .outcome import TRIALS
+from .planning import Expected, Plan
+from .progress import stage
+from .solve.kernel import Chunk
+from .spool import Layout, Spool, build
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+WORTHWHILE = 1.3  # rows per cell from which cells are held instead of rows
+REPEATING = 0.5  # distinct design rows per row of a sample, above which they are not looked at further
+
+
+@dataclass
+class Gathered:
+    """The rows of a fit: the `spool`; the counts `rows`, `nobs` (with frequencies), `size` (with trials); `mean` and `variance` of the
+    response and the mean `offset`; cross-products `gram` (m, m) and `sums` (m,) of the covariate features; `flat` blocks whose
+    response does not vary; `info`."""
+
+    spool: Spool
+    rows: int
+    nobs: float
+    size: float
+    mean: float
+    variance: float
+    offset: float
+    gram: np.ndarray
+    sums: np.ndarray
+    flat: int
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def gather(plan: Plan, *, compress: bool) -> Gathered:
+    """Reads the rows into the spool and checks them there; `compress`: whether rows may be held as cells.
+
+    Raises DataError: no usable rows, a response the family cannot give, non-finite terms, rows dropped under na="raise", a source that
+    changed; ResourceError for a full disk.
+    """
+    seconds: dict[str, float] = {}
+    engine, options = plan.engine, plan.request.options
+    total = row_count(plan)
+    ratio = _compression(plan, total) if compress else 1.0
+    with stage("spool", seconds, engine, options) as fields:
+        spool = _spooled(plan, compressed=ratio >= WORTHWHILE)
+        fields |= {"cells": spool.n_rows, "blocks": spool.n_blocks}
+    engine.check_unchanged()
+    try:
+        found = _survey(plan, spool)
+        rows, nobs = _counts(plan, spool, found, compressed=ratio >= WORTHWHILE)
+        dropped = dropped_rows(plan, total, rows)
+        _check(plan, found, total, rows)
+    except BaseException:
+        spool.close()
+        raise
+    mean = found.y1 / found.size
+    info = _info(plan, total, rows, dropped, seconds, spool, ratio)
+    return Gathered(
+        spool, rows, nobs, found.size, mean, max(found.y2 / found.size - mean**2, 0.0), found.offset / found.size, found.gram,
+        found.sums, found.flat, info,
+    )  # fmt: skip
+
+
+def expected(plan: Plan, *, compress: bool) -> Expected:
+    """What `gather` would keep, from the number of rows and a sample."""
+    rows = row_count(plan)
+    ratio = _compression(plan, rows) if compress else 1.0
+    ratio = ratio if ratio >= WORTHWHILE else 1.0
+    stored = _stored(plan, compressed=ratio > 1.0)
+    return Expected(rows, ratio, round(rows / ratio) * len(stored) * 8)
+
+
+def _stored(plan: Plan, *, compressed: bool) -> tuple[str, ...]:
+    """The numeric columns of the spool."""
+    return tuple(name for name in cells.columns(plan.recipe, compressed=compressed) if name != "constant")
+
+
+def _info(
+    plan: Plan, total: int, rows: int, dropped: dict[str, int], seconds: dict[str, float], spool: Spool, ratio: float
+) -> dict[str, Any]:
+    notes = list(plan.notes)
+    if ratio >= WORTHWHILE and spool.n_rows < total:
+        notes.append(f"{rows:,} rows are held as {spool.n_rows:,} cells of equal design row within a block")
+    identity = plan.engine.identity()
+    return {
+        "rows_read": total, "rows_dropped": total - rows, "dropped": dropped, "blocks": spool.n_blocks if plan.recipe.groups else 0,
+        "cells": spool.n_rows, "spool": {"bytes": spool.nbytes, "mapped": spool.mapped}, "expected_compression": round(ratio, 3),
+        "seconds": seconds, "notes": notes, "path": "spool", "engine": plan.engine.dialect, "fingerprint": identity.fingerprint,
+        "rescannable": identity.rescannable, "bytes": identity.bytes,
+    }  # fmt: skip
+
+
+def _counts(plan: Plan, spool: Spool, found: _Survey, *, compressed: bool) -> tuple[int, float]:
+    """Rows, and rows with frequencies: from the cells' sizes where these are nothing else, else counted apart."""
+    recipe = plan.recipe
+    trials = TRIALS in recipe.responses
+    if not compressed and not (recipe.freq and trials):
+        return spool.n_rows, found.size if recipe.freq else float(spool.n_rows)
+    if compressed and not recipe.freq and not trials:
+        return round(found.size), float(round(found.size))
+    row = _outcome(plan)
+    return int(row["row_count"]), float(row["n"] or 0.0)
+
+
+def _outcome(plan: Plan) -> dict[str, Any]:
+    return dict(plan.engine.query(cells.outcome(plan.recipe, plan.names), plan.columns).read_all().to_pylist()[0])
+
+
+def _check(plan: Plan, found: _Survey, total: int, rows: int) -> None:
+    """Raises where there are no rows, the family cannot give a response, a term is not finite, or the response does not vary."""
+    if not rows:
+        what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used"
+        raise DataError(what, code="no_rows")
+    if not np.isfinite(found.gram).all() or not math.isfinite(found.offset):
+        raise not_finite(plan)
+    if not math.isfinite(found.y1):
+        bad = _outcome(plan)["bad"]
+        raise _outside(plan, int(bad)) if bad else not_finite(plan)
+    if cells.family_of(plan.recipe).name == "binomial" and found.y1 in (0.0, found.size):
+        raise DataError(f"the response is {found.y1 / found.size:g} in every row", code="no_variation")
+
+
+def _outside(plan: Plan, count: int) -> DataError:
+    """The error for responses outside the family's domain: how many, and the first."""
+    recipe, family = plan.recipe, cells.family_of(plan.recipe)
+    ordered = plan.engine.identity().ordered
+    wanted = Columns(plan.columns.values, plan.columns.keys, row_number=ordered)
+    first = plan.engine.query(cells.first_outside(recipe, plan.names, ordered=ordered), wanted).read_all().to_pylist()[0]
+    label = recipe.responses[0].removesuffix(" ~")
+    shown = f"{first['y']:g}" + (f" of {first['trials']:g}" if "trials" in first else "")
+    domain = {
+        "binomial": "0 or 1" if "trials" not in first else "from 0 to its trials", "poisson": "a whole number from 0",
+        "negbinomial": "a whole number from 0", "negbinomial1": "a whole number from 0", "gamma": "above 0",
+        "inverse_gaussian": "above 0", "beta": "between 0 and 1",
+    }[family.name]  # fmt: skip
+    hint = "a proportion needs trials=…, or write cbind(successes, failures) ~ …" if domain == "0 or 1" else None
+    node = recipe.formula.response
+    return DataError(
+        f"the response {label} of family {family.name} must be {domain}: {count:,} rows are not, the first of them {shown}",
+        code="response_domain", column=next(iter(expr.columns(node)), None) if node is not None else None, hint=hint,
+    )  # fmt: skip
+
+
+def _compression(plan: Plan, rows: int) -> float:
+    """Expected rows per cell: from the design rows of a sample and the number of blocks (1 where a sample's hardly repeat)."""
+    recipe, names = plan.recipe, plan.names
+    sample = plan.engine.query(cells.design_rows(recipe, names), plan.columns, sample=True).read_all()
+    counts = column(sample, "row_count").astype(float)
+    if not recipe.groups or not len(counts) or len(counts) > REPEATING * counts.sum():
+        return 1.0
+    approximate = plan.engine.dialect == "duckdb"
+    keys = Columns(keys=plan.columns.keys)
+    found = plan.engine.query(cells.block_count(recipe, names, approximate=approximate), keys).read_all()
+    per_block = rows / max(int(found.column("blocks")[0].as_py()), 1)
+    share = counts / counts.sum()
+    distinct = -np.expm1(per_block * np.log1p(-np.minimum(share, 1.0 - 1e-15))).sum()
+    return float(per_block / max(distinct, 1e-300)) if per_block > 1 else 1.0
+
+
+def _spooled(plan: Plan, *, compressed: bool) -> Spool:
+    recipe, options = plan.recipe, plan.request.options
+    constant = next((i for i, f in enumerate(recipe.features[: recipe.n_covariates]) if not f), None)
+    places = tuple(i for i in range(recipe.n_covariates) if i != constant)
+    layout = Layout(_stored(plan, compressed=compressed), places, recipe.n_covariates, len(cells.family_of(recipe).statistics))
+    keys = [plan.names.key(group).name for group in recipe.groups]
+    batches = _arranged(plan, keys, options, compressed=compressed)
+    return build(batches, layout, keys, budget=options.memory_bytes // 4, parent=options.temp_directory, threads=options.threads)
+
+
+def _arranged(plan: Plan, keys: list[str], options: Options, *, compressed: bool) -> Iterator[pa.RecordBatch]:
+    """The cells in the order of their blocks: by the engine itself where it is DuckDB, else by one of ours over its rows."""
+    if plan.engine.dialect == "duckdb":
+        yield from plan.engine.query(plan.cells(compressed=compressed), plan.columns)
+        return
+    from .engines.arrange import arranged
+
+    rows = plan.engine.query(statements.used_rows(plan.recipe, plan.names, keys=True), plan.columns)
+    yield from arranged(rows, cells.arranged(plan.recipe, keys, compressed=compressed), options)
+
+
+@dataclass
+class _Survey:
+    """Sums over all cells: see Gathered; `y1`, `y2` of size times y and y², `offset` of size times offset."""
+
+    gram: np.ndarray
+    sums: np.ndarray
+    size: float
+    y1: float
+    y2: float
+    offset: float
+    flat: int
+
+
+def _survey(plan: Plan, spool: Spool) -> _Survey:
+    """One look at the spool before the fit; the blocks whose responses do not vary are counted for a binomial family."""
+    binary, m = cells.family_of(plan.recipe).name == "binomial", plan.recipe.n_covariates
+
+    def look(chunk: Chunk) -> _Survey:
+        total = _Survey(np.zeros((m, m)), np.zeros(m), 0.0, 0.0, 0.0, 0.0, 0)
+        y_sums, sizes = np.zeros(chunk.n_blocks), np.zeros(chunk.n_blocks)
+        for rows in chunk.pieces:
+            a, y = rows.cells.size, rows.cells.y
+            weighted, ay = (rows.F, y) if a is None else (rows.F * a, a * y)
+            total.gram, total.sums = total.gram + weighted @ rows.F.T, total.sums + weighted.sum(axis=1)
+            total.size += float(len(y) if a is None else a.sum())
+            total.y1, total.y2 = total.y1 + float(ay.sum()), total.y2 + float(ay @ y)
+            if rows.offset is not None:
+                total.offset += float(rows.offset.sum() if a is None else a @ rows.offset)
+            if binary:
+                y_sums, sizes = y_sums + rows.sums(ay), sizes + (rows.lengths if a is None else rows.sums(a))
+        total.flat = int(((y_sums == 0.0) | (y_sums == sizes)).sum()) if binary else 0
+        return total
+
+    parts = spool.map(look)
+    spool.rows_read = 0  # passes count what the fit reads
+    size, y1, y2, offset = (math.fsum(getattr(part, name) for part in parts) for name in ("size", "y1", "y2", "offset"))
+    gram, sums = np.zeros((m, m)), np.zeros(m)
+    for part in parts:
+        gram, sums = gram + part.gram, sums + part.sums
+    return _Survey(gram, sums, size, y1, y2, offset, sum(part.flat for part in parts))

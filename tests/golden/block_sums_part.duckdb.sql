@@ -1,0 +1,36 @@
+/* Per block: rows, and the sums Z'wZ and Z'w[X y] that the likelihood of a mixed model needs. No block's own X'X is needed. */
+SELECT
+  COUNT(*) AS row_count,
+  k3,
+  k4,
+  CAST(COUNT(*) AS DOUBLE) AS s0,
+  SUM(f1) AS s1,
+  SUM(f2) AS s2
+FROM (
+  /* The rows that enter the fit, one column per feature. */
+  /* src offers the used columns by position: c3 is the source's fourth column as a number (or text, or boolean), k3 the */
+  /* same column as a key, in the source's own type. Rows with a missing or infinite value in any used column are left out here and */
+  /* counted apart (missing.sql). Features are shifted and scaled near mean 0 and spread 1, so that sums of their products keep their digits. */
+  SELECT
+    k3,
+    k4,
+    CASE WHEN c1 > 2004.0e0 THEN 1.0e0 ELSE 0.0e0 END AS f1, /* I(year > 2004)[TRUE] */
+    (
+      c0 - c5
+    ) * 0.5e0 AS f2 /* y ~[1] */
+  FROM src
+  WHERE
+    (
+      c1 * 0.0e0 = 0.0e0
+      AND c0 * 0.0e0 = 0.0e0
+      AND c5 * 0.0e0 = 0.0e0
+      AND c3 * 0.0e0 = 0.0e0
+      AND NOT k4 IS NULL
+    )
+    AND (
+      HASH(k3, k4) >> 24
+    ) % 4 = 1
+) AS used
+GROUP BY
+  k3,
+  k4

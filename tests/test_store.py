@@ -1,0 +1,350 @@
+"""Fits that are written: directories, DuckDB files and connections; what a killed or failed job leaves."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+
+import mlpipe as mp
+from mlpipe import atomic, datasets
+
+from .conftest import _quoted
+
+FORMULA = "reaction ~ days + (1 + days | subject)"
+SUFFIXES = ("fit", "coef", "varcomp", "manifest", "ranef_subject")
+
+
+@pytest.fixture(scope="module")
+def sleep() -> mp.LMMFit:
+    return mp.lmm(FORMULA, datasets.path("sleepstudy"))
+
+
+def same(again: mp.LMMFit, fit: mp.LMMFit) -> None:
+    assert (again.formula, again.fixef(), again.loglik, again.nobs) == (fit.formula, fit.fixef(), fit.loglik, fit.nobs)
+    np.testing.assert_array_equal(again.vcov(), fit.vcov())
+    assert again.tidy().equals(fit.tidy()) and again.ranef().equals(fit.ranef())
+
+
+def content(con: duckdb.DuckDBPyConnection) -> dict[str, list[Any]]:
+    """The rows of every table, as text."""
+    names = [row[0] for row in con.execute("select table_name from duckdb_tables() order by 1").fetchall()]
+    return {name: con.execute(f"select columns(*)::varchar from {_quoted(name)}").fetchall() for name in names}
+
+
+# ---- DuckDB
+
+
+@pytest.mark.parametrize("name", ["x.duckdb", "new/x.DB"])
+def test_a_database_file(name: str, sleep: mp.LMMFit, tmp_path: Path) -> None:
+    path = tmp_path / name
+    sleep.write(path, run_id="first")
+    assert path.is_file() and sorted(p.name for p in path.parent.iterdir()) == [path.name]
+    same(mp.load(path), sleep)
+    with duckdb.connect(str(path), read_only=True) as con:
+        held = content(con)
+        assert sorted(held) == sorted(f"mlpipe_{suffix}" for suffix in SUFFIXES)
+        assert {row[:2] for rows in held.values() for row in rows} == {("first", FORMULA)}
+        assert con.sql("select estimate from mlpipe_coef where term = 'days'").fetchall() == [(sleep.fixef()["days"],)]
+        assert con.sql('select count(*), count(distinct subject), count("days_se") from mlpipe_ranef_subject').fetchall() == [(18, 18, 18)]
+
+
+def test_the_same_tables_as_in_a_directory(sleep: mp.LMMFit, tmp_path: Path) -> None:
+    sleep.write(tmp_path / "folder", run_id="r")
+    sleep.write(con := duckdb.connect(), run_id="r")
+    for path in (tmp_path / "folder" / "runs" / "r").iterdir():
+        there = con.table(path.stem).to_arrow_table().drop_columns(["started"] * (path.stem == "mlpipe_fit"))
+        assert pa.Table.from_batches(pl.read_parquet(path).to_arrow().to_batches()).num_rows == there.num_rows
+        kept = [name for name in there.column_names if name not in ("tables", "record")]
+        assert pl.DataFrame(there.select(kept)).equals(pl.read_parquet(path, columns=kept))
+
+
+def test_modes(sleep: mp.LMMFit) -> None:
+    con = duckdb.connect()
+    sleep.write(con, run_id="a")
+    before = content(con)
+    with pytest.raises(mp.ConfigError, match="already lists a fit"):
+        sleep.write(con)
+    with pytest.raises(mp.ConfigError, match="already lists the run 'a'"):
+        sleep.write(con, mode="append", run_id="a")
+    assert content(con) == before
+    other = mp.lmm("reaction ~ days + (1 | subject)", datasets.path("sleepstudy"))
+    other.write(con, mode="append", run_id="b")
+    assert con.sql("select run_id, count(*), count(days) from mlpipe_ranef_subject group by all order by all").fetchall() == [
+        ("a", 18, 18), ("b", 18, 0)
+    ]  # fmt: skip
+    same(mp.load(con), other)
+    other.write(con, mode="overwrite", run_id="c", ranef=False)
+    assert sorted(content(con)) == sorted(f"mlpipe_{suffix}" for suffix in SUFFIXES[:-1])
+    assert {row[0] for rows in content(con).values() for row in rows} == {"c"}
+
+
+def test_an_append_adds_the_columns_that_are_missing(sleep: mp.LMMFit) -> None:
+    con = duckdb.connect()
+    mp.lmm("reaction ~ days + (1 | subject)", datasets.path("sleepstudy")).write(con, run_id="a")
+    sleep.write(con, mode="append", run_id="b")
+    same(mp.load(con), sleep)
+    assert con.sql("select count(days), count(*) from mlpipe_ranef_subject").fetchall() == [(18, 36)]
+
+
+def test_statistics_and_rows_append_to_one_table(sleep: mp.LMMFit) -> None:
+    """A fit from statistics knows no source; its missing values have the columns' types all the same."""
+    con = duckdb.connect()
+    stats = mp.suffstats(FORMULA, datasets.path("sleepstudy"))
+    mp.lmm(FORMULA, stats).write(con, run_id="a")
+    sleep.write(con, mode="append", run_id="b")
+    same(mp.load(con), sleep)
+
+
+def test_what_an_append_cannot_hold_leaves_all_as_it_was(sleep: mp.LMMFit) -> None:
+    con = duckdb.connect()
+    sleep.write(con)
+    before = content(con)
+    frame = pl.read_parquet(datasets.path("sleepstudy")).with_columns(pl.col("subject").cast(pl.Int64))
+    with pytest.raises(mp.ConfigError, match="'subject' of type VARCHAR, this run's is 'subject' of type BIGINT"):
+        mp.lmm(FORMULA, frame).write(con, mode="append")
+    renamed = frame.rename({"subject": "Subject"})
+    with pytest.raises(mp.ConfigError, match="'subject' of type VARCHAR, this run's is 'Subject'"):
+        mp.lmm("reaction ~ days + (1 | Subject)", renamed).write(con, mode="append")
+    assert content(con) == before
+    con.execute("begin")  # nothing of ours is open
+    con.execute("rollback")
+
+
+def test_a_users_own_tables_are_left_alone(sleep: mp.LMMFit) -> None:
+    con = duckdb.connect()
+    con.execute("create table MLPIPE_coef as select 1 as x; create table other as select 2 as y")
+    before = content(con)
+    for mode in ("error", "overwrite", "append"):
+        with pytest.raises(mp.ConfigError, match="no fit's"):
+            sleep.write(con, mode=mode)
+    assert content(con) == before
+    sleep.write(con, prefix='odd "p"; --')
+    sleep.write(con, prefix='odd "p"; --', mode="overwrite")
+    assert con.sql("from MLPIPE_coef").fetchall() == [(1,)] and 'odd "p"; --_fit' in content(con)
+    same(mp.load(con, prefix='odd "p"; --'), sleep)
+    with pytest.raises(mp.DataError, match="no fit in the database"):
+        mp.load(con)
+
+
+def test_an_open_transaction_is_refused_and_stays_theirs(sleep: mp.LMMFit) -> None:
+    con = duckdb.connect()
+    con.execute("begin; create table mine as select 1 as x")
+    with pytest.raises(mp.ConfigError, match="transaction open") as caught:
+        sleep.write(con)
+    assert caught.value.code == "transaction_open"
+    con.execute("commit; begin")
+    assert list(content(con)) == ["mine"]
+    with pytest.raises(duckdb.Error):
+        con.execute("select error('failed')").fetchall()
+    with pytest.raises(mp.ConfigError, match="transaction open"):
+        sleep.write(con)
+    con.execute("rollback")
+    sleep.write(con)
+
+
+def test_the_current_schema_of_a_connection(sleep: mp.LMMFit, tmp_path: Path) -> None:
+    con = duckdb.connect()
+    con.execute("create schema results; use results; create temp table mlpipe_fit as select 1 as x")
+    sleep.write(con)
+    found = con.execute("select distinct schema_name from duckdb_tables() where table_name like 'mlpipe%' and not temporary").fetchall()
+    assert found == [("results",)]
+    same(mp.load(con), sleep)
+
+
+def test_odd_names() -> None:
+    """Group and coefficient names that SQL, file systems and a database blind to case would trip over."""
+    rng = np.random.default_rng(1)
+    n, g = 400, np.repeat(np.arange(20), 20)
+    x, X = rng.normal(size=(2, n))
+    b = rng.normal(size=(20, 3))
+    y = b[g, 0] + b[g, 1] * x + b[g, 2] * X + rng.normal(size=n)
+    frame = pl.DataFrame({"y": y, "x": x, "X": X, "Run_ID": g, 'the "unit"; --': np.arange(n) // 20 % 2})
+    fit = mp.lmm('y ~ x + X + (x + X | Run_ID:`the "unit"; --`)', frame)
+    con = duckdb.connect()
+    fit.write(con)
+    same(mp.load(con), fit)
+    (table,) = [name for name in content(con) if "_ranef_" in name]
+    assert con.table(f'"{table}"').columns[:3] == ["run_id", "model", "Run_ID_"]
+    assert con.table(f'"{table}"').columns[-4:] == ["x", "x_se", "X_", "X_se_"]
+    again = mp.load(con).predict(frame).read_all()["predicted"].to_numpy()
+    np.testing.assert_allclose(again, fit.predict(frame).read_all()["predicted"].to_numpy(), rtol=1e-12)
+
+
+def test_odd_names_in_a_directory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    g = np.repeat(np.arange(20), 10)
+    fit = mp.lmm("y ~ 1 + (1 | run_id)", pl.DataFrame({"y": rng.normal(size=20)[g] + rng.normal(size=200), "run_id": g}))
+    fit.write(tmp_path / "fit", run_id="r")
+    same(mp.load(tmp_path / "fit"), fit)
+    assert pl.read_parquet(tmp_path / "fit" / "runs" / "r" / "mlpipe_ranef_run_id.parquet").columns[:3] == ["run_id", "model", "run_id_"]
+
+
+def test_a_failure_leaves_the_file_as_it_was(sleep: mp.LMMFit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpipe.engines.target import Database
+
+    path, create = tmp_path / "x.duckdb", Database.create
+
+    def broken(self: Database, table: str, rows: pa.Table) -> None:
+        create(self, table, rows)
+        if table.endswith("_varcomp"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "create", broken)
+        with pytest.raises(KeyboardInterrupt):
+            sleep.write(path)
+    assert list(tmp_path.iterdir()) == []
+    sleep.write(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "create", broken)
+        with pytest.raises(KeyboardInterrupt):
+            sleep.write(path, mode="overwrite")
+    same(mp.load(path), sleep)
+
+
+def test_files_that_cannot_be_written_or_read(sleep: mp.LMMFit, tmp_path: Path) -> None:
+    (tmp_path / "no.duckdb").write_text("something else")
+    with pytest.raises(mp.ResourceError, match="not a valid DuckDB"):
+        sleep.write(tmp_path / "no.duckdb")
+    assert (tmp_path / "no.duckdb").read_text() == "something else"
+    with pytest.raises(mp.DataError, match="no fit in"):
+        mp.load(tmp_path / "absent.duckdb")
+    path = str(tmp_path / "x.duckdb")
+    with duckdb.connect(path) as con:
+        with pytest.raises(mp.ResourceError, match="open in this process"):
+            sleep.write(path)
+        sleep.write(con)
+    with duckdb.connect(path, read_only=True) as con, pytest.raises(mp.ResourceError, match="read-only"):
+        sleep.write(con, prefix="p")
+    same(mp.load(path), sleep)
+    with pytest.raises(mp.ConfigError, match="neither a path nor a DuckDB connection"):
+        sleep.write(3)
+
+
+# ---- what a killed job leaves
+
+WRITER = """
+    import os, signal, mlpipe as mp, mlpipe.store as store
+    fit = mp.lmm("reaction ~ days + (1 | subject)", mp.datasets.path("sleepstudy"))
+    {0} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    fit.write("fit")
+"""
+
+
+@pytest.mark.parametrize("point", ["store._replace", "store._write_tables", "store.os.replace"])
+def test_a_killed_first_write_is_no_obstacle(point: str, sleep: mp.LMMFit, tmp_path: Path) -> None:
+    killed(WRITER.format(point), tmp_path)
+    assert (tmp_path / "fit").is_dir() and not (tmp_path / "fit" / "fit.json").exists()
+    sleep.write(tmp_path / "fit", run_id="r")
+    assert sorted(path.name for path in (tmp_path / "fit").iterdir()) == [".lock", "fit.json", "runs"]
+    assert [path.name for path in (tmp_path / "fit" / "runs").iterdir()] == ["r"]
+
+
+def test_a_folder_of_someone_elses_is_still_refused(sleep: mp.LMMFit, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(mp.ConfigError, match="is no fit"):
+        sleep.write(tmp_path)
+
+
+def killed(code: str, folder: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_a_file_that_a_killed_writer_left_is_used_again(tmp_path: Path) -> None:
+    killed(
+        """
+        import os, signal
+        from pathlib import Path
+        from mlpipe.atomic import replacing
+        with replacing(Path("p")) as file:
+            file.write(b"much longer than what comes next")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        tmp_path,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [".p.partial"]
+    with atomic.replacing(tmp_path / "p") as file:
+        file.write(b"next")
+        with pytest.raises(mp.ResourceError, match="another job is writing"), atomic.replacing(tmp_path / "p"):
+            pass
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("p", b"next")]
+
+
+# ---- without BLUPs
+
+
+@pytest.mark.parametrize("name", ["fit", "x.duckdb"])
+def test_a_fit_without_its_modes_says_what_to_do(name: str, sleep: mp.LMMFit, tmp_path: Path) -> None:
+    sleep.write(tmp_path / name, ranef=False)
+    again = mp.load(tmp_path / name)
+    with pytest.raises(mp.DataError, match='ranef=True, or predict with effects="population"') as caught:
+        again.predict(datasets.path("sleepstudy"))
+    assert caught.value.code == "no_modes"
+    assert again.predict(datasets.path("sleepstudy"), effects="population").read_all().num_rows == 180
+
+
+def test_scored_rows_are_counted_while_they_are_read(sleep: mp.LMMFit) -> None:
+    frame = pl.read_parquet(datasets.path("sleepstudy"))
+    many = pl.concat([frame] * 2000)
+    scored = many.lazy().mlpipe.predict(sleep)  # type: ignore[attr-defined]
+    assert scored.head(5).collect().height == 5
+    assert 5 <= sleep.info["scored"]["rows"] <= many.height
+
+
+# ---- generalized fits
+
+CBPP = datasets.path("cbpp")
+COUNTS = "cbind(incidence, size - incidence) ~ period"
+
+
+def generalized(kind: str) -> mp.GLMMFit | mp.GLMFit:
+    if kind == "glmm":
+        return mp.glmm(f"{COUNTS} + (1 | herd)", CBPP, family="binomial", nagq=5)
+    if kind == "gamma":
+        return mp.glmm("reaction ~ days + (1 | subject)", datasets.path("sleepstudy"), family="gamma")
+    return mp.glm(COUNTS, CBPP, family=kind, cluster="herd" if kind == "binomial" else None)
+
+
+@pytest.mark.parametrize("target", ["x.duckdb", "folder"])
+@pytest.mark.parametrize("kind", ["glmm", "gamma", "binomial", "quasibinomial"])
+def test_generalized_fits_come_back(kind: str, target: str, tmp_path: Path) -> None:
+    fit = generalized(kind)
+    fit.write(tmp_path / target, run_id="first")
+    again = mp.load(tmp_path / target)
+    assert type(again) is type(fit) and again.source is None
+    assert all(np.array_equal(getattr(again, name), getattr(fit, name)) for name in ("beta", "covariance", "theta", "theta_covariance"))
+    assert again.tidy().equals(fit.tidy()) and again.varcorr().equals(fit.varcorr())
+    assert [getattr(again, name) for name in fit.more if name != "tau_variance"] == [
+        getattr(fit, name) for name in fit.more if name != "tau_variance"
+    ]
+    assert str(again) == "\n".join(line for line in str(fit).split("\n") if not line.startswith("   Data:"))
+    data = datasets.path("sleepstudy") if kind == "gamma" else CBPP
+    for effects in ("conditional", "population", "marginal"):
+        assert again.predict(data, effects=effects).read_all().equals(fit.predict(data, effects=effects).read_all())
+    if fit.terms:
+        assert again.ranef().equals(fit.ranef())
+    else:
+        with pytest.raises(mp.ConfigError, match="no random effects"):
+            again.ranef()
+
+
+def test_runs_of_several_kinds_in_one_database(tmp_path: Path) -> None:
+    con = duckdb.connect(str(tmp_path / "x.duckdb"))
+    for k, kind in enumerate(("glmm", "binomial")):
+        generalized(kind).write(con, mode="append", run_id=f"r{k}")
+    assert isinstance(mp.load(con), mp.GLMFit)
+    assert con.sql("select run_id, family from mlpipe_fit order by 1").fetchall() == [("r0", "binomial"), ("r1", "binomial")]
+    assert con.sql("select count(*) from mlpipe_ranef_herd").fetchall() == [(15,)]
