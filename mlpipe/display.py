@@ -31,13 +31,18 @@ def _mixed(fit: MixedFit, correlation: bool) -> list[str]:
     """lme4's summary of a model with random effects."""
     random = _random_rows(fit)
     lines = [*_head(fit), "", *_criterion(fit), "", "Random effects:", *aligned(random, left=len(random[0]), indent=" ")]
-    lines += [*_family_parameters(fit), f"Number of obs: {fit.nobs:.15g}, groups: {printable(fit.terms[0].group)}, {fit.n_blocks}", ""]
+    lines += [*_family_parameters(fit), f"Number of obs: {fit.nobs:.15g}, groups: {_groups(fit)}", ""]
     lines += ["Fixed effects:", *aligned(_fixed_rows(fit), left=1)] if fit.names else ["No fixed effect coefficients"]
     if correlation and len(fit.names) > WIDEST_CORRELATION:
         lines += ["", f"Correlation matrix not shown, as p = {len(fit.names)} > {WIDEST_CORRELATION}; fit.vcov() has the covariances"]
     elif correlation and len(fit.names) > 1:
         lines += ["", "Correlation of Fixed Effects:", *aligned(_correlations(fit), left=1)]
     return lines
+
+
+def _groups(fit: MixedFit) -> str:
+    """Each grouping factor and how many levels it has."""
+    return "; ".join(f"{printable(group)}, {n}" for group, n in fit.levels.items())
 
 
 def _plain(fit: GLMFit) -> list[str]:
@@ -66,8 +71,8 @@ def _fit_of(fit: GLMFit) -> list[str]:
 def html(fit: MixedFit) -> str:
     """The tables of the summary for notebooks; everything that comes from the user is escaped."""
     title, *facts = [markup.escape(line) for line in _head(fit)]
-    groups = f", {fit.n_blocks} levels of {markup.escape(printable(fit.terms[0].group))}" if fit.terms else ""
-    facts.append(f"{fit.nobs:.15g} rows{groups}")
+    levels = "".join(f", {n} levels of {markup.escape(printable(group))}" for group, n in fit.levels.items())
+    facts.append(f"{fit.nobs:.15g} rows{levels}")
     facts += [f"log-likelihood {fit.loglik:.4f}"] if math.isfinite(fit.loglik) else []
     facts += [markup.escape(line) for line in _family_parameters(fit)]
     tables = _html_table("Random effects", _random_rows(fit)) if fit.terms else ""

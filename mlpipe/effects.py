@@ -5,9 +5,9 @@ Var(b_i | y) = σ² Λ M_i⁻¹ Λ' (Bates et al. 2015, equations 56 and 58; Hen
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -43,10 +43,13 @@ def reopened(fit: MixedFit, options: Options | None = None) -> Iterator[Engine]:
         engine.close()
 
 
-def ranef(fit: MixedFit, *, wide: bool, stream: bool) -> pa.Table | pa.RecordBatchReader:
+def ranef(fit: MixedFit, *, wide: bool, stream: bool, group: str | None = None) -> pa.Table | pa.RecordBatchReader:
     """See `LMMFit.ranef`: a table sorted by the keys, or a stream in the engine's order. Tables of up to KEPT levels stay with the fit."""
     import pyarrow as pa
 
+    if fit.recipe.factors:
+        shaped = _of_group(fit, group or fit.groups[0], wide)
+        return shaped.to_reader() if stream else shaped
     if not stream or fit.effects_table is not None:
         table = fit.effects_table if fit.effects_table is not None else table_of(fit, _computed(fit))
         if len(table) <= KEPT:
@@ -58,11 +61,20 @@ def ranef(fit: MixedFit, *, wide: bool, stream: bool) -> pa.Table | pa.RecordBat
     return pa.RecordBatchReader.from_batches(first.schema, (batch for table in (first, *tables) for batch in table.to_batches()))
 
 
+def _of_group(fit: MixedFit, group: str, wide: bool) -> pa.Table:
+    """The modes of one of several factors, which stay with the fit."""
+    if group not in fit.effects_tables:
+        hint = 'write the fit with ranef=True, or predict with effects="population"'
+        raise DataError("the fit was written without its conditional modes (BLUPs)", code="no_modes", hint=hint)
+    table = fit.effects_tables[group]
+    return table if wide else long(fit, table, group)
+
+
 def table_of(fit: MixedFit, tables: Iterator[pa.Table]) -> pa.Table:
     """The batches as one table, sorted by the keys."""
     import pyarrow as pa
 
-    return _sorted(pa.concat_tables(tables), key_names(fit))
+    return _sorted(pa.concat_tables(tables), key_names(fit.terms, fit.recipe.groups))
 
 
 def _sorted(table: pa.Table, keys: list[str]) -> pa.Table:
@@ -80,12 +92,12 @@ def _sorted(table: pa.Table, keys: list[str]) -> pa.Table:
         return table
 
 
-def key_names(fit: MixedFit) -> list[str]:
+def key_names(terms: Sequence[Named], columns: Sequence[str]) -> list[str]:
     """The names of the key columns: the source's own, or `<name>_key` where that is one of ours."""
     taken = {"group", "term", "estimate", "std_error", "reliability"}
-    taken |= {column for name in coefficient_names(fit) for column in (name, f"{name}_se")}
+    taken |= {column for name in coefficient_names(terms) for column in (name, f"{name}_se")}
     out: list[str] = []
-    for name in fit.recipe.groups:
+    for name in columns:
         while name in taken:
             name = f"{name}_key"
         taken.add(name)
@@ -157,17 +169,17 @@ def _table(fit: MixedFit, keys: list[Any], S: np.ndarray, r: np.ndarray) -> pa.T
     import pyarrow as pa
 
     modes, sds = solved(fit, S, r)
-    columns, names = list(keys), key_names(fit)
-    for k, name in enumerate(coefficient_names(fit)):
+    columns, names = list(keys), key_names(fit.terms, fit.recipe.groups)
+    for k, name in enumerate(coefficient_names(fit.terms)):
         columns += [pa.array(modes[:, k]), pa.array(sds[:, k])]
         names = [*names, name, f"{name}_se"]
     return pa.table(dict(zip(names, columns, strict=True)))
 
 
-def coefficient_names(fit: MixedFit) -> list[str]:
-    """The coefficients of all terms, in order; a name that occurs in two terms of the factor gets its term's number."""
-    flat = [name for term in fit.terms for name in term.names]
-    return [name if flat.count(name) == 1 else f"{name}.{k + 1}" for k, term in enumerate(fit.terms) for name in term.names]
+def coefficient_names(terms: Sequence[Named]) -> list[str]:
+    """The coefficients of a factor's terms, in order; a name that occurs in two of them gets its term's number."""
+    flat = [name for term in terms for name in term.names]
+    return [name if flat.count(name) == 1 else f"{name}.{k + 1}" for k, term in enumerate(terms) for name in term.names]
 
 
 def solved(fit: MixedFit, S: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -192,20 +204,22 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def long(fit: MixedFit, table: pa.Table) -> pa.Table:
+def long(fit: MixedFit, table: pa.Table, group: str | None = None) -> pa.Table:
     """One row a level and coefficient: group, keys, term, estimate, std_error, reliability (1 - Var(b|y) / Var(b))."""
     import pyarrow as pa
 
-    names, n = coefficient_names(fit), len(table)
-    labels = [name for term in fit.terms for name in term.names]
-    prior = np.concatenate([fit.effect_scale * np.sqrt((term.factor**2).sum(axis=1)) for term in fit.terms])
+    terms = [term for term in fit.terms if group is None or term.group == group]
+    names, n = coefficient_names(terms), len(table)
+    keys = table.column_names[: table.num_columns - 2 * len(names)]
+    labels = [name for term in terms for name in term.names]
+    prior = np.concatenate([fit.effect_scale * np.sqrt((term.factor**2).sum(axis=1)) for term in terms])
     estimate = np.column_stack([column(table, name) for name in names])
     se = np.column_stack([column(table, f"{name}_se") for name in names])
     with np.errstate(invalid="ignore", divide="ignore"):
         reliability = np.clip(1 - (se / prior) ** 2, 0.0, 1.0)
     repeat = np.repeat(np.arange(n), len(names))
-    columns: dict[str, Any] = {"group": pa.array([fit.terms[0].group] * len(repeat), pa.string())}
-    columns |= {key: table.column(key).take(pa.array(repeat)) for key in key_names(fit)}
+    columns: dict[str, Any] = {"group": pa.array([terms[0].group] * len(repeat), pa.string())}
+    columns |= {key: table.column(key).take(pa.array(repeat)) for key in keys}
     columns |= {
         "term": pa.array(labels * n, pa.string()),
         "estimate": estimate.ravel(),
@@ -213,3 +227,10 @@ def long(fit: MixedFit, table: pa.Table) -> pa.Table:
         "reliability": pa.array(reliability.ravel(), from_pandas=True),
     }
     return pa.table(columns)
+
+
+class Named(Protocol):
+    """A random term: its coefficients' names."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...

@@ -78,7 +78,7 @@ def lmm(
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):
             fit = _fitted(formula, stats, data, reml, start, options, plan_)
-            if not stats.info["rescannable"]:  # the rows are gone with the engine: what needs them comes first
+            if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     _report(fit, options)
@@ -242,6 +242,10 @@ def _fitted(
     parsed = parse(formula)
     if not parsed.random:
         raise ConfigError("the formula has no random term", code="no_random_term", hint="write one, such as (1 | group)")
+    if stats.crossed is not None:
+        from . import several
+
+        return several.fitted(formula, parsed, stats, data, reml, start, options, coding)
     _check_sizes(stats)
     reduced = reduce(stats, parsed, reml=reml, **(coding or {}))
     first = reduced.least_squares()

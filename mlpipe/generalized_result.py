@@ -218,8 +218,8 @@ def _modes(fit: GLMMFit, model: Model, solution: GLMMSolution) -> pa.Table:
     factor = np.einsum("ij,jkb->ikb", back, np.concatenate([part[1] for part in parts], axis=2))
     sds = np.sqrt((factor**2).sum(axis=1))
     assert spool.keys is not None
-    columns: dict[str, Any] = dict(zip(key_names(fit), spool.keys.columns, strict=True))
-    for k, name in enumerate(coefficient_names(fit)):
+    columns: dict[str, Any] = dict(zip(key_names(fit.terms, fit.recipe.groups), spool.keys.columns, strict=True))
+    for k, name in enumerate(coefficient_names(fit.terms)):
         columns |= {name: arrow(modes[k]), f"{name}_se": arrow(sds[k])}
     return pa.table(columns)
 

@@ -58,10 +58,10 @@ class Levels:
     def __post_init__(self) -> None:
         self.indices = [Index(_distinct(self.keys.column(i))) for i in range(self.keys.num_columns)]
         self.sizes = [len(index.values) for index in self.indices]
-        if len(self.indices) > 1:
-            combined = self._combined([self.keys.column(i).combine_chunks() for i in range(self.keys.num_columns)])
-            self.order = np.argsort(combined, kind="stable")
-            self.combined = combined[self.order]
+        # the engine's order of the keys (an enum's own, say) need not be that of the values
+        combined = self._combined([self.keys.column(i).combine_chunks() for i in range(self.keys.num_columns)])
+        self.order = np.argsort(combined, kind="stable")
+        self.combined = combined[self.order]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -78,7 +78,8 @@ class Levels:
     def codes(self, values: list[Any]) -> np.ndarray:
         """The level (n,) of each row from its key columns; -1 for one that is not known."""
         if len(self.indices) == 1:
-            return self.indices[0].codes(values[0])
+            code = self.indices[0].codes(values[0])
+            return np.where(code >= 0, self.order[code], -1)
         combined = self._combined(values)
         at = np.minimum(np.searchsorted(self.combined, combined), len(self.combined) - 1)
         return np.where(self.combined[at] == combined, self.order[at], -1)

@@ -51,7 +51,8 @@ class MixedFit:
     repeats); `beta` (p,), `covariance` (p, p) given theta; `gamma` (features,), X beta over features; `terms`, the random part; `sigma`;
     `loglik` (restricted if `reml`); `nobs`, `rows`, `n_blocks`; `converged`, `singular`, `score`, `evaluations`, `message`;
     `theta_covariance`, covariance of the solver's (theta, log sigma), NaN on the boundary; `seconds`; `info`.
-    `source` is the data it came from (None after `mp.load`), `options` how it was read, `effects_table` the BLUPs where they were kept.
+    `source` is the data it came from (None after `mp.load`), `options` how it was read, `effects_table` the BLUPs where they were kept,
+    `effects_tables` those of several factors, by group.
     """
 
     formula: str
@@ -80,6 +81,7 @@ class MixedFit:
     source: Any = None
     options: Options | None = None
     effects_table: pa.Table | None = None
+    effects_tables: dict[str, pa.Table] = field(default_factory=dict)
 
     family = "gaussian"
     more: ClassVar[tuple[str, ...]] = ()  # further fields that are written with the fit
@@ -169,20 +171,36 @@ class MixedFit:
         """Intraclass correlation per grouping factor: the share of the intercept variance (random slopes at zero)."""
         return variance.icc(self)
 
+    @property
+    def groups(self) -> list[str]:
+        """The grouping factors."""
+        return list(dict.fromkeys(term.group for term in self.terms))
+
+    @property
+    def levels(self) -> dict[str, int]:
+        """The number of levels of each grouping factor."""
+        counts = self.info.get("levels") or dict.fromkeys(self.groups, self.n_blocks)
+        return {group: int(counts[group]) for group in self.groups}
+
     def ranef(self, group: str | None = None, wide: bool = False, stream: bool = False) -> pa.Table | pa.RecordBatchReader:
-        """Conditional modes (BLUPs) with conditional standard deviations and reliabilities; keys in the source's own types."""
+        """Conditional modes (BLUPs) with conditional standard deviations and reliabilities; keys in the source's own types.
+
+        Raises ConfigError where there are several factors and none is named.
+        """
         from . import effects
 
-        if not self.terms:
+        groups = self.groups
+        if not groups:
             raise ConfigError("the model has no random effects", code="no_random_effects")
-        if group is not None and group != self.terms[0].group:
-            raise ConfigError(f"there is no grouping factor {group!r}", hint=did_you_mean(group, [self.terms[0].group]))
-        return effects.ranef(self, wide=wide, stream=stream)
+        if group is not None and group not in groups:
+            raise ConfigError(f"there is no grouping factor {group!r}", hint=did_you_mean(group, groups))
+        if len(groups) > 1 and group is None:
+            raise ConfigError(f"several grouping factors: {', '.join(groups)}", code="several_factors", hint="name one, or use ranefs()")
+        return effects.ranef(self, wide=wide, stream=stream, group=group or groups[0])
 
     def ranefs(self) -> dict[str, pa.Table]:
         """The conditional modes of every grouping factor."""
-        table = self.ranef()
-        return {self.terms[0].group: table}
+        return {group: self.ranef(group) for group in self.groups}
 
     def predict(
         self,

@@ -52,7 +52,8 @@ def predict(
     if kind == "link" and wanted == "marginal" and fit.recipe.family is not None:
         raise ConfigError("a mean over the random effects has no linear predictor", hint='kind="response", or effects="population"')
     output = Output((wanted,)) if kind == "link" and wanted != "marginal" else fit.output(wanted)
-    return _scored(fit, data, {f"{prefix}predicted": output}, wanted == "conditional", new_levels, ordered, None, options)
+    factors = [] if wanted != "conditional" else fit.groups if isinstance(effects, str) else list(effects)
+    return _scored(fit, data, {f"{prefix}predicted": output}, factors, new_levels, ordered, None, options)
 
 
 def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: str, options: Options | None) -> pa.RecordBatchReader:
@@ -60,7 +61,7 @@ def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: 
     best = "conditional" if fit.terms else "population"
     outputs = {f"{prefix}fitted": fit.output(best), f"{prefix}resid": fit.output("residual")}
     outputs[f"{prefix}fitted_fixed"] = fit.output("population")
-    return _scored(fit, data, outputs, bool(fit.terms), "population", True, columns, options)
+    return _scored(fit, data, outputs, fit.groups, "population", True, columns, options)
 
 
 def _wanted(fit: MixedFit, effects: str | Sequence[str]) -> str:
@@ -81,7 +82,7 @@ def _scored(
     fit: MixedFit,
     data: Any,
     outputs: dict[str, Output],
-    conditional: bool,
+    conditional: Sequence[str],
     new_levels: str,
     ordered: bool,
     columns: Sequence[str] | None,
@@ -95,14 +96,18 @@ def _scored(
         engine = stack.enter_context(_engine(fit, data, options))
         parts = list(dict.fromkeys(part for output in outputs.values() for part in output.parts))
         observed = "residual" in parts or "observed" in parts
-        names = located(engine, fit.recipe, observed, conditional)
+        names = located(engine, fit.recipe, observed, bool(conditional))
         shown = _shown(engine, columns, list(outputs))
+        if fit.recipe.factors and conditional:
+            from . import several_scoring
+
+            return several_scoring.scored(fit, engine, names, shown, outputs, conditional, new_levels, ordered, stack)
         joined = _joined(fit, engine, names) if conditional else None
         statement = statement_of(fit, names, shown, parts, joined.schema if joined is not None else None, ordered)
         from .engines.base import Columns
 
         groups = fit.recipe.groups if conditional else ()
-        values = frozenset(names.positions[name] for name in (*_value_names(fit.recipe, observed), *groups))
+        values = frozenset(names.positions[name] for name in (*value_names(fit.recipe, observed), *groups))
         wanted = Columns(values, frozenset(names.positions[name] for name in groups), everything=True, row_number=ordered)
         reader = engine.query(statement, wanted, joined=joined)
         return _finished(fit, reader, list(shown), parts, outputs, new_levels, stack)
@@ -127,7 +132,8 @@ def _offsets(recipe: Recipe) -> list[expr.Node]:
     return [*recipe.formula.offsets, *([parse_expression(recipe.offset)] if recipe.offset else [])]
 
 
-def _value_names(recipe: Recipe, response: bool) -> list[str]:
+def value_names(recipe: Recipe, response: bool) -> list[str]:
+    """The columns that scoring reads as values; `response`: those of the response too."""
     nodes = [node for v in _used_variables(recipe) for node in (v.expression, *v.columns)] + _offsets(recipe)
     if response:
         nodes += [recipe.variables[label].expression for label in recipe.responses]
@@ -139,7 +145,7 @@ def located(engine: Engine, recipe: Recipe, observed: bool, conditional: bool) -
     from .sql import Names
 
     schema = engine.schema()
-    values = _value_names(recipe, observed)
+    values = value_names(recipe, observed)
     for name in [*values, *(recipe.groups if conditional else ())]:
         if name not in schema:
             raise ColumnNotFoundError(f"there is no column {name!r}", column=name, hint=did_you_mean(name, list(schema)))
@@ -171,9 +177,9 @@ def _joined(fit: MixedFit, engine: Engine, names: Names) -> pa.Table:
     import pyarrow as pa
 
     table = modes.ranef(fit, wide=True, stream=False)
-    b = np.column_stack([column(table, name) for name in modes.coefficient_names(fit)])
+    b = np.column_stack([column(table, name) for name in modes.coefficient_names(fit.terms)])
     h = b @ np.column_stack([term.design for term in fit.terms]).T
-    keys = zip(fit.recipe.groups, modes.key_names(fit), _key_types(engine, fit.recipe, names), strict=True)
+    keys = zip(fit.recipe.groups, modes.key_names(fit.terms, fit.recipe.groups), _key_types(engine, fit.recipe, names), strict=True)
     columns = {f"j{i}": _comparable(group, table.column(key), kind) for i, (group, key, kind) in enumerate(keys)}
     return pa.table({**columns, **{f"h{k}": h[:, k] for k in range(h.shape[1])}})
 
@@ -239,19 +245,22 @@ def statement_of(
     """
     from sqlglot import exp
 
-    from .sql import both, case, finite, named, number, numeric, plus, skeleton
+    from .sql import both, case, feature, finite, named, number, numeric, plus, skeleton
     from .statements import combination
 
     recipe = fit.recipe
     fixed = combination(fit.gamma.tolist(), recipe, names, inside=False)
     for offset in _offsets(recipe):
         fixed = plus(fixed, numeric(offset, names))
-    usable = both([*_known_levels(recipe, names), *(names.present(name) for name in _value_names(recipe, False))])
+    usable = both([*_known_levels(recipe, names), *(names.present(name) for name in value_names(recipe, False))])
     every = {"population": fixed}
     if joined is not None:
         every["conditional"] = plus(fixed.copy(), _random_part(recipe, names))
     if "residual" in parts:
-        every["residual"] = _residual(fit, names, every["conditional"])
+        every["residual"] = _residual(fit, names, every.get("conditional", fixed))
+    for k, i in enumerate(recipe.z):
+        if f"z{k}" in parts:
+            every[f"z{k}"] = feature(recipe.features[i], recipe, names) if recipe.features[i] else number(1)
     if "variance" in parts:
         every["variance"] = _variance(fit, names)
     if "observed" in parts:
@@ -271,6 +280,11 @@ def statement_of(
         if ordered:
             statement = statement.order_by(exp.column("rn", table="src"), copy=False)
     return statement
+
+
+def random_features(recipe: Recipe) -> list[str]:
+    """The names of the random features among the parts of a scoring statement."""
+    return [f"z{k}" for k in range(len(recipe.z))]
 
 
 def _known_levels(recipe: Recipe, names: Names) -> Iterator[exp.Expr]:
@@ -348,7 +362,7 @@ def _variance(fit: MixedFit, names: Names) -> exp.Expr:
     return reduce(plus, parts)
 
 
-def _made(output: Output, parts: dict[str, Any]) -> Any:
+def made(output: Output, parts: dict[str, Any]) -> Any:
     """One output column of a batch from its parts; null where one of them is."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -383,7 +397,7 @@ def _finished(
         with stack:
             for batch in reader:
                 held = {part: batch.column(len(shown) + k) for k, part in enumerate(parts)}
-                arrays = [batch.column(i) for i in range(len(shown))] + [_made(output, held) for output in outputs.values()]
+                arrays = [batch.column(i) for i in range(len(shown))] + [made(output, held) for output in outputs.values()]
                 if batch.num_columns > keep:
                     arrays = _unseen(batch, arrays, len(shown), new_levels, counts)
                 counts["rows"] += batch.num_rows

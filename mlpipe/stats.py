@@ -20,6 +20,7 @@ from .errors import ConfigError, DataError
 from .features import CONSTANT, Coordinates, Recipe, extended, multiplied
 
 if TYPE_CHECKING:
+    from .crossing import Crossed
     from .options import Options
 
 FORMAT = "mlpipe.suffstats/1"
@@ -37,6 +38,7 @@ class SuffStats:
         blocks: per-block sums in the order of `recipe.pairs()`; None without a grouping factor.
         collect: "fit" (second level; does not merge), "blocks".
         info: rows read, dropped by cause, passes, seconds by stage, choices made.
+        crossed: sums and cells of several grouping factors, in place of blocks; these do not merge.
     """
 
     recipe: Recipe
@@ -47,11 +49,12 @@ class SuffStats:
     blocks: Blocks | None
     collect: str
     info: dict[str, Any] = field(default_factory=dict)
+    crossed: Crossed | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory held; a mapped file's pages are not counted."""
-        return int(self.gram.nbytes) + (self.blocks.nbytes if self.blocks else 0)
+        return int(self.gram.nbytes) + (self.blocks.nbytes if self.blocks else 0) + (self.crossed.nbytes if self.crossed else 0)
 
     def __repr__(self) -> str:
         blocks = f", {self.blocks.n_blocks:,} blocks" if self.blocks else ""
@@ -140,6 +143,8 @@ def merge(a: SuffStats, b: SuffStats) -> SuffStats:
 
     Raises DataError where they are of different formulas or hold the second level only (collect="fit").
     """
+    if a.crossed is not None or b.crossed is not None:
+        raise DataError("statistics of several grouping factors do not merge in this version", code="not_mergeable")
     if "fit" in (a.collect, b.collect):
         raise DataError('the second level of compression does not merge', code="not_mergeable", hint='collect with collect="blocks"')
     recipe = union_recipe(a.recipe, b.recipe)
@@ -216,6 +221,8 @@ def save(stats: SuffStats, path: Path) -> None:
     """See `SuffStats.save`."""
     import pyarrow as pa
 
+    if stats.crossed is not None:
+        raise DataError("statistics of several grouping factors are not saved in this version", code="not_mergeable")
     if stats.collect == "fit":
         raise DataError('statistics of collect="fit" cannot be saved', code="not_mergeable", hint='collect with collect="blocks"')
     table = stats.blocks.table if stats.blocks is not None and stats.blocks.table is not None else pa.table({})

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -182,10 +182,11 @@ def _tables(fit: MixedFit, prefix: str, run: str, ranef: bool) -> dict[str, pa.T
     manifest = {name: (info.get(name), kind) for name, kind in (("rows_read", whole), ("rows_dropped", whole), ("passes", real))}
     manifest["info"] = (json.dumps(info, default=str), text)
     tables = {"fit": _row(head), "coef": fit.tidy(), "varcomp": fit.varcorr(), "manifest": _row(manifest)}
-    if ranef and fit.terms and (fit.source is not None or fit.effects_table is not None):
+    if ranef and (fit.source is not None or fit.effects_table is not None or fit.effects_tables):
         from . import effects
 
-        tables[f"ranef_{_file_name(fit.terms[0].group)}"] = effects.ranef(fit, wide=True, stream=False)
+        for group in fit.groups:
+            tables[f"ranef_{_file_name(group)}"] = effects.ranef(fit, wide=True, stream=False, group=group)
     return {f"{prefix}_{name}": _stamped(table, run, fit.formula) for name, table in tables.items()}
 
 
@@ -250,8 +251,8 @@ def _load_folder(folder: Path) -> MixedFit:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"there is no fit in {folder}", code="file_not_found") from error
     record, fit = _read(text, str(folder))
-    found = sorted((folder / "runs" / str(record.get("run_id"))).glob("*_ranef_*.parquet"))
-    fit.effects_table = _effects(fit, pq.ParquetFile(found[0]).read()) if found else None
+    found = {path.stem: path for path in (folder / "runs" / str(record.get("run_id"))).glob("*_ranef_*.parquet")}
+    _keep(fit, list(found), lambda name: pq.ParquetFile(found[name]).read())
     return fit
 
 
@@ -269,7 +270,7 @@ def _load_database(target: Any, prefix: str) -> MixedFit:
             raise missing
         _, fit = _read(runs[-1].record, where)
         found = [name for name in runs[-1].tables if name.startswith(f"{prefix}_ranef_")]
-        fit.effects_table = _effects(fit, held.rows(found[0], runs[-1].run_id)) if found else None
+        _keep(fit, found, lambda name: held.rows(name, runs[-1].run_id))
     return fit
 
 
@@ -332,9 +333,19 @@ def _kind(name: str) -> type[MixedFit]:
     return {GLMFit.__name__: GLMFit, GLMMFit.__name__: GLMMFit}[name]
 
 
-def _effects(fit: MixedFit, table: pa.Table) -> pa.Table:
-    """The BLUPs as the fit has them, from the table that was written."""
+def _keep(fit: MixedFit, names: list[str], read: Callable[[str], pa.Table]) -> None:
+    """Gives the fit the BLUPs that were written with it, from the tables of these names."""
     from .effects import coefficient_names, key_names
 
-    names = [*key_names(fit), *(column for name in coefficient_names(fit) for column in (name, f"{name}_se"))]
-    return table.select(_written(names)).rename_columns(names)
+    for group in fit.groups:
+        name = next((name for name in names if name.endswith(f"_ranef_{_file_name(group)}")), None)
+        if name is None:
+            continue
+        terms = [term for term in fit.terms if term.group == group]
+        keys = next((groups for groups in fit.recipe.factors if ":".join(groups) == group), fit.recipe.groups)
+        wanted = [*key_names(terms, keys), *(column for name in coefficient_names(terms) for column in (name, f"{name}_se"))]
+        table = read(name).select(_written(wanted)).rename_columns(wanted)
+        if fit.recipe.factors:
+            fit.effects_tables[group] = table
+        else:
+            fit.effects_table = table

@@ -440,6 +440,10 @@ class Exact:
         diagonals = [np.eye(f.q)[:, :, None] + np.einsum("ia,ijm,jb->abm", lam, f.S, lam) for f, lam in zip(problem.factors, lams, strict=True)]
         return eliminate(diagonals, {(k, l): problem.cross((k, l), lams[k], lams[l]) for k, l in problem.cells})
 
+    def stays_sparse(self) -> bool:
+        """Whether elimination meets no dense rest: each level of a factor meets at most one of each later factor (nested designs)."""
+        return all(len(np.unique(cells.rows)) == len(cells.rows) for cells in self.problem.cells.values())
+
     def spherical(self, lambda_: Array) -> Array:
         """Λ'Z'w[X y] over single effects."""
         lams = self.problem.lambdas(lambda_)

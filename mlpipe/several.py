@@ -1,0 +1,241 @@
+"""Linear mixed models with several grouping factors: statistics -> the solver's problem -> estimates with names."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arrays import arrow
+from .errors import ConfigError, DataError, ResourceError
+from .formula import Formula
+from .progress import stage
+from .reduction import Coded, Random, coded, lower_factor
+from .result import LMMFit, RandomTerm
+from .solve.crossed import Cells, CrossedProblem, Exact, Factor, per_level
+from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
+from .stats import SuffStats, full_map
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .crossing import Crossed
+    from .options import Options
+
+Array = np.ndarray
+
+
+class Several:
+    """A model over statistics of several factors: the solver's factors are in order of size, `order` says which is which."""
+
+    def __init__(self, stats: SuffStats, formula: Formula, parts: Coded, reml: bool) -> None:
+        assert stats.crossed is not None
+        self.stats, self.parts, self.crossed = stats, parts, stats.crossed
+        self.bars = [[i for i, bar in enumerate(formula.random) if bar.groups == groups] for groups in stats.recipe.factors]
+        self.order = [k for k in np.argsort([-self._size(k) for k in range(len(self.bars))], kind="stable").tolist() if self.bars[k]]
+        Z = [np.hstack([parts.random[i].Q for i in self.bars[k]]) for k in self.order]
+        factors = tuple(self._factor(self.crossed, k, z) for k, z in zip(self.order, Z, strict=True))
+        cells = {(a, b): self._cells(self.order[a], self.order[b], Z[a], Z[b]) for a in range(len(Z)) for b in range(a + 1, len(Z))}
+        terms = tuple(tuple(len(parts.random[i].names) for i in self.bars[k]) for k in self.order)
+        WW = parts.W.T @ stats.gram @ parts.W
+        self.problem = CrossedProblem(factors, cells, WW, stats.n, stats.sum_log_w, reml, terms)
+
+    def _size(self, k: int) -> int:
+        return len(self.crossed.factors[k].levels) * sum(len(self.parts.random[i].names) for i in self.bars[k])
+
+    def _factor(self, crossed: Crossed, k: int, Z: Array) -> Factor:
+        recipe, sums = self.stats.recipe, crossed.factors[k].sums
+        inner = np.zeros((len(recipe.features), Z.shape[1]))
+        inner[list(recipe.z)] = Z
+        q, p1 = Z.shape[1], self.parts.W.shape[1]
+        V = full_map(recipe, Z, np.column_stack([inner, self.parts.W]))
+        S = (V[:, :q].reshape(q * q, -1) @ sums).reshape(q, q, -1)
+        return Factor(S, (V[:, q:].reshape(q * p1, -1) @ sums).reshape(q, p1, -1))
+
+    def _cells(self, k: int, l: int, left: Array, right: Array) -> Cells:
+        """The blocks Z_k'wZ_l of the pairs of levels that occur."""
+        crossed, recipe = self.crossed, self.stats.recipe
+        m = len(crossed.factors[l].levels)
+        key = crossed.codes[k].astype(np.int64) * m + crossed.codes[l]
+        pairs, inverse = _distinct(key, len(crossed.factors[k].levels) * m)
+        z = {a: i for i, a in enumerate(recipe.z)}
+        products = np.zeros((len(recipe.z), len(recipe.z), len(pairs)))
+        for place, (a, b) in enumerate(crossed.pairs):
+            weights = None if crossed.products is None else crossed.products[place]
+            products[z[a], z[b]] = products[z[b], z[a]] = np.bincount(inverse, weights, minlength=len(pairs))
+        values = np.einsum("ia,ijc,jb->abc", left, products, right, optimize=True)
+        return Cells(pairs // m, pairs % m, values)
+
+    @property
+    def sequence(self) -> list[int]:
+        """The formula's random terms in lme4's order: by decreasing number of levels, then as they were written."""
+        levels = {i: len(self.crossed.factors[k].levels) for k, bars in enumerate(self.bars) for i in bars}
+        return sorted(levels, key=lambda i: (-levels[i], i))
+
+    def solved(self, start: Array | None, options: Options) -> GLMMSolution:
+        """The optimum of the profiled likelihood, and the observed information of theta."""
+        problem, exact = self.problem, Exact(self.problem)
+        limit = options.memory_bytes // 2
+        rest = sum(f.size for f in problem.factors[1:])
+        if 3 * 8 * rest**2 > limit and not exact.stays_sparse():
+            raise ResourceError(
+                f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB", code="memory_limit",
+                hint="raise memory_limit",
+            )  # fmt: skip
+        search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical)
+        return solve_glmm(search, self._start() if start is None else start, tol=options.tol, max_evaluations=options.max_passes)
+
+    def _start(self) -> Array:
+        """Each relative standard deviation such that a level's own data and the prior weigh about the same, but at most 1."""
+        typical = np.diag(self.problem.typical)
+        return np.array([min(1.0, 3.0 / math.sqrt(max(typical[i], 1e-300))) if i == j else 0.0 for i, j in self.problem.entries])
+
+    def theta_star(self, theta: Sequence[float]) -> Array:
+        """The solver's theta for one in the user's coordinates and lme4's order. Raises ConfigError for a wrong number."""
+        sizes = [len(term.names) for term in self.parts.random]
+        values = np.asarray(theta, dtype=float)
+        if values.shape != (sum(k * (k + 1) // 2 for k in sizes),):
+            raise ConfigError(f"start has {values.size} values, the model has {sum(k * (k + 1) // 2 for k in sizes)} covariance parameters")
+        stops = np.cumsum([0, *(sizes[i] * (sizes[i] + 1) // 2 for i in self.sequence)])
+        out = []
+        starts = {i: stops[at] for at, i in enumerate(self.sequence)}
+        for i in (i for k in self.order for i in self.bars[k]):
+            term, lower, size = self.parts.random[i], np.zeros((sizes[i], sizes[i])), sizes[i] * (sizes[i] + 1) // 2
+            lower.T[np.triu_indices(sizes[i])] = values[starts[i] : starts[i] + size]
+            star = lower_factor(term.R @ lower)
+            out.append(star.T[np.triu_indices(sizes[i])])
+        return np.concatenate(out)
+
+    def places(self) -> list[tuple[int, int]]:
+        """Where each of the formula's random terms stands in the solver's Λ: (factor, first row)."""
+        out: dict[int, tuple[int, int]] = {}
+        for at, k in enumerate(self.order):
+            row = self.problem.offsets[at]
+            for i in self.bars[k]:
+                out[i] = at, row
+                row += len(self.parts.random[i].names)
+        return [out[i] for i in range(len(out))]
+
+
+def _distinct(key: Array, span: int) -> tuple[Array, Array]:
+    """Sorted distinct keys and, for each key, its place among them."""
+    if span <= 1 << 26:
+        seen = np.zeros(span, dtype=bool)
+        seen[key] = True
+        pairs = np.flatnonzero(seen)
+        place = np.zeros(span, dtype=np.int32)
+        place[pairs] = np.arange(len(pairs))
+        return pairs, place[key]
+    pairs, inverse = np.unique(key, return_inverse=True)
+    return pairs, inverse
+
+
+def fitted(
+    text: str, formula: Formula, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options,
+    coding: dict[str, Any] | None = None,
+) -> LMMFit:  # fmt: skip
+    """The fit from statistics of several factors."""
+    assert stats.crossed is not None
+    for factor in stats.crossed.factors:
+        if len(factor.levels) >= stats.n and stats.recipe.weights is None:
+            raise DataError(
+                f"the grouping factor {factor.levels.group} has as many levels as there are rows ({stats.rows:,}): "
+                "its variance and the residual one are not separable", code="unidentified", column=factor.levels.columns[0],
+            )  # fmt: skip
+    coding = coding or {}
+    parts = coded(stats, formula, coding.get("contrasts"), coding.get("levels"))
+    model = Several(stats, formula, parts, reml)
+    with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
+        solution = model.solved(None if start is None else model.theta_star(start), options)
+        fields |= {"evaluations": solution.evaluations, "score": solution.score}
+    return _result(text, model, solution, data, options)
+
+
+def _result(text: str, model: Several, solution: GLMMSolution, data: Any, options: Options) -> LMMFit:
+    stats, parts, problem = model.stats, model.parts, model.problem
+    exact = Exact(problem)
+    at, _ = exact.evaluate(solution.lambda_)
+    terms, places = [], model.places()
+    for term, row in ((parts.random[i], places[i][1]) for i in model.sequence):
+        star = solution.lambda_[row : row + len(term.names), row : row + len(term.names)]
+        terms.append(RandomTerm(term.group, term.names, term.raw(star), term.Q, term.R, star))
+    R, p = parts.fixed.R, len(parts.fixed.names)
+    scale = parts.scale
+    half = np.linalg.solve(R, at.s2 * at.C) * scale**2
+    covariance = np.linalg.solve(R, half.T)
+    loglik = at.loglik - problem.degrees * math.log(scale)
+    loglik -= float(np.log(np.abs(np.diag(R))).sum()) if problem.reml else 0.0
+    beta_star = scale * at.beta + parts.offset
+    info = {**stats.info, "evaluations": solution.evaluations, "score": solution.score}
+    info["levels"] = {factor.levels.group: len(factor.levels) for factor in model.crossed.factors}
+    fit = LMMFit(
+        formula=text, recipe=stats.recipe, response=parts.response, reml=problem.reml, names=parts.fixed.names, dropped=parts.fixed.dropped,
+        beta=np.linalg.solve(R, beta_star) if p else np.zeros(0), covariance=(covariance + covariance.T) / 2.0,
+        gamma=parts.fixed.Q @ beta_star, terms=tuple(terms), sigma=math.sqrt(at.s2) * scale, loglik=loglik, nobs=stats.n, rows=stats.rows,
+        n_blocks=max(info["levels"].values()), converged=solution.converged, singular=solution.singular, score=solution.score,
+        evaluations=solution.evaluations, message=solution.message, theta_covariance=_theta_covariance(model, solution), info=info,
+        source=data, options=options,
+    )  # fmt: skip
+    fit.effects_tables = _modes(model, solution.lambda_, at.u * scale, fit.sigma, at.M.inverse_blocks())
+    return fit
+
+
+def _theta_covariance(model: Several, solution: GLMMSolution) -> Array:
+    """The covariance of (theta*, log sigma), terms in the fit's order."""
+    sizes = [len(term.names) * (len(term.names) + 1) // 2 for term in model.parts.random]
+    solver = [i for k in model.order for i in model.bars[k]]
+    first, at = {}, 0
+    for i in solver:
+        first[i] = at
+        at += sizes[i]
+    order = np.concatenate([first[i] + np.arange(sizes[i]) for i in model.sequence])
+    out = np.zeros((len(order) + 1,) * 2)
+    out[:-1, :-1] = solution.vcov[np.ix_(order, order)]
+    return _with_sigma(model, solution, order, out)
+
+
+def _with_sigma(model: Several, solution: GLMMSolution, order: Array, out: Array) -> Array:
+    """log sigma beside theta: it moves by -g'Δθ/(2 dof) along the profile, with 1/(2 dof) of its own."""
+    exact, problem = Exact(model.problem), model.problem
+    at, U = exact.evaluate(solution.lambda_)
+    t, _ = exact.residual_sums(solution.lambda_, at, U)
+    slope = -(exact.working(solution.lambda_, at, t).T @ t)[order] / (problem.degrees * at.s2)
+    with np.errstate(invalid="ignore"):
+        out[-1, :-1] = out[:-1, -1] = out[:-1, :-1] @ slope
+        out[-1, -1] = slope @ out[:-1, :-1] @ slope + 1.0 / (2.0 * problem.degrees)
+    return out
+
+
+def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: list[Array]) -> dict[str, pa.Table]:
+    """Per group: its key columns, and per coefficient the mode and its conditional standard deviation."""
+    import pyarrow as pa
+
+    from .effects import coefficient_names, key_names
+
+    out, place = {}, 0
+    for at, k in enumerate(model.order):
+        factor, f = model.crossed.factors[k], model.problem.factors[at]
+        lam = model.problem.lambdas(lambda_)[at]
+        terms = [model.parts.random[i] for i in model.bars[k]]
+        back = _stacked(terms) @ lam
+        modes = back @ per_level(u[place : place + f.size, None], f.q)[:, 0]
+        sds = sigma * np.sqrt(np.maximum(np.einsum("ia,abm,ib->im", back, inverses[at], back), 0.0))
+        place += f.size
+        columns = dict(zip(key_names(terms, factor.levels.columns), factor.levels.keys.columns, strict=True))
+        for name, mode, sd in zip(coefficient_names(terms), modes, sds, strict=True):
+            columns |= {name: arrow(mode), f"{name}_se": arrow(sd)}
+        out[factor.levels.group] = pa.table(columns)
+    return out
+
+
+def _stacked(terms: list[Random]) -> Array:
+    """R⁻¹ of each term, block-diagonal."""
+    size = sum(len(term.names) for term in terms)
+    out, at = np.zeros((size, size)), 0
+    for term in terms:
+        k = len(term.names)
+        out[at : at + k, at : at + k] = np.linalg.inv(term.R)
+        at += k
+    return out
+

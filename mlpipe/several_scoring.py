@@ -1,0 +1,115 @@
+"""Predictions of a fit with several grouping factors: the engine gives the fixed part, the random features and the keys of each row, the
+modes of their levels are looked up here, so that any number of factors needs no join and keeps the rows' order."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arrays import arrow, column
+from .effects import coefficient_names
+from .engines.base import Columns
+from .errors import DataError
+from .levels import Levels
+from .scoring import Output, made, random_features, statement_of, value_names
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .engines.base import Engine
+    from .result import MixedFit
+    from .sql import Names
+
+UNSEEN = "unseen_levels"
+
+
+class Modes:
+    """The modes of one factor's levels over the random features."""
+
+    def __init__(self, fit: MixedFit, group: str, columns: tuple[str, ...]) -> None:
+        import pyarrow as pa
+
+        terms = [term for term in fit.terms if term.group == group]
+        table = fit.ranef(group, wide=True)
+        names = coefficient_names(terms)
+        keys = table.column_names[: table.num_columns - 2 * len(names)]
+        self.levels = Levels(group, columns, pa.table({name: table.column(key) for name, key in zip(columns, keys, strict=True)}))
+        b = np.column_stack([column(table, name) for name in names])
+        design = np.column_stack([term.design for term in terms])
+        self.h = np.vstack([b @ design.T, np.zeros(design.shape[0])])  # the last row is for a level that is not known
+
+    def part(self, keys: list[Any], features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Zb at each row (n,), and where the level is not known."""
+        code = self.levels.codes(keys)
+        return np.einsum("kn,nk->n", features, self.h[code]), code < 0
+
+
+def scored(
+    fit: MixedFit, engine: Engine, names: Names, shown: dict[str, int], outputs: dict[str, Output], factors: Sequence[str],
+    new_levels: str, ordered: bool, stack: ExitStack,
+) -> pa.RecordBatchReader:  # fmt: skip
+    """The reader of `scoring`'s functions for the modes of `factors` (labels of groups); closes the source at its end."""
+    import pyarrow as pa
+
+    recipe = fit.recipe
+    modes = [Modes(fit, ":".join(groups), groups) for groups in recipe.factors if ":".join(groups) in factors]
+    parts = ["population", *random_features(recipe)]
+    wanted = {part for output in outputs.values() for part in output.parts}
+    parts += [part for part in ("residual", "observed", "variance") if part in wanted]
+    keys = list(dict.fromkeys(name for mode in modes for name in mode.levels.columns))
+    statement = statement_of(fit, names, shown, parts, None, ordered).select(*(names.key(name) for name in keys), copy=False)
+    values = frozenset(names.positions[name] for name in value_names(recipe, bool({"residual", "observed"} & wanted)))
+    reader = engine.query(statement, Columns(values, frozenset(names.positions[name] for name in keys), everything=True, row_number=ordered))
+    first, place = len(shown), {name: len(shown) + len(parts) + i for i, name in enumerate(keys)}
+    fields = [reader.schema.field(i).with_name(name).with_nullable(True) for i, name in enumerate(shown)]
+    schema = pa.schema([*fields, *(pa.field(name, pa.float64()) for name in outputs)])
+    counts = {"rows": 0, UNSEEN: 0, "null_predictions": 0}
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        fit.info["scored"] = counts
+        with stack:
+            for batch in reader:
+                held = {part: _plain(batch.column(first + k)) for k, part in enumerate(parts)}
+                features = np.stack([held[name] for name in random_features(recipe)])
+                random, unseen = np.zeros(batch.num_rows), np.zeros(batch.num_rows, dtype=bool)
+                for mode in modes:
+                    part, missing = mode.part([batch.column(place[name]) for name in mode.levels.columns], features)
+                    random, unseen = random + part, unseen | missing
+                _settle(held, random, unseen, new_levels, counts)
+                columns = [made(output, {name: _arrow(value) for name, value in held.items()}) for output in outputs.values()]
+                counts["rows"] += batch.num_rows
+                counts["null_predictions"] += columns[0].null_count
+                yield pa.RecordBatch.from_arrays([*(batch.column(i) for i in range(first)), *columns], schema=schema)
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def _settle(held: dict[str, np.ndarray], random: np.ndarray, unseen: np.ndarray, new_levels: str, counts: dict[str, int]) -> None:
+    """Adds the random part to what is conditional on it; unseen levels are counted and treated as asked."""
+    number = int(unseen.sum())
+    counts[UNSEEN] += number
+    if number and new_levels == "raise":
+        raise DataError(f"{number:,} rows have a level of a grouping factor that the fit has not seen", code="new_levels")
+    held["conditional"] = held["population"] + random
+    if "residual" in held:
+        held["residual"] = held["residual"] - random
+    if number and new_levels == "null":
+        for name in held:
+            held[name] = np.where(unseen, np.nan, held[name])
+
+
+def _plain(values: pa.Array) -> np.ndarray:
+    """Doubles with nulls as NaN."""
+    import pyarrow.compute as pc
+
+    return np.from_dlpack(pc.fill_null(values, float("nan")) if values.null_count else values)
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    """Doubles with NaN as null."""
+    import pyarrow.compute as pc
+
+    out = arrow(values)
+    return pc.if_else(pc.is_finite(out), out, None) if not np.isfinite(values).all() else out
