@@ -32,6 +32,7 @@ _OWN = {  # keywords that not every function has
 }
 GENERALIZED = ("glmm", "glm")
 EXPLAINED = 1e-4  # share of the response's sum of squares left by X beta, below which the response is read again as a residual
+METHODS = ("auto", "exact", "iterative")
 ROUNDING = 1e-13  # residuals over the response's spread, below which they are its rounding error
 
 
@@ -61,23 +62,23 @@ def lmm(
         offset: added to the linear predictor with coefficient 1.
         levels: level orders of factors. contrasts: "treatment", "sum", "helmert" or "poly" per factor.
         na: "drop" rows with missing values and count them, or "raise".
-        method: "auto" or "exact".
+        method: how several grouping factors are solved: "exact", "iterative" (Monte Carlo error stated), "auto" by their size.
         start: theta to start from, in lme4's order.
         options: limits and tolerances.
 
     Raises FormulaError, ConfigError, DataError, ResourceError; warns by SingularFitWarning, RankWarning, ConvergenceWarning.
     """
-    if method not in ("auto", "exact"):
-        raise ConfigError(f"method = {method!r}: one grouping factor is solved exactly", hint=did_you_mean(str(method), ["auto", "exact"]))
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
     began = time.perf_counter()
     options = options or Options()
     arguments = _arguments(locals())
     if _given(data, arguments):
         own = replace(data, info=deepcopy(data.info))  # what one fit notes is not the statistics' nor the next fit's
-        fit = _fitted(formula, own, data, reml, start, options, coding={"contrasts": contrasts, "levels": levels})
+        fit = _fitted(formula, own, data, reml, start, options, method, coding={"contrasts": contrasts, "levels": levels})
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):
-            fit = _fitted(formula, stats, data, reml, start, options, plan_)
+            fit = _fitted(formula, stats, data, reml, start, options, method, plan_)
             if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
@@ -228,7 +229,7 @@ def _collected(formula: str, data: Any, arguments: dict[str, Any], options: Opti
 
 
 def _fitted(
-    formula: str, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options,
+    formula: str, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options, method: str,
     plan: Plan | None = None, coding: dict[str, Any] | None = None
 ) -> LMMFit:
     """The fit from statistics; `plan`: how to read the rows once more where the statistics have lost too many digits.
@@ -245,7 +246,9 @@ def _fitted(
     if stats.crossed is not None:
         from . import several
 
-        return several.fitted(formula, parsed, stats, data, reml, start, options, coding)
+        return several.fitted(formula, parsed, stats, data, reml, start, options, method, coding)
+    if method == "iterative":
+        raise ConfigError("one grouping factor is solved exactly", hint='method="auto"')
     _check_sizes(stats)
     reduced = reduce(stats, parsed, reml=reml, **(coding or {}))
     first = reduced.least_squares()

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from .formula import Formula
 from .progress import stage
 from .reduction import Coded, Random, coded, lower_factor
 from .result import LMMFit, RandomTerm
-from .solve.crossed import Cells, CrossedProblem, Exact, Factor, per_level
+from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
 from .stats import SuffStats, full_map
 
@@ -24,6 +26,21 @@ if TYPE_CHECKING:
     from .options import Options
 
 Array = np.ndarray
+
+
+MOST_WORK = 2e11  # operations of one evaluation above which conjugate gradients are faster
+
+
+@dataclass
+class Solved:
+    """What either path leaves behind: the optimum, the estimates there, the evaluator, the diagonal blocks of M⁻¹ of every factor, and what
+    Monte Carlo error there is."""
+
+    solution: GLMMSolution
+    at: Evaluation
+    exact: Exact
+    inverses: list[Array]
+    carlo: dict[str, Any] | None = None
 
 
 class Several:
@@ -73,18 +90,69 @@ class Several:
         levels = {i: len(self.crossed.factors[k].levels) for k, bars in enumerate(self.bars) for i in bars}
         return sorted(levels, key=lambda i: (-levels[i], i))
 
-    def solved(self, start: Array | None, options: Options) -> GLMMSolution:
-        """The optimum of the profiled likelihood, and the observed information of theta."""
-        problem, exact = self.problem, Exact(self.problem)
-        limit = options.memory_bytes // 2
-        rest = sum(f.size for f in problem.factors[1:])
-        if 3 * 8 * rest**2 > limit and not exact.stays_sparse():
-            raise ResourceError(
-                f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB", code="memory_limit",
-                hint="raise memory_limit",
-            )  # fmt: skip
-        search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical)
-        return solve_glmm(search, self._start() if start is None else start, tol=options.tol, max_evaluations=options.max_passes)
+    def path(self, method: str, limit: int) -> str:
+        """"exact" or "iterative": the exact one where nested, or where its dense rest and the work to fill it are small.
+
+        Raises ResourceError where the exact one was asked for and its rest exceeds half the memory limit.
+        """
+        problem, rest = self.problem, sum(f.size for f in self.problem.factors[1:])
+        if method == "iterative" or Exact(problem).stays_sparse():
+            return "iterative" if method == "iterative" and len(problem.factors) > 1 else "exact"
+        fits = 3 * 8 * rest**2 <= limit // 2
+        if method == "exact" and not fits:
+            message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
+            raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
+        filling = sum(float((np.bincount(cells.rows) ** 2.0).sum()) for (k, _), cells in problem.cells.items() if k == 0)
+        return "exact" if method == "exact" or (fits and 2.0 * rest**3 + 30.0 * filling < MOST_WORK) else "iterative"
+
+    def solved(self, start: Array | None, options: Options, method: str) -> Solved:
+        """The optimum, by the path that `method` and the sizes call for."""
+        problem = self.problem
+        start = self._start() if start is None else start
+        if self.path(method, options.memory_bytes) == "exact":
+            exact = Exact(problem)
+            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical)
+            solution = solve_glmm(search, start, tol=options.tol, max_evaluations=options.max_passes)
+            at, _ = exact.evaluate(solution.lambda_)
+            return Solved(solution, at, exact, at.M.inverse_blocks())
+        return self._iterated(start, options)
+
+    def _iterated(self, start: Array, options: Options) -> Solved:
+        from .solve.iterative import BLUP_SAMPLES, solve_iterative
+
+        found = solve_iterative(
+            self.problem, start, tol=options.tol, max_evaluations=options.max_passes, seed=options.seed,
+            threads=options.threads or os.cpu_count() or 1,
+        )  # fmt: skip
+        carlo = {
+            "probes": found.probes, "error": found.error.tolist(), "loglik_error": found.loglik_error, "blup_variance_samples": BLUP_SAMPLES,
+        }  # fmt: skip
+        inverses = found.solver.variances(found.solution.lambda_, self._draws())
+        return Solved(found.solution, found.at, found.solver, inverses, carlo)
+
+    def _draws(self) -> Callable[[np.random.Generator], Array]:
+        """A function that draws Z'w^½ε over single effects, from the cells."""
+        crossed, nz = self.crossed, len(self.stats.recipe.z)
+        n = len(crossed.codes[0])
+        root = np.ones((nz, nz, n))
+        if crossed.products is not None:
+            s = np.empty((n, nz, nz))
+            place = {a: i for i, a in enumerate(self.stats.recipe.z)}
+            for values, (a, b) in zip(crossed.products, crossed.pairs, strict=True):
+                s[:, place[a], place[b]] = s[:, place[b], place[a]] = values
+            values, vectors = np.linalg.eigh(s)
+            root = (vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]).transpose(1, 2, 0)
+        maps = [np.hstack([self.parts.random[i].Q for i in self.bars[k]]) for k in self.order]
+
+        def draw(rng: np.random.Generator) -> Array:
+            e = np.einsum("abn,bn->an", root, rng.standard_normal((nz, n)))
+            out = []
+            for k, Z in zip(self.order, maps, strict=True):
+                m = len(crossed.factors[k].levels)
+                out.append(np.stack([np.bincount(crossed.codes[k], row, minlength=m) for row in Z.T @ e], axis=1).ravel())
+            return np.concatenate(out)
+
+        return draw
 
     def _start(self) -> Array:
         """Each relative standard deviation such that a level's own data and the prior weigh about the same, but at most 1."""
@@ -132,7 +200,7 @@ def _distinct(key: Array, span: int) -> tuple[Array, Array]:
 
 
 def fitted(
-    text: str, formula: Formula, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options,
+    text: str, formula: Formula, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options, method: str,
     coding: dict[str, Any] | None = None,
 ) -> LMMFit:  # fmt: skip
     """The fit from statistics of several factors."""
@@ -147,15 +215,13 @@ def fitted(
     parts = coded(stats, formula, coding.get("contrasts"), coding.get("levels"))
     model = Several(stats, formula, parts, reml)
     with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
-        solution = model.solved(None if start is None else model.theta_star(start), options)
-        fields |= {"evaluations": solution.evaluations, "score": solution.score}
-    return _result(text, model, solution, data, options)
+        solved = model.solved(None if start is None else model.theta_star(start), options, method)
+        fields |= {"evaluations": solved.solution.evaluations, "score": solved.solution.score}
+    return _result(text, model, solved, data, options)
 
 
-def _result(text: str, model: Several, solution: GLMMSolution, data: Any, options: Options) -> LMMFit:
-    stats, parts, problem = model.stats, model.parts, model.problem
-    exact = Exact(problem)
-    at, _ = exact.evaluate(solution.lambda_)
+def _result(text: str, model: Several, solved: Solved, data: Any, options: Options) -> LMMFit:
+    stats, parts, problem, solution, at = model.stats, model.parts, model.problem, solved.solution, solved.at
     terms, places = [], model.places()
     for term, row in ((parts.random[i], places[i][1]) for i in model.sequence):
         star = solution.lambda_[row : row + len(term.names), row : row + len(term.names)]
@@ -164,46 +230,52 @@ def _result(text: str, model: Several, solution: GLMMSolution, data: Any, option
     scale = parts.scale
     half = np.linalg.solve(R, at.s2 * at.C) * scale**2
     covariance = np.linalg.solve(R, half.T)
-    loglik = at.loglik - problem.degrees * math.log(scale)
+    loglik = solution.loglik - problem.degrees * math.log(scale)
     loglik -= float(np.log(np.abs(np.diag(R))).sum()) if problem.reml else 0.0
     beta_star = scale * at.beta + parts.offset
     info = {**stats.info, "evaluations": solution.evaluations, "score": solution.score}
+    if solved.carlo is not None:
+        info |= _noted(model, solved.carlo, info)
     info["levels"] = {factor.levels.group: len(factor.levels) for factor in model.crossed.factors}
     fit = LMMFit(
         formula=text, recipe=stats.recipe, response=parts.response, reml=problem.reml, names=parts.fixed.names, dropped=parts.fixed.dropped,
         beta=np.linalg.solve(R, beta_star) if p else np.zeros(0), covariance=(covariance + covariance.T) / 2.0,
         gamma=parts.fixed.Q @ beta_star, terms=tuple(terms), sigma=math.sqrt(at.s2) * scale, loglik=loglik, nobs=stats.n, rows=stats.rows,
         n_blocks=max(info["levels"].values()), converged=solution.converged, singular=solution.singular, score=solution.score,
-        evaluations=solution.evaluations, message=solution.message, theta_covariance=_theta_covariance(model, solution), info=info,
+        evaluations=solution.evaluations, message=solution.message, theta_covariance=_theta_covariance(model, solved), info=info,
         source=data, options=options,
     )  # fmt: skip
-    fit.effects_tables = _modes(model, solution.lambda_, at.u * scale, fit.sigma, at.M.inverse_blocks())
+    fit.effects_tables = _modes(model, solution.lambda_, at.u * scale, fit.sigma, solved.inverses)
     return fit
 
 
-def _theta_covariance(model: Several, solution: GLMMSolution) -> Array:
-    """The covariance of (theta*, log sigma), terms in the fit's order."""
+def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    """The Monte Carlo error of the iterative path, for `info` and the printed summary."""
+    worst = max(carlo["error"], default=0.0)
+    note = (
+        f"iterative solver: Monte Carlo error at most {worst:.1%} of a standard error ({carlo['probes']} probes); log-likelihood good to "
+        f"about {carlo['loglik_error']:.2g}; conditional variances of the random effects from {carlo['blup_variance_samples']} samples"
+    )
+    return {"monte_carlo": carlo, "notes": [*info.get("notes", []), note]}
+
+
+def _theta_covariance(model: Several, solved: Solved) -> Array:
+    """The covariance of (theta*, log sigma), terms in the fit's order. Along the profile log sigma moves by -g'Δθ / (2 dof), and has
+    1 / (2 dof) of its own."""
     sizes = [len(term.names) * (len(term.names) + 1) // 2 for term in model.parts.random]
-    solver = [i for k in model.order for i in model.bars[k]]
     first, at = {}, 0
-    for i in solver:
+    for i in (i for k in model.order for i in model.bars[k]):
         first[i] = at
         at += sizes[i]
     order = np.concatenate([first[i] + np.arange(sizes[i]) for i in model.sequence])
     out = np.zeros((len(order) + 1,) * 2)
-    out[:-1, :-1] = solution.vcov[np.ix_(order, order)]
-    return _with_sigma(model, solution, order, out)
-
-
-def _with_sigma(model: Several, solution: GLMMSolution, order: Array, out: Array) -> Array:
-    """log sigma beside theta: it moves by -g'Δθ/(2 dof) along the profile, with 1/(2 dof) of its own."""
-    exact, problem = Exact(model.problem), model.problem
-    at, U = exact.evaluate(solution.lambda_)
-    t, _ = exact.residual_sums(solution.lambda_, at, U)
-    slope = -(exact.working(solution.lambda_, at, t).T @ t)[order] / (problem.degrees * at.s2)
+    out[:-1, :-1] = solved.solution.vcov[np.ix_(order, order)]
+    lambda_, degrees = solved.solution.lambda_, model.problem.degrees
+    t = solved.exact.residual(lambda_, solved.at)
+    slope = -(solved.exact.working(lambda_, solved.at, t).T @ t)[order] / (degrees * solved.at.s2)
     with np.errstate(invalid="ignore"):
         out[-1, :-1] = out[:-1, -1] = out[:-1, :-1] @ slope
-        out[-1, -1] = slope @ out[:-1, :-1] @ slope + 1.0 / (2.0 * problem.degrees)
+        out[-1, -1] = slope @ out[:-1, :-1] @ slope + 1.0 / (2.0 * degrees)
     return out
 
 

@@ -481,6 +481,11 @@ class Exact:
         both = rhs - self.times(_apply(self.problem, lambda_, U))
         return both[:, p] - both[:, :p] @ at.beta, both[:, :p]
 
+    def residual(self, lambda_: Array, at: Evaluation) -> Array:
+        """t = Z'V⁻¹r (all effects,) from the estimates."""
+        p, rhs = self.problem.p, np.concatenate([flat(f.C) for f in self.problem.factors])
+        return np.asarray(rhs[:, p] - rhs[:, :p] @ at.beta - self.times(_apply(self.problem, lambda_, at.u[:, None]))[:, 0])
+
     def times(self, b: Array) -> Array:
         """Z'wZ b for b (all effects, k)."""
         problem = self.problem
@@ -494,8 +499,11 @@ class Exact:
 
     def score(self, lambda_: Array, at: Evaluation, U: Array, t: Array, H: Array) -> Array:
         """∂ℓ/∂Λ by the entries: -tril[Σ Z'wZΛM⁻¹ - Σ t u'/s² - [REML] Σ H C Ĥ'] (R5, first form where Λ is singular)."""
+        return self.score_from(at, U, t, H, self.traces(lambda_, at.M))
+
+    def score_from(self, at: Evaluation, U: Array, t: Array, H: Array, traces: list[Array]) -> Array:
+        """The score by the entries from T_k of every factor."""
         problem, p = self.problem, self.problem.p
-        traces = self.traces(lambda_, at.M)
         out, place = [], 0
         for k, f in enumerate(problem.factors):
             rows = slice(place, place + f.size)
@@ -551,10 +559,13 @@ class Exact:
 
     def information(self, lambda_: Array, at: Evaluation, t: Array, H: Array) -> Array:
         """The average information of θ with σ² profiled out (R5)."""
+        return self.information_from(lambda_, at, t, H, self.working(lambda_, at, t), at.M.solve)
+
+    def information_from(self, lambda_: Array, at: Evaluation, t: Array, H: Array, G: Array, solve: Callable[[Array], Array]) -> Array:
+        """The same from working variates g_D (all effects, entries) and a way to solve by M."""
         problem = self.problem
-        G = self.working(lambda_, at, t)
         SG = self.times(G)
-        K = SG - self.times(_apply(problem, lambda_, at.M.solve(_apply(problem, lambda_, SG, transpose=True))))
+        K = SG - self.times(_apply(problem, lambda_, solve(_apply(problem, lambda_, SG, transpose=True))))
         AI = G.T @ K - (G.T @ H) @ at.C @ (H.T @ G)
         cross = G.T @ t
         dof = problem.degrees
