@@ -66,7 +66,8 @@ def main() -> None:
     inside = np.abs(z) < 1.959963984540054
     for k, name in enumerate(TRUTH):
         coverage = inside[:, k].mean()
-        print(f"{name:18s} coverage {coverage:.4f} ± {math.sqrt(coverage * (1 - coverage) / len(z)):.4f}  mean error {np.nanmean(z[:, k]):+.3f} se")
+        spread = math.sqrt(coverage * (1 - coverage) / len(z))
+        print(f"{name:18s} coverage {coverage:.4f} ± {spread:.4f}  mean error {np.nanmean(z[:, k]):+.3f} se")
     print(f"{failed} of {arguments.fits} fits did not converge, {singular} were singular")
     print("Laplace less quadrature, in standard errors (mean, largest):", np.mean(gaps, axis=0).round(4), np.abs(gaps).max(axis=0).round(4))
 

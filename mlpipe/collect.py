@@ -64,8 +64,7 @@ def collect(plan: Plan) -> SuffStats:
             several = crossed(plan, rows)
             _reconcile(plan, gram, [factor.sums.sum(axis=1) for factor in several.factors])
             fields |= {"levels": [len(factor.levels) for factor in several.factors]}
-        parts = [None]
-        plan.notes.extend(several.notes)
+        parts = (None,)
     elif plan.path != "none":
         with stage("blocks", seconds, engine, options) as fields, _limited(plan, rows) as limited:
             parts = _parts(limited, rows)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +44,6 @@ class Crossed:
     codes: list[np.ndarray]
     pairs: list[tuple[int, int]]
     products: np.ndarray | None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -60,12 +59,15 @@ def crossed(plan: Plan, rows: int) -> Crossed:
     """
     recipe, limit = plan.recipe, plan.request.options.memory_bytes
     levels = [_levels(plan, groups) for groups in recipe.factors]
-    grouped = _combinations(plan) * REPEATED < rows
+    combinations = _combinations(plan)
+    grouped = combinations * REPEATED < rows
+    cells = round(combinations) if grouped else rows
     pairs = [(a, b) for i, a in enumerate(recipe.z) for b in recipe.z[i:]]
-    needed = (0 if grouped else rows) * (4 * len(levels) + 8 * len(pairs))
+    needed = cells * (4 * len(levels) + 8 * len(pairs))
     if needed > limit * 3 // 4:
         raise ResourceError(
-            f"about {rows:,} cells of {len(levels)} grouping factors need {needed / 1e6:,.0f} MB, the memory limit is {limit / 1e6:,.0f} MB",
+            f"about {cells:,} cells of {len(levels)} grouping factors need {needed / 1e6:,.0f} MB, "
+            f"the memory limit is {limit / 1e6:,.0f} MB",
             code="memory_limit", hint="raise memory_limit",
         )  # fmt: skip
     adder = _Adder(recipe, levels, pairs, grouped=grouped)
@@ -186,20 +188,4 @@ class _Adder:
                 level = Levels(level.group, level.columns, level.keys.take(pa.array(kept)))
             factors.append(FactorSums(level, rows[kept], np.ascontiguousarray(sums[:, kept])))
             codes.append(code)
-        out = Crossed(factors, codes, self.pairs, None if self.counted else np.concatenate(self.products, axis=1))
-        out.notes += _nested(factors, codes, self.recipe)
-        return out
-
-
-def _nested(factors: list[FactorSums], codes: list[np.ndarray], recipe: Recipe) -> list[str]:
-    """A note where ids of an inner factor look as if they repeated inside an outer one that the formula crosses them with."""
-    out = []
-    for k, inner in enumerate(factors):
-        for l, outer in enumerate(factors):
-            if k == l or len(inner.levels) <= len(outer.levels) or set(recipe.factors[l]) <= set(recipe.factors[k]):
-                continue
-            order = np.argsort(codes[k], kind="stable")
-            a, b = codes[k][order], codes[l][order]
-            if not ((a[1:] == a[:-1]) & (b[1:] != b[:-1])).any():
-                out.append(f"every level of {inner.levels.group} lies within one of {outer.levels.group}: nested, and fitted as such")
-    return out
+        return Crossed(factors, codes, self.pairs, None if self.counted else np.concatenate(self.products, axis=1))

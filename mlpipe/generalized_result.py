@@ -16,9 +16,9 @@ from .solve.density import density
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .generalized import Model
     from .options import Options
-    from .scoring import Output
+    from .passes import Model
+    from .predictions import Output
     from .solve.glm import GLMSolution
     from .solve.glmm import GLMMSolution
 
@@ -73,7 +73,7 @@ class GeneralizedFit(MixedFit):
 
     def output(self, what: str) -> Output:
         """See MixedFit: means by the inverse link, marginal ones by integration, residuals on the scale of the response."""
-        from .scoring import Output
+        from .predictions import Output
 
         if what == "marginal":
             return Output(("population", "variance"), lambda eta, variance: marginal.mean(self, eta, variance))

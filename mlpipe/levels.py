@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -14,49 +15,60 @@ SPAN = 1 << 26  # of whole-number keys, up to which codes are looked up in a tab
 
 
 class Index:
-    """The place of each value among sorted distinct ones; -1 for null and unknown values."""
+    """The place of each value among the distinct ones of a key column `name`; -1 for null and unknown values."""
 
-    def __init__(self, values: pa.Array) -> None:
-        import pyarrow as pa
+    def __init__(self, name: str, values: pa.Array) -> None:
+        import pyarrow.compute as pc
 
-        self.values, self.table, self.first = values, None, 0
-        self.whole = pa.types.is_integer(values.type) and not pa.types.is_uint64(values.type)
-        if self.whole and len(values):
-            plain = np.from_dlpack(values).astype(np.int64)
+        self.name, self.table, self.first = name, None, 0
+        self.values = pc.unique(_bare(values))
+        if _signed(self.values.type) and len(self.values):
+            plain = np.from_dlpack(self.values).astype(np.int64)
             self.first, span = int(plain.min()), int(plain.max()) - int(plain.min()) + 1
-            self.whole = span <= SPAN
-            if self.whole:
+            if span <= SPAN:
                 self.table = np.full(span, -1, dtype=np.int64)
                 self.table[plain - self.first] = np.arange(len(plain))
 
     def codes(self, values: pa.Array) -> np.ndarray:
-        """The codes (n,) of values."""
-        import pyarrow as pa
+        """The codes (n,) of values. Raises DataError for a type that cannot hold the same values."""
+        import pyarrow.compute as pc
 
-        if self.table is not None and pa.types.is_integer(values.type) and values.null_count == 0:
+        values = _bare(values)
+        if self.table is not None and _signed(values.type) and values.null_count == 0:
             at = np.from_dlpack(values).astype(np.int64) - self.first
             inside = (at >= 0) & (at < len(self.table))
             return np.where(inside, self.table[np.where(inside, at, 0)], -1)
+        found = pc.index_in(self._alike(values), value_set=self.values)
+        return np.from_dlpack(pc.fill_null(found, -1)).astype(np.int64)
+
+    def _alike(self, values: pa.Array) -> pa.Array:
+        """The values in the type of the known ones; null where that type cannot hold them."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
-        if pa.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        if values.type != self.values.type:
-            values = values.cast(self.values.type, safe=False)
-        found = pc.index_in(values, value_set=self.values)
-        return np.from_dlpack(pc.fill_null(found, -1)).astype(np.int64)
+        kind, known = values.type, self.values.type
+        if kind == known:
+            return values
+        try:
+            if pa.types.is_uint64(known) != pa.types.is_uint64(kind) and pa.types.is_integer(kind):  # these wrap round there and back
+                values = values.cast(pa.decimal128(20))
+            cast = values.cast(known, safe=False)
+            return pc.if_else(pc.equal(cast.cast(values.type, safe=False), values), cast, None)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            message = f"the column {self.name!r} is of type {kind}, the fit had {known}"
+            raise DataError(message, code="column_type", column=self.name, hint="cast it") from error
 
 
 @dataclass
 class Levels:
-    """The levels of one factor: `group`, its label; `columns`, its key columns; `keys`, one row a level, sorted."""
+    """The levels of one factor: `group`, its label; `columns`, its key columns; `keys`, one row a level."""
 
     group: str
     columns: tuple[str, ...]
     keys: pa.Table
 
     def __post_init__(self) -> None:
-        self.indices = [Index(_distinct(self.keys.column(i))) for i in range(self.keys.num_columns)]
+        self.indices = [Index(name, self.keys.column(name).combine_chunks()) for name in self.keys.column_names]
         self.sizes = [len(index.values) for index in self.indices]
         # the engine's order of the keys (an enum's own, say) need not be that of the values
         combined = self._combined([self.keys.column(i).combine_chunks() for i in range(self.keys.num_columns)])
@@ -85,20 +97,22 @@ class Levels:
         return np.where(self.combined[at] == combined, self.order[at], -1)
 
 
-def _distinct(values: pa.ChunkedArray) -> pa.Array:
-    """Sorted distinct values, in the type they have when they stand for themselves."""
+def _signed(kind: pa.DataType) -> bool:
+    """Whether all values of a type are 64-bit integers with a sign."""
     import pyarrow as pa
 
-    array = values.combine_chunks()
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if pa.types.is_integer(array.type) and array.null_count == 0 and len(array) and not pa.types.is_uint64(array.type):
-        plain = np.from_dlpack(array)
-        if (plain[1:] > plain[:-1]).all():
-            return array
+    return bool(pa.types.is_integer(kind) and not pa.types.is_uint64(kind))
+
+
+def _bare(values: pa.Array) -> pa.Array:
+    """Values that stand for themselves: out of dictionaries and extensions, and zero without its sign."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    found = pc.unique(array)
-    return found.take(pc.sort_indices(found))
-
-
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_string_view(values.type):
+        values = values.cast(pa.large_string())
+    return pc.add(values, 0.0) if pa.types.is_float32(values.type) or pa.types.is_float64(values.type) else values

@@ -10,8 +10,8 @@ from .errors import ConfigError
 from .solve.kernel import Chunk
 
 if TYPE_CHECKING:
-    from .generalized import Model
     from .generalized_result import GeneralizedFit
+    from .passes import Model
 
     Array = np.ndarray
 

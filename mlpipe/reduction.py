@@ -19,12 +19,10 @@ from .expr import label
 from .features import Recipe
 from .formula import Formula, RandomTerm, Term
 from .outcome import response_label
+from .rank import adds, column_rank, determined, new_direction, orthogonal
 from .solve.blocks import BlockChunk, pseudo_blocks
 from .solve.likelihood import LMMProblem
 from .stats import SuffStats, full_map
-
-STRUCTURAL = 1e-12  # what a column of T must keep of an entry, relative to what was subtracted from it, to be new
-COLLINEAR = 1e-11  # 1 - R² on the earlier columns, below which a column of X is dropped
 
 
 @dataclass(frozen=True)
@@ -286,50 +284,16 @@ def fixed_part(stats: Gram, columns: Sequence[DesignColumn], recipe: Recipe) -> 
     kept: list[int] = []
     Q = np.zeros((len(T), 0))
     for j in range(T.shape[1]):
-        direction = _new_direction(T[:, j], Q)
-        if direction is not None and _adds(stats.gram, Q, direction):
+        direction = new_direction(T[:, j], Q)
+        if direction is not None and adds(stats.gram, Q, direction):
             Q = np.column_stack([Q, direction])
             kept.append(j)
     names = tuple(columns[j].name for j in kept)
     dropped = tuple(column.name for j, column in enumerate(columns) if j not in kept)
     R = np.triu(Q.T @ T[:, kept])
     if kept:
-        Q, R = _orthogonal(Q, R, Q.T @ stats.gram @ Q / stats.n)
+        Q, R = orthogonal(Q, R, Q.T @ stats.gram @ Q / stats.n)
     return Fixed(names, dropped, T[:, kept], Q, R)
-
-
-def _orthogonal(Q: np.ndarray, R: np.ndarray, G: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The map Q R as another Q R, whose columns F Q have unit cross-products, from those of the given ones, G."""
-    d = np.sqrt(np.diag(G))
-    U = np.linalg.cholesky(G / np.outer(d, d)).T * d
-    return np.linalg.solve(U.T, Q.T).T, np.triu(U @ R)
-
-
-def _new_direction(column: np.ndarray, Q: np.ndarray) -> np.ndarray | None:
-    """The unit vector of what a column of T adds to the span of Q; None where nothing."""
-    norm = np.linalg.norm(column)
-    if norm == 0.0:
-        return None
-    v, size = column / norm, np.abs(column / norm)
-    for _ in range(2):
-        along = Q.T @ v
-        v, size = v - Q @ along, size + np.abs(Q) @ np.abs(along)
-    v[np.abs(v) <= STRUCTURAL * size] = 0.0
-    left = np.linalg.norm(v)
-    return np.asarray(v / left) if left > 0 else None
-
-
-def _adds(gram: np.ndarray, Q: np.ndarray, v: np.ndarray) -> bool:
-    """Whether the data column of v is more than COLLINEAR away from the span of those of Q."""
-    size = float(v @ gram @ v)
-    if size <= 0.0:
-        return False
-    if not Q.shape[1]:
-        return True
-    G, g = Q.T @ gram @ Q, Q.T @ gram @ v
-    d = np.sqrt(np.diag(G))
-    half = np.linalg.solve(np.linalg.cholesky(G / np.outer(d, d)), g / d)
-    return bool(size - half @ half > COLLINEAR * size)
 
 
 def random_part(stats: Gram, bar: RandomTerm, columns: Sequence[DesignColumn], recipe: Recipe) -> Random:
@@ -342,28 +306,12 @@ def random_part(stats: Gram, bar: RandomTerm, columns: Sequence[DesignColumn], r
     if np.abs(T[rest]).max(initial=0.0) > 0.0:
         raise DataError(f"the statistics hold no per-block sums for the random term ({bar.text})", code="not_collected")
     Q, R = np.linalg.qr(T[list(recipe.z)])
-    if T.shape[1] > len(recipe.z) or _rank(T) < T.shape[1]:
+    if T.shape[1] > len(recipe.z) or column_rank(T) < T.shape[1]:
         raise FormulaError(f"the columns of the random term ({bar.text}) repeat each other", code="random_rank")
     G = Q.T @ stats.gram[np.ix_(recipe.z, recipe.z)] @ Q / stats.n
-    if _determined(G):  # columns that nearly repeat each other would cost the score its digits, whatever the coordinates of b
-        Q, R = _orthogonal(Q, R, G)
+    if determined(G):  # columns that nearly repeat each other would cost the score its digits, whatever the coordinates of b
+        Q, R = orthogonal(Q, R, G)
     return Random(bar.group_label, tuple(column.name for column in columns), Q, R)
-
-
-def _determined(G: np.ndarray) -> bool:
-    """Whether several columns with these cross-products are so far from repeating each other that they can be made orthogonal."""
-    d = np.sqrt(np.diag(G))
-    return len(d) > 1 and bool(d.min() > 0 and np.linalg.eigvalsh(G / np.outer(d, d))[0] > COLLINEAR)
-
-
-def _rank(T: np.ndarray) -> int:
-    """The number of columns of T that add to the earlier ones."""
-    Q = np.zeros((len(T), 0))
-    for column in T.T:
-        direction = _new_direction(column, Q)
-        if direction is not None:
-            Q = np.column_stack([Q, direction])
-    return Q.shape[1]
 
 
 class _chunks:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from .options import Options
-    from .scoring import Output
+    from .predictions import Output
     from .solve.lmm import LMMSolution
 
     Array = np.ndarray
@@ -103,7 +103,7 @@ class MixedFit:
 
     def output(self, what: str) -> Output:
         """How "conditional", "population", "marginal" means and the "residual" are made of what scoring computes by SQL."""
-        from .scoring import Output
+        from .predictions import Output
 
         return Output(("population" if what == "marginal" else what,))
 

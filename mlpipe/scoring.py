@@ -1,37 +1,25 @@
 """Predictions where the rows are: every row of a source, in its order, with the linear predictor."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import effects as modes
-from . import expr
 from .arrays import column
-from .design import Variable
 from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Recipe
-from .formula import parse_expression
+from .predictions import Output, made, statement_of, value_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from sqlglot import exp
 
     from .engines.base import Engine
     from .options import Options
     from .result import MixedFit
     from .sql import Names
-
-
-@dataclass(frozen=True)
-class Output:
-    """One output column: the quantities it is made of, each a column that the statement computes, and how (None: as it is)."""
-
-    parts: tuple[str, ...]
-    made: Callable[..., np.ndarray] | None = None
 
 
 def predict(
@@ -124,22 +112,6 @@ def _engine(fit: MixedFit, data: Any, options: Options | None) -> Any:
     return modes.reopened(fit, options) if data is None else closing(open_source(data, options=options))
 
 
-def _used_variables(recipe: Recipe) -> list[Variable]:
-    return [v for label, v in recipe.variables.items() if label not in recipe.responses]
-
-
-def _offsets(recipe: Recipe) -> list[expr.Node]:
-    return [*recipe.formula.offsets, *([parse_expression(recipe.offset)] if recipe.offset else [])]
-
-
-def value_names(recipe: Recipe, response: bool) -> list[str]:
-    """The columns that scoring reads as values; `response`: those of the response too."""
-    nodes = [node for v in _used_variables(recipe) for node in (v.expression, *v.columns)] + _offsets(recipe)
-    if response:
-        nodes += [recipe.variables[label].expression for label in recipe.responses]
-    return list(dict.fromkeys(name for node in nodes for name in expr.columns(node)))
-
-
 def located(engine: Engine, recipe: Recipe, observed: bool, conditional: bool) -> Names:
     """Where the columns that scoring needs stand in a source. Raises where one is missing or of another kind."""
     from .sql import Names
@@ -224,155 +196,6 @@ def _number(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
-
-
-def _key(group: str, recipe: Recipe, names: Names, keys: pa.DataType) -> exp.Expr:
-    """A grouping column of the source as it is compared with the modes' keys of type `keys`."""
-    import pyarrow as pa
-    from sqlglot import exp
-
-    if recipe.kinds[group] == "text" or keys == pa.float64():
-        return names.value(group)
-    return exp.cast(names.key(group), "bigint") if keys == pa.int64() else names.key(group)
-
-
-def statement_of(
-    fit: MixedFit, names: Names, shown: dict[str, int], parts: Sequence[str], joined: pa.Schema | None, ordered: bool
-) -> exp.Select:
-    """The statement that scores `src`: columns r…, the `parts` o0, o1, …, and `unseen` (1 where no mode was joined).
-
-    `joined`: the schema of the table of modes, None for the population's predictions.
-    """
-    from sqlglot import exp
-
-    from .sql import both, case, feature, finite, named, number, numeric, plus, skeleton
-    from .statements import combination
-
-    recipe = fit.recipe
-    fixed = combination(fit.gamma.tolist(), recipe, names, inside=False)
-    for offset in _offsets(recipe):
-        fixed = plus(fixed, numeric(offset, names))
-    usable = both([*_known_levels(recipe, names), *(names.present(name) for name in value_names(recipe, False))])
-    every = {"population": fixed}
-    if joined is not None:
-        every["conditional"] = plus(fixed.copy(), _random_part(recipe, names))
-    if "residual" in parts:
-        every["residual"] = _residual(fit, names, every.get("conditional", fixed))
-    for k, i in enumerate(recipe.z):
-        if f"z{k}" in parts:
-            every[f"z{k}"] = feature(recipe.features[i], recipe, names) if recipe.features[i] else number(1)
-    if "variance" in parts:
-        every["variance"] = _variance(fit, names)
-    if "observed" in parts:
-        every["observed"] = _observed(recipe, names)
-    columns: list[exp.Expr] = [exp.column(f"r{i}", table="src") for i in shown.values()]
-    for k, part in enumerate(parts):
-        value = every[part].copy()
-        columns.append(named(case([(both([usable.copy(), finite(exp.Paren(this=value.copy()))]), value)], None), f"o{k}"))
-    if joined is not None:
-        missing = exp.Is(this=exp.column("h0"), expression=exp.Null())
-        columns.append(named(case([(missing, number(1))], number(0)), "unseen"))
-    statement = skeleton("predict").select(*columns, append=False, copy=False)
-    if joined is not None:
-        sides = [(_key(group, recipe, names, joined.field(f"j{i}").type), exp.column(f"j{i}")) for i, group in enumerate(recipe.groups)]
-        keys = [exp.EQ(this=left, expression=right) for left, right in sides]
-        statement = statement.join(exp.to_table("joined"), on=both(keys), join_type="left", copy=False)
-        if ordered:
-            statement = statement.order_by(exp.column("rn", table="src"), copy=False)
-    return statement
-
-
-def random_features(recipe: Recipe) -> list[str]:
-    """The names of the random features among the parts of a scoring statement."""
-    return [f"z{k}" for k in range(len(recipe.z))]
-
-
-def _known_levels(recipe: Recipe, names: Names) -> Iterator[exp.Expr]:
-    """For each factor: true where the row has one of its levels."""
-    from sqlglot import exp
-
-    from .sql import is_level
-
-    for variable in _used_variables(recipe):
-        if variable.kind == "category" and isinstance(variable.expression, expr.Column | expr.Call):
-            yield exp.Paren(this=exp.or_(*(is_level(variable, level, names) for level in variable.levels)))
-
-
-def _random_part(recipe: Recipe, names: Names) -> exp.Expr:
-    from functools import reduce
-
-    from sqlglot import exp
-
-    from .sql import feature, number, plus, times
-
-    parts: list[exp.Expr] = []
-    for k, i in enumerate(recipe.z):
-        h = exp.Coalesce(this=exp.column(f"h{k}"), expressions=[number(0)])
-        parts.append(times(h, feature(recipe.features[i], recipe, names)) if recipe.features[i] else h)
-    return reduce(plus, parts)
-
-
-def _residual(fit: MixedFit, names: Names, fitted: exp.Expr) -> exp.Expr:
-    """Response minus fitted; offsets are part of both, so the fitted value without them stands against y - offsets."""
-    from .sql import minus, numeric, plus
-
-    recipe = fit.recipe
-    response = numeric(recipe.variables[fit.response].expression, names)
-    for offset in _offsets(recipe):
-        response = plus(response, numeric(offset, names))
-    return minus(response, fitted.copy())
-
-
-def _observed(recipe: Recipe, names: Names) -> exp.Expr:
-    """The response of a generalized model as it is modelled: with trials, the proportion of successes."""
-    from .outcome import TRIALS
-    from .sql import case, number, numeric, ratio
-
-    response = numeric(recipe.variables[recipe.responses[0]].expression, names)
-    if TRIALS not in recipe.variables:
-        return response
-    trials = numeric(recipe.variables[TRIALS].expression, names)
-    return case([(exp_positive(trials), ratio(response, trials.copy()))], number(float("nan")))
-
-
-def exp_positive(value: exp.Expr) -> exp.Expr:
-    """True where the value is above 0."""
-    from sqlglot import exp
-
-    from .sql import number
-
-    return exp.GT(this=exp.Paren(this=value.copy()), expression=number(0))
-
-
-def _variance(fit: MixedFit, names: Names) -> exp.Expr:
-    """The variance z'Ψz of the random part at a row, over the features."""
-    from functools import reduce
-
-    from .sql import feature, number, plus, times
-
-    recipe, parts = fit.recipe, []
-    half = np.hstack([term.Q @ term.star for term in fit.terms])
-    psi = fit.effect_scale**2 * half @ half.T
-    for a, i in enumerate(recipe.z):
-        for b, j in enumerate(recipe.z[: a + 1]):
-            product = number(float(psi[a, b] * (1.0 if a == b else 2.0)))
-            for k in (i, j):
-                product = times(product, feature(recipe.features[k], recipe, names)) if recipe.features[k] else product
-            parts.append(product)
-    return reduce(plus, parts)
-
-
-def made(output: Output, parts: dict[str, Any]) -> Any:
-    """One output column of a batch from its parts; null where one of them is."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if output.made is None:
-        return parts[output.parts[0]]
-    values = [np.from_dlpack(pc.fill_null(parts[name], float("nan"))) for name in output.parts]
-    with np.errstate(invalid="ignore", over="ignore"):
-        made = output.made(*values)
-    return pa.array(made, mask=~np.isfinite(made))
 
 
 def _finished(

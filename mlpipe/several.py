@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
-MOST_WORK = 2e11  # operations of one evaluation above which conjugate gradients are faster
+MOST_WORK = 1e10  # operations of one evaluation above which conjugate gradients are faster
 
 
 @dataclass
@@ -70,19 +70,30 @@ class Several:
         S = (V[:, :q].reshape(q * q, -1) @ sums).reshape(q, q, -1)
         return Factor(S, (V[:, q:].reshape(q * p1, -1) @ sums).reshape(q, p1, -1))
 
-    def _cells(self, k: int, l: int, left: Array, right: Array) -> Cells:
-        """The blocks Z_k'wZ_l of the pairs of levels that occur."""
+    def _cells(self, k: int, h: int, left: Array, right: Array) -> Cells:
+        """The blocks Z_k'wZ_h of the pairs of levels that occur, sorted by level of k, then of h."""
+        from scipy.sparse import coo_matrix
+
         crossed, recipe = self.crossed, self.stats.recipe
-        m = len(crossed.factors[l].levels)
-        key = crossed.codes[k].astype(np.int64) * m + crossed.codes[l]
-        pairs, inverse = _distinct(key, len(crossed.factors[k].levels) * m)
+        shape = len(crossed.factors[k].levels), len(crossed.factors[h].levels)
         z = {a: i for i, a in enumerate(recipe.z)}
-        products = np.zeros((len(recipe.z), len(recipe.z), len(pairs)))
+        products: Array | None = None
         for place, (a, b) in enumerate(crossed.pairs):
-            weights = None if crossed.products is None else crossed.products[place]
-            products[z[a], z[b]] = products[z[b], z[a]] = np.bincount(inverse, weights, minlength=len(pairs))
-        values = np.einsum("ia,ijc,jb->abc", left, products, right, optimize=True)
-        return Cells(pairs // m, pairs % m, values)
+            weights = np.ones(len(crossed.codes[k])) if crossed.products is None else crossed.products[place]
+            cells = coo_matrix((weights, (crossed.codes[k], crossed.codes[h])), shape=shape).tocsr()  # adds up what repeats
+            products = np.zeros((len(z), len(z), cells.nnz)) if products is None else products
+            products[z[a], z[b]] = products[z[b], z[a]] = cells.data
+        assert products is not None
+        rows = np.repeat(np.arange(shape[0]), np.diff(cells.indptr))
+        return Cells(rows, cells.indices.astype(np.intp), np.einsum("ia,ijc,jb->abc", left, products, right, optimize=True))
+
+    def nested(self) -> list[str]:
+        """Which factors lie within which: their cells are as many as their levels."""
+        groups, out = [self.crossed.factors[k].levels for k in self.order], []
+        for (a, b), cells in self.problem.cells.items():
+            if len(cells.rows) == len(groups[a]) and not set(groups[b].columns) <= set(groups[a].columns):
+                out.append(f"every level of {groups[a].group} lies within one of {groups[b].group}: nested, and fitted as such")
+        return out
 
     @property
     def sequence(self) -> list[int]:
@@ -103,7 +114,7 @@ class Several:
             message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
             raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
         filling = sum(float((np.bincount(cells.rows) ** 2.0).sum()) for (k, _), cells in problem.cells.items() if k == 0)
-        return "exact" if method == "exact" or (fits and 2.0 * rest**3 + 30.0 * filling < MOST_WORK) else "iterative"
+        return "exact" if method == "exact" or (fits and 2.0 * rest**3 + 600.0 * filling < MOST_WORK) else "iterative"
 
     def solved(self, start: Array | None, options: Options, method: str) -> Solved:
         """The optimum, by the path that `method` and the sizes call for."""
@@ -125,7 +136,8 @@ class Several:
             threads=options.threads or os.cpu_count() or 1,
         )  # fmt: skip
         carlo = {
-            "probes": found.probes, "error": found.error.tolist(), "loglik_error": found.loglik_error, "blup_variance_samples": BLUP_SAMPLES,
+            "probes": found.probes, "error": found.error.tolist(), "loglik_error": found.loglik_error,
+            "blup_variance_samples": BLUP_SAMPLES,
         }  # fmt: skip
         inverses = found.solver.variances(found.solution.lambda_, self._draws())
         return Solved(found.solution, found.at, found.solver, inverses, carlo)
@@ -134,7 +146,7 @@ class Several:
         """A function that draws Z'w^½ε over single effects, from the cells."""
         crossed, nz = self.crossed, len(self.stats.recipe.z)
         n = len(crossed.codes[0])
-        root = np.ones((nz, nz, n))
+        root = np.ones((1, 1, 1))
         if crossed.products is not None:
             s = np.empty((n, nz, nz))
             place = {a: i for i, a in enumerate(self.stats.recipe.z)}
@@ -145,7 +157,8 @@ class Several:
         maps = [np.hstack([self.parts.random[i].Q for i in self.bars[k]]) for k in self.order]
 
         def draw(rng: np.random.Generator) -> Array:
-            e = np.einsum("abn,bn->an", root, rng.standard_normal((nz, n)))
+            signs = np.unpackbits(np.frombuffer(rng.bytes(nz * (n // 8 + 1)), dtype=np.uint8)).reshape(nz, -1)[:, :n] * 2.0 - 1.0
+            e = signs if crossed.products is None else np.einsum("abn,bn->an", root, signs)  # only second moments matter
             out = []
             for k, Z in zip(self.order, maps, strict=True):
                 m = len(crossed.factors[k].levels)
@@ -155,16 +168,30 @@ class Several:
         return draw
 
     def _start(self) -> Array:
-        """Each relative standard deviation such that a level's own data and the prior weigh about the same, but at most 1."""
-        typical = np.diag(self.problem.typical)
-        return np.array([min(1.0, 3.0 / math.sqrt(max(typical[i], 1e-300))) if i == j else 0.0 for i, j in self.problem.entries])
+        """Relative standard deviations by moments of the least-squares residuals' sums per level, E c² = s²(S + ψ Σz⁴), one
+        factor at a time."""
+        problem, p = self.problem, self.problem.p
+        beta = np.linalg.solve(problem.WW[:p, :p], problem.WW[:p, p]) if p else np.zeros(0)
+        s2 = float(problem.WW[p, p] - problem.WW[p, :p] @ beta) / problem.degrees
+        sds = []
+        for f in problem.factors:
+            c = f.C[:, p] - np.einsum("apm,p->am", f.C[:, :p], beta)
+            S = np.einsum("aam->am", f.S)
+            psi = (c**2 / s2 - S).sum(axis=1) / np.maximum((S**2).sum(axis=1), 1e-300)
+            typical = np.maximum(S.mean(axis=1), 1e-300)
+            sds += np.sqrt(np.clip(psi, 0.1 / typical, np.maximum(100.0 / typical, 4.0))).tolist()
+        return np.array([sds[i] if i == j else 0.0 for i, j in problem.entries])
 
     def theta_star(self, theta: Sequence[float]) -> Array:
-        """The solver's theta for one in the user's coordinates and lme4's order. Raises ConfigError for a wrong number."""
+        """The solver's theta for one in the user's coordinates and lme4's order. Raises ConfigError where it is none."""
         sizes = [len(term.names) for term in self.parts.random]
-        values = np.asarray(theta, dtype=float)
-        if values.shape != (sum(k * (k + 1) // 2 for k in sizes),):
-            raise ConfigError(f"start has {values.size} values, the model has {sum(k * (k + 1) // 2 for k in sizes)} covariance parameters")
+        wanted = sum(k * (k + 1) // 2 for k in sizes)
+        try:
+            values = np.asarray(theta, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"start = {theta!r} are no numbers", code="start") from error
+        if values.shape != (wanted,) or not np.isfinite(values).all():
+            raise ConfigError(f"start must be the {wanted} finite numbers of theta, not {theta!r}", code="start")
         stops = np.cumsum([0, *(sizes[i] * (sizes[i] + 1) // 2 for i in self.sequence)])
         out = []
         starts = {i: stops[at] for at, i in enumerate(self.sequence)}
@@ -184,19 +211,6 @@ class Several:
                 out[i] = at, row
                 row += len(self.parts.random[i].names)
         return [out[i] for i in range(len(out))]
-
-
-def _distinct(key: Array, span: int) -> tuple[Array, Array]:
-    """Sorted distinct keys and, for each key, its place among them."""
-    if span <= 1 << 26:
-        seen = np.zeros(span, dtype=bool)
-        seen[key] = True
-        pairs = np.flatnonzero(seen)
-        place = np.zeros(span, dtype=np.int32)
-        place[pairs] = np.arange(len(pairs))
-        return pairs, place[key]
-    pairs, inverse = np.unique(key, return_inverse=True)
-    return pairs, inverse
 
 
 def fitted(
@@ -236,6 +250,7 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
     info = {**stats.info, "evaluations": solution.evaluations, "score": solution.score}
     if solved.carlo is not None:
         info |= _noted(model, solved.carlo, info)
+    info["notes"] = [*info.get("notes", []), *model.nested()]
     info["levels"] = {factor.levels.group: len(factor.levels) for factor in model.crossed.factors}
     fit = LMMFit(
         formula=text, recipe=stats.recipe, response=parts.response, reml=problem.reml, names=parts.fixed.names, dropped=parts.fixed.dropped,
@@ -243,7 +258,7 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
         gamma=parts.fixed.Q @ beta_star, terms=tuple(terms), sigma=math.sqrt(at.s2) * scale, loglik=loglik, nobs=stats.n, rows=stats.rows,
         n_blocks=max(info["levels"].values()), converged=solution.converged, singular=solution.singular, score=solution.score,
         evaluations=solution.evaluations, message=solution.message, theta_covariance=_theta_covariance(model, solved), info=info,
-        source=data, options=options,
+        source=data if stats.info.get("rescannable", True) else None, options=options,
     )  # fmt: skip
     fit.effects_tables = _modes(model, solution.lambda_, at.u * scale, fit.sigma, solved.inverses)
     return fit
@@ -272,10 +287,12 @@ def _theta_covariance(model: Several, solved: Solved) -> Array:
     out[:-1, :-1] = solved.solution.vcov[np.ix_(order, order)]
     lambda_, degrees = solved.solution.lambda_, model.problem.degrees
     t = solved.exact.residual(lambda_, solved.at)
-    slope = -(solved.exact.working(lambda_, solved.at, t).T @ t)[order] / (degrees * solved.at.s2)
-    with np.errstate(invalid="ignore"):
-        out[-1, :-1] = out[:-1, -1] = out[:-1, :-1] @ slope
-        out[-1, -1] = slope @ out[:-1, :-1] @ slope + 1.0 / (2.0 * degrees)
+    slope = -(solved.exact.working(lambda_, solved.at, t).T @ t)[order] / (2.0 * degrees * solved.at.s2)
+    inside = np.flatnonzero(np.isfinite(np.diag(out)[:-1]))  # theta on the boundary is taken as known
+    along = out[np.ix_(inside, inside)] @ slope[inside]
+    out[-1, :-1] = out[:-1, -1] = math.nan
+    out[-1, inside] = out[inside, -1] = along
+    out[-1, -1] = slope[inside] @ along + 1.0 / (2.0 * degrees)
     return out
 
 

@@ -13,7 +13,7 @@ from .effects import coefficient_names
 from .engines.base import Columns
 from .errors import DataError
 from .levels import Levels
-from .scoring import Output, made, random_features, statement_of, value_names
+from .predictions import Output, made, random_features, statement_of, value_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,7 +61,8 @@ def scored(
     keys = list(dict.fromkeys(name for mode in modes for name in mode.levels.columns))
     statement = statement_of(fit, names, shown, parts, None, ordered).select(*(names.key(name) for name in keys), copy=False)
     values = frozenset(names.positions[name] for name in value_names(recipe, bool({"residual", "observed"} & wanted)))
-    reader = engine.query(statement, Columns(values, frozenset(names.positions[name] for name in keys), everything=True, row_number=ordered))
+    read = Columns(values, frozenset(names.positions[name] for name in keys), everything=True, row_number=ordered)
+    reader = engine.query(statement, read)
     first, place = len(shown), {name: len(shown) + len(parts) + i for i, name in enumerate(keys)}
     fields = [reader.schema.field(i).with_name(name).with_nullable(True) for i, name in enumerate(shown)]
     schema = pa.schema([*fields, *(pa.field(name, pa.float64()) for name in outputs)])
@@ -91,7 +92,7 @@ def _settle(held: dict[str, np.ndarray], random: np.ndarray, unseen: np.ndarray,
     number = int(unseen.sum())
     counts[UNSEEN] += number
     if number and new_levels == "raise":
-        raise DataError(f"{number:,} rows have a level of a grouping factor that the fit has not seen", code="new_levels")
+        raise DataError(f"at least {number:,} rows have a level of a grouping factor that the fit has not seen", code="new_levels")
     held["conditional"] = held["population"] + random
     if "residual" in held:
         held["residual"] = held["residual"] - random

@@ -1,6 +1,7 @@
 """Arrow data: the order of levels a schema declares, datasets of files, one-shot streams spooled to disk."""
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from .files import Merged, Variant, merge
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from .files import Workspace
 
 _POLARS_ENUM = b"_PL_ENUM_VALUES2"
 
@@ -212,3 +215,13 @@ def duckdb_name(data_type: pa.DataType) -> str:
     return next((name for prefix, name in _DUCKDB_NAMES if str(data_type).startswith(prefix)), str(data_type))
 
 
+def rows_of(data: Any, workspace: Workspace, problems: Container[str]) -> tuple[Any, dict[str, tuple[str, ...]], bool]:
+    """A table or dataset, the level orders it declares, and whether the caller's object can be read again."""
+    dataset = type(data).__module__ == "pyarrow._dataset" and hasattr(data, "scanner")
+    if dataset and not hasattr(data, "files"):
+        # it may hold a stream that is gone after one scan
+        data, dataset = data.scanner().to_reader(), False
+    table = data if dataset else in_memory(data)
+    if table is None:
+        return spool(data, os.path.join(workspace.path(), "stream.arrow"))
+    return table, levels_of(check_schema(table.schema), ordered_head(table, problems)), True

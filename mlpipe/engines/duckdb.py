@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from threading import Thread
@@ -278,7 +278,7 @@ def open_arrow(data: Any, options: Options, notes: tuple[str, ...] = (), problem
     """Arrow data: tables, pandas and narwhals frames as they lie, datasets streamed, any other stream spooled to disk once."""
     workspace = Workspace(options.temp_directory)
     with translating(workspace):
-        table, levels, again = _arrow_rows(data, workspace, problems or {})
+        table, levels, again = arrow.rows_of(data, workspace, problems or {})
         con = connect(options, workspace)
         columns = _columns(table.schema.names, con.from_arrow(table), levels)
     snapshot = Snapshot.of(table.files, table.filesystem) if hasattr(table, "files") else None
@@ -293,18 +293,6 @@ def open_arrow(data: Any, options: Options, notes: tuple[str, ...] = (), problem
             problems=problems or {}, snapshot=snapshot, workspace=workspace,
         )
     )  # fmt: skip
-
-
-def _arrow_rows(data: Any, workspace: Workspace, problems: Container[str]) -> tuple[Any, dict[str, tuple[str, ...]], bool]:
-    """A table or dataset, the level orders it declares, and whether the caller's object can be read again."""
-    dataset = type(data).__module__ == "pyarrow._dataset" and hasattr(data, "scanner")
-    if dataset and not hasattr(data, "files"):
-        # it may hold a stream that is gone after one scan
-        data, dataset = data.scanner().to_reader(), False
-    table = data if dataset else arrow.in_memory(data)
-    if table is None:
-        return arrow.spool(data, os.path.join(workspace.path(), "stream.arrow"))
-    return table, arrow.levels_of(arrow.check_schema(table.schema), arrow.ordered_head(table, problems)), True
 
 
 def open_relation(relation: DuckDBPyRelation) -> DuckDBEngine:

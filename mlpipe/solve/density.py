@@ -42,7 +42,7 @@ class Density:
         # whether the link can give a mean that the family has not, or none
         self.leaves = link.partial or link.low < family.low or link.high > family.high
 
-    def _means(self, eta: Array) -> tuple[Means, Array | None]:
+    def _means(self, eta: Array) -> tuple[Means, np.ndarray | None]:
         """The means, and where they lie outside the family's domain (None: nowhere); there they are replaced by one inside."""
         if not self.leaves:
             return self.link.means(eta), None
@@ -80,12 +80,11 @@ class Density:
         score, second, third = self.family.by_eta(m, c, tau)
         observed = -second
         shape = self.family.by_shape(m, c, tau) if self.family.shape else None
-        curvature, slope, by_shape = observed, -third, None
-        if self.expected:
-            curvature, slope, by_shape = self.family.expected_by_eta(m, c, tau)
+        curvature, slope, by_shape = self.family.expected_by_eta(m, c, tau) if self.expected else (observed, -third, None)
         out = [score, observed, curvature, slope]
         if shape is not None:
-            by_shape = by_shape if self.expected else -(shape.curvature * m.d1**2 + shape.score * m.d2)
+            if by_shape is None:
+                by_shape = -(shape.curvature * m.d1**2 + shape.score * m.d2)
             out += [shape.first, shape.score * m.d1, by_shape]
         value = _sized(self.family.loglik(m, c, tau), c, None)
         value = value if outside is None else np.where(outside, -np.inf, value)
@@ -100,7 +99,7 @@ class Density:
         return ByShape(*(_sized(v, c, outside) for v in parts))
 
 
-def _sized(value: Array, c: Cells, outside: Array | None) -> Array:
+def _sized(value: Array, c: Cells, outside: np.ndarray | None) -> Array:
     value = value if c.size is None else c.size * value
     return value if outside is None else np.where(outside, 0.0, value)
 

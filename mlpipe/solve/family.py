@@ -14,7 +14,6 @@ import numpy as np
 
 from .link import Array, Means
 
-
 FLOOR = 1e-60  # of mu and 1 - mu where their powers are divided by
 
 

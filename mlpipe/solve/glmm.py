@@ -95,8 +95,8 @@ class Step:
 
 @dataclass
 class GLMMSolution:
-    """`psi` = (beta*, theta, tau) with Λ's diagonal >= 0; `information`, the observed one, NaN for theta on the boundary, and `vcov`, its inverse;
-    `score`, the length of Newton's step in standard errors; `passes` over all rows."""
+    """`psi` = (beta*, theta, tau) with Λ's diagonal >= 0; `information`, the observed one, NaN for theta on the boundary, and `vcov`, its
+    inverse; `score`, the length of Newton's step in standard errors; `passes` over all rows."""
 
     psi: Array
     lambda_: Array

@@ -8,199 +8,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-import scipy.sparse as sp
 
 from . import small
-from .crossed import CrossedProblem, Evaluation, Exact, flat, per_level
+from .conjugate import Crosses, Operator, Solves, dots
+from .crossed import CrossedProblem, Evaluation, Exact, Factor, flat, per_level
 from .glm import newton_step
 from .glmm import SMALL, GLMMSolution
-from .link import Array
+
+Array: TypeAlias = np.ndarray  # of doubles or of singles
 
 PROBES, MOST_PROBES = 16, 256
 ERROR = 0.05  # Monte Carlo error of a parameter, as a share of its standard error, that is good enough
-CG_TIGHT, CG_LOOSE = 1e-10, 1e-6  # residual over right-hand side, at the solution and on the way
-MAX_CG = 2_000
-NEAR = 1e-2  # scaled score from which solves are tight
-BLUP_SAMPLES = 32
+CG_TIGHT, CG_LOOSE = 1e-9, 1e-4  # residual over right-hand side, at the solution and on the way
+CG_SINGLE, CG_HESSIAN = 1e-6, 1e-4  # the same of probes, and of the average information, which need no more
+NEAR = 0.05  # scaled score from which solves are tight
+ENOUGH = 1e-3  # scaled score that ends the search: far below the Monte Carlo error
+BLUP_SAMPLES = 32  # a conditional variance is then good to about 9 %
 LEAST = 1e-4  # diagonal of Λ, in units of what a level tells, that stands for zero on the way
 
 
-@dataclass
-class Solves:
-    """Columns solved side by side: `x`; and per column the coefficients of conjugate gradients, for Lanczos' tridiagonal matrix."""
-
-    x: Array
-    alphas: list[Array] = field(default_factory=list)
-    betas: list[Array] = field(default_factory=list)
-
-
-class Operator:
-    """M at one Λ: L of the first factor, V, and S with its block-diagonal part B = RR'."""
-
-    def __init__(self, problem: CrossedProblem, lambda_: Array, threads: int) -> None:
-        lams = problem.lambdas(lambda_)
-        D = [np.eye(f.q)[:, :, None] + np.einsum("ia,ijm,jb->abm", lam, f.S, lam) for f, lam in zip(problem.factors, lams, strict=True)]
-        self.q, self.size, self.threads = [f.q for f in problem.factors], problem.factors[0].size, threads
-        self.D, self.L = D, small.cholesky(D[0])
-        cross = {(k, l): problem.cross((k, l), lams[k], lams[l]) for k, l in problem.cells}
-        self.V = [self._down(cross[0, l]) for l in range(1, len(D))]
-        self.Vt = [sp.csr_matrix(V.T) for V in self.V]
-        self.others = {(k, l): a for (k, l), a in cross.items() if k > 0}
-        self.ends = np.concatenate([[0], np.cumsum([f.size for f in problem.factors[1:]])])
-        self.B = [block - self._gram(V, len(block)) for block, V in zip(D[1:], self.V, strict=True)]
-        self.R = [small.cholesky(block) for block in self.B]
-
-    def _down(self, a: sp.csr_matrix) -> sp.csr_matrix:
-        if self.q[0] == 1:
-            return sp.csr_matrix((a.data / np.repeat(self.L[0, 0], np.diff(a.indptr)), a.indices, a.indptr), shape=a.shape)
-        inverse = small.inverse_factor(self.L)
-        blocks = sp.bsr_matrix((inverse.transpose(2, 0, 1), np.arange(inverse.shape[2]), np.arange(inverse.shape[2] + 1)))
-        return sp.csr_matrix(blocks @ a)
-
-    def _gram(self, V: sp.csr_matrix, q: int) -> Array:
-        """The diagonal blocks (q, q, m) of V'V."""
-        if q == 1:
-            return np.bincount(V.indices, V.data**2, minlength=V.shape[1])[None, None]
-        columns = sp.csc_matrix(V)
-        out = np.empty((q, q, V.shape[1] // q))
-        for a in range(q):
-            for b in range(q):
-                out[a, b] = np.asarray(columns[:, a::q].multiply(columns[:, b::q]).sum(axis=0)).ravel()
-        return out
-
-    def parts(self, x: Array) -> list[Array]:
-        """x over the other factors, factor by factor."""
-        return [x[a:b] for a, b in zip(self.ends[:-1], self.ends[1:], strict=True)]
-
-    def times(self, x: Array) -> Array:
-        """V x."""
-        return np.asarray(sum(V @ part for V, part in zip(self.V, self.parts(x), strict=True)))
-
-    def transposed(self, y: Array) -> Array:
-        """V'y."""
-        return np.concatenate([Vt @ y for Vt in self.Vt])
-
-    def rest(self, x: Array) -> Array:
-        """S x."""
-        parts = self.parts(x)
-        own = [flat(np.einsum("ijm,jkm->ikm", D, per_level(part, len(D)))) for D, part in zip(self.D[1:], parts, strict=True)]
-        for (k, l), a in self.others.items():
-            own[k - 1] = own[k - 1] + a @ parts[l - 1]
-            own[l - 1] = own[l - 1] + a.T @ parts[k - 1]
-        return np.concatenate(own) - self.transposed(self.times(x))
-
-    def by_blocks(self, work: Callable[[Array, Array], Array], x: Array) -> Array:
-        """A small-matrix function of R and x, level by level."""
-        return np.concatenate([flat(work(R, per_level(part, len(R)))) for R, part in zip(self.R, self.parts(x), strict=True)])
-
-    def precondition(self, x: Array) -> Array:
-        """B⁻¹x."""
-        return self.by_blocks(small.solve, x)
-
-    def down(self, b: Array) -> Array:
-        """L⁻¹b over the first factor."""
-        return flat(small.forward(self.L, per_level(b, self.q[0])))
-
-    def up(self, b: Array) -> Array:
-        """L⁻ᵀb."""
-        return flat(small.backward(self.L, per_level(b, self.q[0])))
-
-    def solve_rest(self, b: Array, tol: float, start: Array | None = None, *, keep: bool = False) -> Solves:
-        """S⁻¹b by preconditioned conjugate gradients on each column, in threads over columns; `keep` their coefficients."""
-        if self.threads == 1 or b.shape[1] < 4:
-            return self._cg(b, tol, start, keep)
-        split = np.array_split(np.arange(b.shape[1]), self.threads)
-        with ThreadPoolExecutor(self.threads) as pool:
-            parts = list(pool.map(lambda at: self._cg(b[:, at], tol, None if start is None else start[:, at], keep), split))
-        out = Solves(np.empty_like(b))
-        for at, part in zip(split, parts, strict=True):
-            out.x[:, at] = part.x
-        longest = max(len(part.alphas) for part in parts)
-        for name in ("alphas", "betas"):
-            rows = [np.concatenate([getattr(p, name)[i] if i < len(getattr(p, name)) else np.zeros(p.x.shape[1]) for p in parts]) for i in range(longest)]
-            setattr(out, name, rows)
-        return out
-
-    def _cg(self, b: Array, tol: float, start: Array | None, keep: bool) -> Solves:
-        x = np.zeros_like(b) if start is None else start.copy()
-        r = b - self.rest(x) if start is not None else b.copy()
-        z = self.precondition(r)
-        p, rz = z, np.einsum("ik,ik->k", r, z)
-        bound = tol**2 * np.maximum(np.einsum("ik,ik->k", b, self.precondition(b)), 1e-300)
-        out = Solves(x)
-        for _ in range(MAX_CG):
-            live = rz > bound
-            if not live.any():
-                break
-            Ap = self.rest(p)
-            curvature = np.einsum("ik,ik->k", p, Ap)
-            alpha = np.where(live & (curvature > 0.0), rz / np.where(curvature > 0.0, curvature, 1.0), 0.0)
-            x += alpha * p
-            r -= alpha * Ap
-            z = self.precondition(r)
-            new = np.einsum("ik,ik->k", r, z)
-            beta = np.where(live, new / np.where(rz > 0.0, rz, 1.0), 0.0)
-            if keep:
-                out.alphas.append(alpha)
-                out.betas.append(beta)
-            p, rz = z + beta * p, np.where(live, new, rz)
-        return out
-
-    def solve(self, b: Array, tol: float) -> Array:
-        """M⁻¹b."""
-        y = self.down(b[: self.size])
-        x = self.solve_rest(b[self.size :] - self.transposed(y), tol).x
-        return np.concatenate([self.up(y - self.times(x)), x])
-
-
-@dataclass
-class ProbeTraces:
-    """Σ_i (M⁻¹)_ki,ki of every factor: `mean` (q_k, q_k) and per probe (q_k, q_k, probes)."""
-
-    mean: list[Array]
-    each: list[Array]
-
-
 class Iterative(Exact):
-    """Score and average information at Λ by conjugate gradients and probes."""
+    """Score and average information at Λ by conjugate gradients and probes; the probes in single precision, whose rounding error is far
+    below their own."""
 
     def __init__(self, problem: CrossedProblem, seed: int, threads: int) -> None:
         super().__init__(problem)
         self.rng, self.threads = np.random.default_rng(seed), threads
-        self.probes = np.zeros((sum(f.size for f in problem.factors[1:]), 0))
-        self.warm: Array | None = None
-        self.solves = 0
+        self.double, self.half = Crosses(self.plain, np.float64), Crosses(self.plain, np.float32)
+        self.probes = np.zeros((sum(f.size for f in problem.factors[1:]), 0), dtype=np.float32)
+        self.warm: tuple[Array | None, Array | None] = (None, None)
         self.add(PROBES)
 
     def add(self, count: int) -> None:
         """Further probes."""
-        more = self.rng.integers(0, 2, (len(self.probes), count)) * 2.0 - 1.0
-        self.probes, self.warm = np.hstack([self.probes, more]), None
+        more = (self.rng.integers(0, 2, (len(self.probes), count), dtype=np.int8) * 2 - 1).astype(np.float32)
+        self.probes, self.warm = np.hstack([self.probes, more]), (self.warm[0], None)
 
-    def newton(self, lambda_: Array, tol: float) -> tuple[Evaluation, Array, Array, Array, ProbeTraces]:
-        """The estimates, the score over the entries of Λ, the average information, the score per probe, and the traces."""
-        problem, p = self.problem, self.problem.p
-        M = Operator(problem, lambda_, self.threads)
+    def operator(self, lambda_: Array) -> Operator:
+        """M at Λ."""
+        return Operator(self.problem, lambda_, self.double, self.threads)
+
+    def newton(self, lambda_: Array, tol: float) -> tuple[Evaluation, Array, Array, Array]:
+        """The estimates, the score over the entries of Λ, the average information, and the score per probe."""
+        M = self.operator(lambda_)
+        single = M.single(self.half)
         c = self.spherical(lambda_)
         y = M.down(c[: M.size])
-        rhs = np.hstack([c[M.size :] - M.transposed(y), M.by_blocks(_lower, self.probes)])
-        solved = M.solve_rest(rhs, tol, self.warm)
-        self.warm = solved.x
-        self.solves += 1
-        x = solved.x[:, : p + 1]
+        x = M.solve_rest(c[M.size :] - M.transposed(y), tol, self.warm[0]).x
+        g = single.solve_rest(single.by_blocks(_lower, self.probes), max(tol, CG_SINGLE), self.warm[1]).x
+        self.warm = x, g
         U = np.concatenate([M.up(y - M.times(x)), x])
         at = self._estimates(c, U, M)
         t, H = self.residual_sums(lambda_, at, U)
-        traces = self._traces(M, solved.x[:, p + 1 :])
-        score = self._by_entries(lambda_, at, U, t, H, traces.mean)
+        traces = self._traces(single, M, g)
+        score = self._by_entries(lambda_, at, U, t, H, [part.mean(axis=2) for part in traces])
         each = np.column_stack(
-            [self._by_entries(lambda_, at, U, t, H, [part[:, :, i] for part in traces.each]) for i in range(self.probes.shape[1])]
+            [self._by_entries(lambda_, at, U, t, H, [part[:, :, i] for part in traces]) for i in range(self.probes.shape[1])]
         )
-        return at, score, self._information(lambda_, at, t, H, M, tol), each, traces
+        return at, score, self._information(lambda_, at, t, H, M, max(tol, CG_HESSIAN)), each
 
     def _estimates(self, c: Array, U: Array, M: Operator) -> Evaluation:
         problem, p = self.problem, self.problem.p
@@ -211,40 +80,28 @@ class Iterative(Exact):
         inverse = np.linalg.inv(R[:p, :p]) if p else np.zeros((0, 0))
         return Evaluation(math.nan, beta, s2, inverse @ inverse.T, U[:, p] - U[:, :p] @ beta, M)  # type: ignore[arg-type]
 
-    def _traces(self, M: Operator, x: Array) -> ProbeTraces:
-        """Hutchinson's estimates less the control variate M_D⁻¹, whose trace is known."""
-        g = M.by_blocks(small.backward, self.probes)
-        mean, each = [], []
-        first, base = M.up(M.times(x)), M.up(M.times(g))
-        q0 = M.q[0]
+    def _traces(self, single: Operator, M: Operator, x: Array) -> list[Array]:
+        """Σ_i (M⁻¹)_ki,ki of every factor, per probe (q_k, q_k, probes): Hutchinson's estimates with B⁻¹, whose trace is known, as control
+        variate."""
+        g = single.by_blocks(small.backward, self.probes)
+        first, base = single.up(single.times(x)), single.up(single.times(g))
         inverse = small.inverse_factor(M.L)
         known = np.einsum("kam,kbm->ab", inverse, inverse) + self._expected(M)
-        each.append(known[:, :, None] + _products(base, first - base, q0))
+        each = [known[:, :, None] + _products(base, first - base, len(M.L))]
         for R, a, b in zip(M.R, M.ends[:-1], M.ends[1:], strict=True):
             inverse = small.inverse_factor(R)
             known = np.einsum("kam,kbm->ab", inverse, inverse)
             each.append(known[:, :, None] + _products(g[a:b], x[a:b] - g[a:b], len(R)))
-        mean = [part.mean(axis=2) for part in each]
-        return ProbeTraces(mean, each)
+        return each
 
     def _expected(self, M: Operator) -> Array:
-        """Σ_i of the blocks of L⁻ᵀV B⁻¹ V'L⁻¹: what the control variate is on average."""
-        q0 = M.q[0]
-        out = np.zeros((q0, q0))
-        for V, R in zip(M.V, M.R, strict=True):
-            if q0 == 1 and len(R) == 1:
-                scale = 1.0 / R[0, 0] ** 2
-                rows = np.repeat(1.0 / M.L[0, 0] ** 2, np.diff(V.indptr))
-                out[0, 0] += float((V.data**2 * scale[V.indices] * rows).sum())
-                continue
-            inverse = small.inverse_factor(R)
-            half = V @ sp.bsr_matrix((inverse.transpose(2, 1, 0), np.arange(inverse.shape[2]), np.arange(inverse.shape[2] + 1)))
-            upper = small.inverse_factor(M.L)
-            blocks = sp.bsr_matrix((upper.transpose(2, 1, 0), np.arange(upper.shape[2]), np.arange(upper.shape[2] + 1)))
-            W = sp.csr_matrix(blocks @ half)
-            for a in range(q0):
-                for b in range(q0):
-                    out[a, b] += float(W[a::q0].multiply(W[b::q0]).sum())
+        """Σ_i of the blocks of L⁻ᵀV B⁻¹ V'L⁻¹, cell by cell: what the control variate is on average."""
+        out = np.zeros((len(M.L), len(M.L)))
+        for h, R in enumerate(M.R, start=1):
+            cells = self.problem.cells[0, h]
+            half = small.backward(M.L[:, :, cells.rows], M.cells[h])
+            W = small.forward(R[:, :, cells.columns], half.transpose(1, 0, 2))
+            out += np.einsum("jac,jbc->ab", W, W)
         return out
 
     def _by_entries(self, lambda_: Array, at: Evaluation, U: Array, t: Array, H: Array, sums: Sequence[Array]) -> Array:
@@ -262,12 +119,14 @@ class Iterative(Exact):
     def loglik(self, lambda_: Array) -> tuple[float, float]:
         """The log-likelihood at Λ and its Monte Carlo error, by Lanczos quadrature with a control variate (R6)."""
         problem, p = self.problem, self.problem.p
-        M = Operator(problem, lambda_, self.threads)
-        at, _ = self._plain(lambda_, M)
-        rhs = M.by_blocks(_lower, self.probes)
-        solved = M.solve_rest(rhs, CG_TIGHT, keep=True)
+        M = self.operator(lambda_)
+        single = M.single(self.half)
+        c = self.spherical(lambda_)
+        at = self._estimates(c, M.solve(c, CG_TIGHT), M)
+        rhs = single.by_blocks(_lower, self.probes)
+        solved = single.solve_rest(rhs, CG_SINGLE, keep=True)
         size = len(rhs)
-        energy = np.einsum("ik,ik->k", self._scaled(M, self.probes), self.probes)
+        energy = dots(self._scaled(single, self.probes), self.probes)
         logs = np.array([size * _quadrature(solved, k) for k in range(rhs.shape[1])])
         excess = energy - size
         slope = float(logs @ excess / max(excess @ excess, 1e-300)) if rhs.shape[1] > 2 else 1.5
@@ -278,11 +137,6 @@ class Iterative(Exact):
         minus2 -= float(np.linalg.slogdet(at.C)[1]) if problem.reml and p else 0.0
         return -minus2 / 2.0, float(values.std(ddof=1) / math.sqrt(len(values)) / 2.0)
 
-    def _plain(self, lambda_: Array, M: Operator) -> tuple[Evaluation, Array]:
-        c = self.spherical(lambda_)
-        U = M.solve(c, CG_TIGHT)
-        return self._estimates(c, U, M), U
-
     def _scaled(self, M: Operator, x: Array) -> Array:
         """R⁻¹ S R⁻ᵀ x."""
         return M.by_blocks(small.forward, M.rest(M.by_blocks(small.backward, x)))
@@ -290,12 +144,13 @@ class Iterative(Exact):
     def variances(self, lambda_: Array, draw: Callable[[np.random.Generator], Array]) -> list[Array]:
         """Blocks (q_k, q_k, m_k) of M⁻¹ of every factor, from samples v ~ N(0, M⁻¹) (R7); `draw` gives Z'w^½ε over single effects."""
         problem = self.problem
-        M = Operator(problem, lambda_, self.threads)
+        M = self.operator(lambda_)
+        single = M.single(self.half)
         noise = np.column_stack([draw(self.rng) for _ in range(BLUP_SAMPLES)])
         rhs = np.concatenate(
             [flat(np.einsum("ia,ikm->akm", lam, per_level(part, f.q))) for f, lam, part in self._by_factor(lambda_, noise)]
         ) + self.rng.standard_normal(noise.shape)
-        v = M.solve(rhs, CG_LOOSE)
+        v = single.solve(rhs.astype(np.float32), CG_SINGLE)
         out, place = [], 0
         for f, D in zip(problem.factors, M.D, strict=True):
             rows = slice(place, place + f.size)
@@ -307,21 +162,21 @@ class Iterative(Exact):
             out.append(np.einsum("kam,kbm->abm", inverse, inverse) + np.einsum("ikm,jkm->ijm", shifted, shifted) / noise.shape[1])
         return out
 
-    def _by_factor(self, lambda_: Array, x: Array) -> list[tuple[object, Array, Array]]:
+    def _by_factor(self, lambda_: Array, x: Array) -> list[tuple[Factor, Array, Array]]:
         ends = np.concatenate([[0], np.cumsum([f.size for f in self.problem.factors])])
         lams = self.problem.lambdas(lambda_)
         return [(f, lam, x[a:b]) for f, lam, a, b in zip(self.problem.factors, lams, ends[:-1], ends[1:], strict=True)]
 
 
 def _lower(R: Array, x: Array) -> Array:
-    """R x for lower R (q, q, m) and x (q, k, m)."""
-    return np.einsum("ijm,jkm->ikm", R, x)
+    """R x for lower R (q, q, …) and x (q, …)."""
+    return np.stack([sum(R[i, j] * x[j] for j in range(i + 1)) for i in range(len(R))])
 
 
 def _products(a: Array, b: Array, q: int) -> Array:
     """Σ over levels of a_i b_i', per column (q, q, k)."""
     left, right = a.reshape(-1, q, a.shape[1]), b.reshape(-1, q, b.shape[1])
-    return np.einsum("mik,mjk->ijk", left, right)
+    return np.asarray(np.einsum("mik,mjk->ijk", left, right, dtype=np.float64))
 
 
 def _quadrature(solved: Solves, k: int) -> float:
@@ -341,8 +196,8 @@ def _quadrature(solved: Solves, k: int) -> float:
 
 @dataclass
 class IterativeSolution:
-    """A GLMMSolution whose `information` is the average one, the estimates there, `error`: the Monte Carlo error of each θ as a share of its
-    standard error, `loglik_error`, and how many `probes`."""
+    """A GLMMSolution whose `information` is the average one, the estimates there, `error`: the Monte Carlo error of each θ as a share
+    of its standard error, `loglik_error`, and how many `probes`."""
 
     solution: GLMMSolution
     at: Evaluation
@@ -363,7 +218,7 @@ def solve_iterative(
     pairs: list[tuple[Array, Array]] = []
     previous: tuple[Array, Array] | None = None
     while evaluations < max_evaluations:
-        at, s, AI, each, _ = solver.newton(_lambda(problem, theta), tolerance)
+        at, s, AI, each = solver.newton(_lambda(problem, theta), tolerance)
         evaluations += 1
         held = _at_floor(problem, theta, s, floor)
         if previous is not None:
@@ -371,10 +226,10 @@ def solve_iterative(
         H = _corrected(AI, pairs, held)
         step = np.where(held, 0.0, _free_step(H, s, held))
         score = math.sqrt(max(float(step @ s), 0.0))
-        if score < NEAR and tolerance > CG_TIGHT:
-            tolerance, previous, pairs = CG_TIGHT, None, []
-            continue
-        if score < max(tol, 1e-6) and tolerance == CG_TIGHT:
+        tight = tolerance == CG_TIGHT
+        if score < NEAR and not tight:
+            tolerance = CG_TIGHT
+        if score < max(tol, ENOUGH) and tight:
             error = _error(AI, each, held)
             if error.max(initial=0.0) <= ERROR or solver.probes.shape[1] >= MOST_PROBES:
                 converged, message = True, "the scaled score is small"
@@ -393,7 +248,9 @@ def solve_iterative(
     free = np.flatnonzero(~held)
     vcov[np.ix_(free, free)] = np.linalg.pinv(AI[np.ix_(free, free)], hermitian=True)
     singular = bool(held.any()) or _rank_deficient(problem, lam)
-    solution = GLMMSolution(np.array([lam[i, j] for i, j in problem.entries]), lam, loglik, information, vcov, converged, singular, score, evaluations, message)
+    solution = GLMMSolution(
+        np.array([lam[i, j] for i, j in problem.entries]), lam, loglik, information, vcov, converged, singular, score, evaluations, message
+    )
     return IterativeSolution(solution, at, error, loglik_error, solver.probes.shape[1], solver)
 
 
@@ -410,7 +267,8 @@ def _rank_deficient(problem: CrossedProblem, lam: Array) -> bool:
 
 def _at_floor(problem: CrossedProblem, theta: Array, s: Array, floor: Array) -> np.ndarray:
     """Diagonal elements at their floor that the score would lower further."""
-    return np.array([i == j and abs(v) <= floor[i] * (1 + 1e-9) and g <= 0.0 for (i, j), v, g in zip(problem.entries, theta, s, strict=True)])
+    low = [i == j and abs(v) <= floor[i] * (1 + 1e-9) for (i, j), v in zip(problem.entries, theta, strict=True)]
+    return np.asarray(np.array(low, dtype=bool) & (s <= 0.0))
 
 
 def _corrected(AI: Array, pairs: list[tuple[Array, Array]], held: np.ndarray) -> Array:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from . import small
 from .density import Density, Terms
 from .family import Cells
 from .link import Array
+from .quadrature import Laplace, Nodes, Quadrature, nodes
 
 STEP_TOLERANCE = 3e-6  # of u, whose prior spread is 1: Newton's next error is its square
 MAX_STEPS = 100
@@ -84,21 +84,6 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Nodes:
-    """A product Gauss-Hermite grid: nodes (q, K), and log(weight) + |node|² (K,)."""
-
-    z: Array
-    log_weight: Array
-
-
-def nodes(nagq: int, q: int) -> Nodes:
-    """The grid of nagq^q nodes of the weight exp(-|z|²)."""
-    x, w = np.polynomial.hermite.hermgauss(nagq)
-    grid = np.array(list(product(range(nagq), repeat=q)), dtype=int).T
-    return Nodes(x[grid], (np.log(w)[grid] + x[grid] ** 2).sum(axis=0))
-
-
-@dataclass(frozen=True)
 class Kernel:
     """The model's shape: `density`; random columns Z = Z_map' F[z]; `entries`, the free elements (i, j) of Λ; `nagq` nodes a
     dimension, 1 for Laplace."""
@@ -112,7 +97,7 @@ class Kernel:
     @property
     def q(self) -> int:
         """The number of random effects of a block."""
-        return self.z_map.shape[1]
+        return int(self.z_map.shape[1])
 
     @cached_property
     def nodes(self) -> Nodes:
@@ -120,31 +105,30 @@ class Kernel:
         return nodes(self.nagq, self.q)
 
     def look(self, chunk: Chunk, point: Point, u: Array, *, outer: bool = True) -> tuple[Look, Array]:
-        """Log-likelihood, score and (if `outer`) its blocks' outer products over a chunk, from modes u (q, B) nearby; and the modes there."""
-        work = _Work(self, chunk, point)
+        """Log-likelihood, score and (if `outer`) its blocks' outer products over a chunk; and the modes, from u (q, B) nearby."""
+        work = Work(self, chunk, point)
         u, rough = work.modes(u)
         return replace(work.finished(u, outer=outer), rough=rough), u
 
     def moments(self, chunk: Chunk, point: Point) -> tuple[Array, Array, Array, int]:
         """At Λ = 0: Σ (c_k² - S_kk) and Σ S_kk² (q,), ΣS (q, q) over blocks, and their number; c = Z'ℓ', S = Z'WZ."""
-        work = _Work(self, chunk, point)
-        c: Array | float = 0.0
-        S: Array | float = 0.0
+        work = Work(self, chunk, point)
+        c = S = small.ZERO
         for piece, terms in zip(work.pieces, work.terms(np.zeros((self.q, work.n_blocks))), strict=True):
             c, S = c + piece.z_sums(terms.score), S + work.gram(piece, terms.curvature)
-        diagonal = np.einsum("iib->ib", np.asarray(S))
-        return (np.asarray(c) ** 2 - diagonal).sum(axis=1), (diagonal**2).sum(axis=1), np.asarray(S).sum(axis=2), work.n_blocks
+        diagonal = np.einsum("iib->ib", S)
+        return (c**2 - diagonal).sum(axis=1), (diagonal**2).sum(axis=1), S.sum(axis=2), work.n_blocks
 
     def posterior(self, chunk: Chunk, point: Point, u: Array) -> tuple[Array, Array]:
         """The modes (q, B) and the factor P (q, q, B) of the conditional covariance of b = Λu, PP' = ΛH⁻¹Λ'."""
-        work = _Work(self, chunk, point)
+        work = Work(self, chunk, point)
         u, _ = work.modes(u)
         curvature = [terms.curvature for terms in work.terms(u)]
-        L = work.factor(sum(work.gram(rows, w) for rows, w in zip(work.pieces, curvature, strict=True)))
+        L = work.factor(sum((work.gram(rows, w) for rows, w in zip(work.pieces, curvature, strict=True)), small.ZERO))
         return u, np.einsum("ij,jkb->ikb", point.lambda_, np.swapaxes(small.inverse_factor(L), 0, 1))
 
 
-class _Piece:
+class Piece:
     """Rows with their random columns; Z_k is None where it is 1."""
 
     def __init__(self, rows: Rows, kernel: Kernel) -> None:
@@ -175,27 +159,27 @@ class _Piece:
         return out
 
 
-class _Work:
+class Work:
     """One chunk at one point."""
 
     def __init__(self, kernel: Kernel, chunk: Chunk, point: Point) -> None:
         self.kernel, self.point, self.density = kernel, point, kernel.density
-        self.pieces = [_Piece(rows, kernel) for rows in chunk.pieces]
+        self.pieces = [Piece(rows, kernel) for rows in chunk.pieces]
         self.single = len(self.pieces) == 1
         self.n_blocks, self.q = chunk.n_blocks, kernel.q
         self.eye = np.eye(self.q)[:, :, None]
         self._fixed = self._linear(self.pieces[0]) if self.single else None
 
-    def _linear(self, piece: _Piece) -> Array:
+    def _linear(self, piece: Piece) -> Array:
         out = self.point.gamma @ piece.rows.F
         return out if piece.rows.offset is None else out + piece.rows.offset
 
-    def eta(self, piece: _Piece, u: Array) -> Array:
+    def eta(self, piece: Piece, u: Array) -> Array:
         """The linear predictor of a piece."""
         fixed = self._fixed if self._fixed is not None else self._linear(piece)
         return np.asarray(fixed + piece.z_rows(self.point.lambda_ @ u))
 
-    def gram(self, piece: _Piece, w: Array) -> Array:
+    def gram(self, piece: Piece, w: Array) -> Array:
         """Z'WZ per block (q, q, B)."""
         out = np.empty((self.q, self.q, self.n_blocks))
         for i in range(self.q):
@@ -246,8 +230,8 @@ class _Work:
 
     def _newton(self, u: Array) -> tuple[Array, Array]:
         """Newton's step (q, B), ascending, and the merit (B,) to be lowered."""
-        lam, c, S, value = self.point.lambda_, 0.0, 0.0, 0.0
-        etas = []
+        lam, etas = self.point.lambda_, list[Array | None]()
+        c = S = value = small.ZERO
         for piece in self.pieces:
             eta = self.eta(piece, u)
             score, w = self.density.newton(eta, piece.rows.cells, self.point.tau)
@@ -259,11 +243,11 @@ class _Work:
         L = self.factor(S)
         rough = np.isnan(L[-1, -1])
         if rough.any():
-            S = sum(
+            safe = (
                 self.gram(p, self.density.safe_curvature(self.eta(p, u) if eta is None else eta, p.rows.cells, self.point.tau))
                 for p, eta in zip(self.pieces, etas, strict=True)
             )
-            L = np.where(rough, self.factor(S), L)
+            L = np.where(rough, self.factor(sum(safe, small.ZERO)), L)
         step = small.solve(L, g)
         if self.by_value:
             return step, 0.5 * (u * u).sum(axis=0) - value
@@ -274,9 +258,7 @@ class _Work:
     def finished(self, u: Array, *, outer: bool) -> Look:
         """The log-likelihood of the chunk and its gradient at the modes; by gamma per block only where outer products need it."""
         lam, kept = self.point.lambda_, list[Terms]()
-        c = c_shape = value = shape = 0.0
-        S: Array | float = 0.0
-        S_o: Array | float = 0.0
+        c = c_shape = value = shape = S = S_o = small.ZERO
         for piece, terms in zip(self.pieces, self.terms(u), strict=True):
             kept = [terms] if self.single else []
             c, S = c + piece.z_sums(terms.score), S + self.gram(piece, terms.curvature)
@@ -284,18 +266,17 @@ class _Work:
             value = value + piece.rows.sums(terms.value)
             if terms.shape is not None and terms.score_shape is not None:
                 shape, c_shape = shape + piece.rows.sums(terms.shape), c_shape + piece.z_sums(terms.score_shape)
-        L = self.factor(np.asarray(S))
-        L_o = L if S_o is S else self.factor(np.asarray(S_o))
+        L = self.factor(S)
+        L_o = L if S_o is S else self.factor(S_o)
         bad = np.isnan(L[-1, -1]) | np.isnan(L_o[-1, -1])
         if bad.any():
             return self._failed()
         base = value - 0.5 * (u * u).sum(axis=0)
-        inner = _Laplace(self, u) if self.kernel.nagq == 1 else _Quadrature(self, u, L, base)
+        inner = Laplace(self, u) if self.kernel.nagq == 1 else Quadrature(self, u, L, base)
         Q = inner.spread(L)
         loglik = base - 0.5 * small.logdet(L) + inner.log_ratio
         N = np.einsum("ik,klb,jl->ijb", lam, Q, lam)
-        zq: Array | float = 0.0
-        tau_part: Array | float = 0.0
+        zq = tau_part = small.ZERO
         q_rows: list[Array] = []
         for piece, terms in zip(self.pieces, kept or self.terms(u), strict=True):
             h = self._leverages(piece, N)
@@ -303,28 +284,28 @@ class _Work:
             zq = zq + piece.z_sums(q_rows[0])
             if terms.curvature_shape is not None:
                 tau_part = tau_part + piece.rows.sums(h * terms.curvature_shape)
-        a = small.solve(L_o, lam.T @ np.asarray(zq) - 2.0 * inner.v)
+        a = small.solve(L_o, lam.T @ zq - 2.0 * inner.v)
         by_gamma, kappa = self._row_scores(kept, q_rows if self.single else [], N, lam @ a, inner, blocks=outer)
-        by_lambda = inner.cross(c) - 0.5 * (kappa[:, None] * u[None] + np.asarray(c)[:, None] * a[None])
-        by_lambda -= np.einsum("ilb,lk,kjb->ijb", np.asarray(S), lam, Q)
+        by_lambda = inner.cross(c) - 0.5 * (kappa[:, None] * u[None] + c[:, None] * a[None])
+        by_lambda -= np.einsum("ilb,lk,kjb->ijb", S, lam, Q)
         parts = [np.stack([by_lambda[i, j] for i, j in self.kernel.entries])]
         if self.density.family.shape:
-            by_tau = inner.shape(shape) - 0.5 * tau_part - 0.5 * (a * (lam.T @ np.asarray(c_shape))).sum(axis=0)
+            by_tau = inner.shape(shape) - 0.5 * tau_part - 0.5 * (a * (lam.T @ c_shape)).sum(axis=0)
             parts.append(by_tau[None])
-        value = float(loglik.sum())
+        whole = float(loglik.sum())
         if outer:
             scores = np.concatenate([by_gamma, *parts])
-            look = Look(value, scores.sum(axis=1), scores @ scores.T)
+            look = Look(whole, scores.sum(axis=1), scores @ scores.T)
         else:
             score = np.concatenate([by_gamma[:, 0], *(part.sum(axis=1) for part in parts)])
-            look = Look(value, score, np.zeros((len(score),) * 2))
-        return look if math.isfinite(value) and np.isfinite(look.score).all() else self._failed()
+            look = Look(whole, score, np.zeros((len(score),) * 2))
+        return look if math.isfinite(whole) and np.isfinite(look.score).all() else self._failed()
 
     def _failed(self) -> Look:
         size = len(self.point.gamma) + len(self.kernel.entries) + self.density.family.shape
         return Look(-math.inf, np.zeros(size), np.zeros((size, size)))
 
-    def _leverages(self, piece: _Piece, N: Array) -> Array:
+    def _leverages(self, piece: Piece, N: Array) -> Array:
         """h_j = z_j'Nz_j at each row."""
         out: Array | None = None
         for i in range(self.q):
@@ -335,94 +316,17 @@ class _Work:
         return out
 
     def _row_scores(
-        self, kept: list[Terms], q_rows: list[Array], N: Array, shift: Array, inner: _Laplace, *, blocks: bool
+        self, kept: list[Terms], q_rows: list[Array], N: Array, shift: Array, inner: Laplace, *, blocks: bool
     ) -> tuple[Array, Array]:
         """Σ F (ℓ' - κ/2) per block (m, B), or over all (m, 1), and Z'κ per block (q, B); what a single piece has is `kept`, `q_rows`."""
-        total: Array | float = 0.0
-        z_kappa: Array | float = 0.0
+        total = z_kappa = small.ZERO
         for i, (piece, terms) in enumerate(zip(self.pieces, kept or self.terms(inner.u), strict=True)):
             kappa = q_rows[0] if q_rows else self._leverages(piece, N) * terms.slope
             kappa = kappa - terms.observed * piece.z_rows(shift)
             z_kappa = z_kappa + piece.z_sums(kappa)
             score = inner.row_score(i, terms) - 0.5 * kappa
             total = total + (piece.rows.sums(piece.rows.F * score) if blocks else (piece.rows.F @ score)[:, None])
-        return np.asarray(total), np.asarray(z_kappa)
-
-
-class _Laplace:
-    """The parts of R8's gradient that the quadrature changes, for one node at the mode."""
-
-    def __init__(self, work: _Work, u: Array) -> None:
-        self.u = u
-        self.log_ratio: Array | float = 0.0
-        self.v: Array | float = 0.0
-
-    def spread(self, L: Array) -> Array:
-        """Q̄ = H⁻¹ (q, q, B)."""
-        V = small.inverse_factor(L)
-        return np.einsum("kib,kjb->ijb", V, V)
-
-    def cross(self, c: Array | float) -> Array:
-        """Σ_r π_r c_r u_r' (q, q, B)."""
-        return np.asarray(np.asarray(c)[:, None] * self.u[None])
-
-    def shape(self, at_mode: Array | float) -> Array | float:
-        """Σ_r π_r Σ_j ∂ log f_j / ∂tau."""
-        return at_mode
-
-    def row_score(self, piece: int, terms: Terms) -> Array:
-        """Σ_r π_r ℓ'_r at each row."""
-        return terms.score
-
-
-class _Quadrature(_Laplace):
-    """The same for adaptive Gauss-Hermite nodes u_r = û + √2 L⁻ᵀ z_r with normalised weights π_r."""
-
-    def __init__(self, work: _Work, u: Array, L: Array, base: Array) -> None:
-        super().__init__(work, u)
-        grid, lam = work.kernel.nodes, work.point.lambda_
-        scores = [np.zeros(piece.rows.F.shape[1]) for piece in work.pieces]
-        total, self._cross, self._shape = 0.0, 0.0, 0.0
-        self.v, self.B = np.zeros_like(u), np.zeros((work.q, work.q, work.n_blocks))
-        for z, log_weight in zip(grid.z.T, grid.log_weight, strict=True):
-            u_r = u + math.sqrt(2.0) * small.backward(L, np.repeat(z[:, None], work.n_blocks, axis=1))
-            kept = list(work.terms(u_r)) if work.single else []
-            value = sum(p.rows.sums(terms.value) for p, terms in zip(work.pieces, kept or work.terms(u_r), strict=True))
-            g = np.asarray(value) - 0.5 * (u_r * u_r).sum(axis=0)
-            weight = np.exp(np.where(np.isfinite(g), g - base + log_weight, -np.inf))
-            c_r, shape_r = np.zeros_like(u), 0.0
-            for k, (piece, terms) in enumerate(zip(work.pieces, kept or work.terms(u_r), strict=True)):
-                scores[k] += piece.rows.spread(weight) * terms.score
-                c_r += piece.z_sums(terms.score)
-                if terms.shape is not None:
-                    shape_r = shape_r + piece.rows.sums(terms.shape)
-            g_r = lam.T @ c_r - u_r
-            total = total + weight
-            self._cross = self._cross + weight * c_r[:, None] * u_r[None]
-            self._shape = self._shape + weight * shape_r
-            self.v += weight * g_r
-            self.B += weight * math.sqrt(2.0) * z[:, None, None] * small.forward(L, g_r)[None]
-        self.total = np.asarray(total)
-        self.v, self.B = self.v / self.total, self.B / self.total
-        self.scores = [s / piece.rows.spread(self.total) for s, piece in zip(scores, work.pieces, strict=True)]
-        self.log_ratio = np.log(self.total) - 0.5 * work.q * math.log(math.pi)
-
-    def spread(self, L: Array) -> Array:
-        """Q̄ = L⁻ᵀ(I + Φ(B) + Φ(B)')L⁻¹, Φ the strict lower triangle and half the diagonal."""
-        q = len(L)
-        phi = np.tril(np.ones((q, q)), -1)[:, :, None] * self.B + 0.5 * np.eye(q)[:, :, None] * self.B
-        inner = np.eye(q)[:, :, None] + phi + np.swapaxes(phi, 0, 1)
-        V = small.inverse_factor(L)
-        return np.einsum("kib,klb,ljb->ijb", V, inner, V)
-
-    def cross(self, c: Array | float) -> Array:
-        return np.asarray(self._cross / self.total)
-
-    def shape(self, at_mode: Array | float) -> Array | float:
-        return np.asarray(self._shape / self.total)
-
-    def row_score(self, piece: int, terms: Terms) -> Array:
-        return self.scores[piece]
+        return total, z_kappa
 
 
 def folded(looks: Sequence[Look]) -> Look:

@@ -24,7 +24,8 @@ class Tail(NamedTuple):
 
 
 class Means(NamedTuple):
-    """Per row: the mean `mu`, its complement `nu` = 1 - mu without cancellation, and the derivatives of mu by eta; `of_mu`, `of_nu`: see Tail."""
+    """Per row: the mean `mu`, its complement `nu` = 1 - mu without cancellation, and the derivatives of mu by eta; `of_mu`, `of_nu`: see
+    Tail."""
 
     mu: Array
     nu: Array
@@ -81,7 +82,7 @@ def _cloglog(eta: Array) -> Means:
     x = np.exp(np.clip(eta, -LARGEST, LARGEST))
     s = np.exp(-x)
     shape = x, x * (1.0 - x), x * (1.0 - 3.0 * x + x * x)
-    return Means(-np.expm1(-x), s, *(part * s for part in shape), of_nu=Tail(-x, *shape))
+    return Means(-np.expm1(-x), s, shape[0] * s, shape[1] * s, shape[2] * s, of_nu=Tail(-x, *shape))
 
 
 def _cauchit(eta: Array) -> Means:

@@ -5,6 +5,8 @@ import numpy as np
 
 from .link import Array
 
+ZERO: Array = np.zeros(())  # what sums of arrays start from
+
 
 def cholesky(H: Array) -> Array:
     """Lower factors L (q, q, B) with LL' = H; NaN for blocks that are not positive definite."""
@@ -55,3 +57,13 @@ def inverse_factor(L: Array) -> Array:
 def logdet(L: Array) -> Array:
     """log|LL'| (B,)."""
     return np.asarray(2.0 * np.log(np.einsum("iib->ib", L)).sum(axis=0))
+
+
+def flat(values: Array) -> Array:
+    """(q, k, m) per level -> (m q, k) over single effects."""
+    return np.ascontiguousarray(values.transpose(2, 0, 1).reshape(-1, values.shape[1]))
+
+
+def per_level(values: Array, q: int) -> Array:
+    """The inverse of `flat`: (m q, k) -> (q, k, m)."""
+    return values.reshape(-1, q, values.shape[1]).transpose(1, 2, 0)

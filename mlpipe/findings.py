@@ -1,0 +1,64 @@
+"""What is worth saying about a fitted generalized model: notes, separation, warnings."""
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import ConvergenceError, ConvergenceWarning, RankWarning, SeparationWarning, SingularFitWarning
+from .marginal import spreads
+from .passes import padded
+
+if TYPE_CHECKING:
+    from .options import Options
+    from .passes import Model
+
+SPARSE = 6.0  # rows per block below which the Laplace approximation of 0/1 data is worth a warning
+SEPARATED = 1e-8  # information along a direction, relative to the largest, that only separation leaves
+
+
+def noted(fit: Any, model: Model, nagq: int) -> None:
+    """Notes on what the numbers mean, and separation, into `fit.info`."""
+    rows, notes = model.rows, fit.info["notes"]
+    fit.info["passes"] = round(rows.spool.rows_read / max(rows.spool.n_rows, 1), 2)
+    per_block = rows.size / max(rows.spool.n_blocks, 1)
+    if model.random:
+        fit.info["per_block"] = round(per_block, 2)
+    if model.random and model.density.family.name == "binomial":
+        fit.info["blocks_without_variation"] = rows.flat
+        if per_block < SPARSE and nagq == 1:
+            notes.append(f"blocks have {per_block:.1f} trials on average: the Laplace approximation may be biased, compare nagq=7 or more")
+    fit.info |= spreads(model, fit.gamma, fit.terms)
+    fit.info["separation"] = separated(fit, model)
+
+
+def separated(fit: Any, model: Model) -> list[str]:
+    """Coefficients along which a binomial likelihood has no maximum: directions without information (Albert and Anderson 1984)."""
+    p = len(fit.names)
+    information = fit.info.pop("information")[:p, :p]
+    if model.density.family.name != "binomial" or not p or not np.isfinite(information).all():
+        return []
+    values, vectors = np.linalg.eigh(information)
+    scale = np.sqrt(np.maximum(np.diag(model.fixed.T.T @ padded(model.plan.recipe, model.rows) @ model.fixed.T) / model.rows.size, 1e-300))
+    found: dict[str, None] = {}
+    for k in np.flatnonzero(values < SEPARATED * max(values[-1], 0.25e-3 * model.rows.size)):
+        direction = np.abs(np.linalg.solve(model.fixed.R, vectors[:, k])) * scale
+        found.update(dict.fromkeys(name for name, share in zip(fit.names, direction, strict=True) if share > 0.5 * direction.max()))
+    return list(found)
+
+
+def report(fit: Any, options: Options) -> None:
+    """Warnings for what the result's fields say; raises where the options ask for it."""
+    if fit.dropped:
+        warnings.warn(f"fixed effects repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning, stacklevel=3)
+    if fit.info["separation"]:
+        names = ", ".join(fit.info["separation"])
+        warnings.warn(f"{names} separate(s) the outcomes: these estimates go to infinity", SeparationWarning, stacklevel=3)
+    if fit.singular:
+        warnings.warn("the fit is singular: a random-effects covariance is on the boundary", SingularFitWarning, stacklevel=3)
+    if not fit.converged:
+        message = f"the fit did not converge: {fit.message} (scaled score {fit.score:.2g} after {fit.evaluations} evaluations)"
+        if options.on_nonconvergence == "raise":
+            raise ConvergenceError(message)
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
