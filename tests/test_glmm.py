@@ -20,7 +20,8 @@ import scipy.special as sp
 import scipy.stats as st
 
 import mlpipe as mp
-from mlpipe import checkpoint, gather, generalized, spool
+from mlpipe import checkpoint, gather, spool
+from mlpipe.solve import glmm
 from tests.conftest import KINDS, as_data
 from tests.dense_glmm import MEANS, PAIRS, TAU, DenseGLMM, centre, draw
 
@@ -260,16 +261,6 @@ def test_a_mapped_spool(kind: str, rows: pl.DataFrame, true: Any, monkeypatch: p
     assert fit.info["spool"]["mapped"]
     same(fit, true)
     assert not temporary(tmp_path / "temp")
-
-
-def test_the_memory_limit_maps_the_spool(tmp_path: Path) -> None:
-    frame = simulated("poisson", "log", blocks=1_000, rows=100)
-    small = mp.Options(memory_limit="4MB", temp_directory=str(tmp_path))
-    roomy = mp.glmm("p ~ x + o + (1 | g)", frame, family="poisson")
-    tight = mp.glmm("p ~ x + o + (1 | g)", frame, family="poisson", options=small)
-    assert tight.info["spool"]["mapped"] and not roomy.info["spool"]["mapped"]
-    same(tight, roomy)
-    assert not temporary(tmp_path)
 
 
 @pytest.mark.parametrize("nagq", [1, 5])
@@ -665,19 +656,24 @@ def test_a_fit_goes_on(steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert os.listdir(tmp_path) == ["state"]
 
 
-def test_other_fits_checkpoints_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    frame, path = simulated("poisson", "log", q=2), tmp_path / "state"
-    interrupted(frame, path, 1, monkeypatch)
-    others: dict[str, dict[str, Any]] = {
-        "formula": {"formula": "p ~ x + (1 | g)"}, "nagq": {"nagq": 3}, "family": {"family": "negbinomial"}, "link": {"link": "sqrt"},
-        "source": {"data": frame.with_columns(p=pl.col.p + 1)}, "offset": {"offset": "o"},
-        "rows": {"data": frame.head(250)}, "curvature": {"options": mp.Options(curvature="expected")},
-    }  # fmt: skip
-    for what, other in others.items():
-        asked = {"formula": "p ~ x + (1 + x | g)", "data": frame, "family": "poisson"} | other
-        with pytest.raises(mp.ConfigError, match="checkpoint") as caught:
-            mp.glmm(asked.pop("formula"), asked.pop("data"), checkpoint=path, **asked)
-        assert caught.value.code == "checkpoint", what
+OTHERS = {
+    "formula": {"formula": "p ~ x + (1 | g)"}, "coding": {"formula": "p ~ 0 + x + (1 + x | g)"}, "nagq": {"nagq": 3},
+    "family": {"family": "negbinomial"}, "link": {"link": "sqrt"}, "offset": {"offset": "o"}, "frequencies": {"freq": "m"},
+    "rows": {"rows": 250}, "values": {"change": 1.0}, "a value": {"change": 1e-9}, "curvature": {"options": mp.Options(curvature="expected")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["polars", "lazy", "arrow", "path", "table"])
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_fits_checkpoints_are_refused(case: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    frame, path, asked = simulated("poisson", "log", q=2), tmp_path / "state", {"family": "poisson"} | OTHERS[case]
+    interrupted(as_data(frame, kind, tmp_path), path, 1, monkeypatch)
+    other = frame.head(asked.pop("rows", len(frame))).with_columns(x=pl.col.x + asked.pop("change", 0.0))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(mp.ConfigError, match="checkpoint") as caught:
+        data = other if case in ("rows", "values", "a value") else frame
+        mp.glmm(asked.pop("formula", "p ~ x + (1 + x | g)"), as_data(data, kind, tmp_path if data is frame else tmp_path / "other"), checkpoint=path, **asked)
+    assert caught.value.code == "checkpoint"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "3", "{\"format\": 1}", "\x00\xff", "not json"])
@@ -726,7 +722,7 @@ def test_no_files_are_left(where: str, error: type[BaseException] | None, kind: 
         raise error or ValueError
 
     if error is not None:
-        owner, name = {"the fit": (generalized, "solve_glmm"), "the survey": (gather, "_survey"), "the result": (generalized, "GLMMProblem")}[where]
+        owner, name = {"the fit": (glmm._Search, "__init__"), "the survey": (gather, "_survey"), "the result": (mp.GLMMFit, "from_solution")}[where]
         monkeypatch.setattr(owner, name, failing)
     data = as_data(simulated("poisson", "log"), kind, tmp_path)
     if error is None:

@@ -26,9 +26,10 @@ ERROR = 0.05  # Monte Carlo error of a parameter, as a share of its standard err
 CG_TIGHT, CG_LOOSE = 1e-9, 1e-4  # residual over right-hand side, at the solution and on the way
 CG_SINGLE, CG_HESSIAN = 1e-6, 1e-4  # the same of probes, and of the average information, which need no more
 NEAR = 0.05  # scaled score from which solves are tight
+NEWTON = 1.0  # scaled score from which the scores' own changes correct the average information
 ENOUGH = 1e-3  # scaled score that ends the search: far below the Monte Carlo error
 BLUP_SAMPLES = 32  # a conditional variance is then good to about 9 %
-LEAST = 1e-4  # diagonal of Λ, in units of what a level tells, that stands for zero on the way
+LEAST = 0.03  # diagonal of Λ, in units of what a level tells, that stands for zero on the way: Λ⁻¹ multiplies the probes' rounding
 
 
 class Iterative(Exact):
@@ -221,7 +222,7 @@ def solve_iterative(
         at, s, AI, each = solver.newton(_lambda(problem, theta), tolerance)
         evaluations += 1
         held = _at_floor(problem, theta, s, floor)
-        if previous is not None:
+        if previous is not None and last < NEWTON:
             pairs = [*pairs, (theta - previous[0], previous[1] - s)][-4:]
         H = _corrected(AI, pairs, held)
         step = np.where(held, 0.0, _free_step(H, s, held))
@@ -292,14 +293,17 @@ def _free_step(H: Array, s: Array, held: np.ndarray) -> Array:
 
 
 def _stepped(problem: CrossedProblem, theta: Array, step: Array, floor: Array) -> Array:
-    """theta + step, no element moved by more than its size or that of a level's own information, diagonals kept above their floor."""
-    out = theta.copy()
+    """theta + step, the whole step shortened where an element would move by more than its size (or than a level's own information), or a
+    diagonal one fall by more than most of it; one that is near its floor may go there."""
+    room = np.full(len(theta), np.inf)
     for k, (i, j) in enumerate(problem.entries):
-        most = max(abs(theta[k]), 0.5 / math.sqrt(max(problem.typical[i, i], 1e-300)))
-        out[k] += float(np.clip(step[k], -most, most))
-        if i == j:
-            out[k] = max(abs(out[k]) if out[k] * theta[k] < 0 and abs(out[k]) > 0.5 * abs(theta[k]) else out[k], floor[i])
-    return out
+        room[k] = max(abs(theta[k]), 0.5 / math.sqrt(max(problem.typical[i, i], 1e-300)))
+        if i == j and step[k] < 0.0:
+            room[k] = 0.6 * theta[k] if theta[k] > 3.0 * floor[i] else np.inf
+    with np.errstate(divide="ignore"):
+        out = theta + step * min(1.0, float((room / np.abs(step)).min(initial=np.inf)))
+    low = [floor[i] if i == j else -np.inf for i, j in problem.entries]
+    return np.asarray(np.maximum(out, low))
 
 
 def _error(AI: Array, each: Array, held: np.ndarray) -> Array:
