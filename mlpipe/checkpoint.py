@@ -9,7 +9,7 @@ import numpy as np
 
 from .atomic import replacing
 from .engines.base import fingerprint
-from .errors import ConfigError
+from .errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -23,7 +23,8 @@ class Checkpoint:
     def __init__(self, path: Any, plan: Plan, info: dict[str, Any], settings: tuple[Any, ...]) -> None:
         self.path = Path(path)
         self.plan = fingerprint(json.dumps(plan.recipe.to_json(), sort_keys=True, default=str), *settings)
-        self.source = str(info.get("fingerprint"))
+        # some sources' fingerprints know nothing of their content: the sums over the rows do
+        self.source = fingerprint(info.get("fingerprint"), info.get("content"))
         self.steps = 0
 
     def psi(self) -> np.ndarray | None:
@@ -46,5 +47,8 @@ class Checkpoint:
         """Keeps the parameters. Raises ResourceError where the file cannot be written."""
         self.steps += 1
         record = {"format": FORMAT, "plan": self.plan, "source": self.source, "steps": self.steps, "psi": psi.tolist()}
-        with replacing(self.path) as file:
-            file.write(json.dumps(record).encode())
+        try:
+            with replacing(self.path) as file:
+                file.write(json.dumps(record).encode())
+        except OSError as error:
+            raise ResourceError(f"cannot write the checkpoint {self.path}: {error.strerror or error}", code="not_writable") from error

@@ -33,7 +33,7 @@ def check_mixed(formula: Formula, nagq: int) -> None:
     """Raises ConfigError for a mixed model without a random term, or a number of nodes that is none."""
     if not formula.random:
         raise ConfigError("the formula has no random term", code="no_random_term", hint="write one, such as (1 | group), or fit by glm")
-    if isinstance(nagq, bool) or not isinstance(nagq, int) or nagq < 1:
+    if isinstance(nagq, bool) or not hasattr(nagq, "__index__") or nagq < 1:
         raise ConfigError(f"nagq = {nagq!r}: it must be a whole number from 1")
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .passes import Model
 
 SPARSE = 6.0  # rows per block below which the Laplace approximation of 0/1 data is worth a warning
+RUNAWAY = 8.0  # spread of a term's part of the linear predictor that only separation gives
 SEPARATED = 1e-8  # information along a direction, relative to the largest, that only separation leaves
 
 
@@ -34,18 +35,18 @@ def noted(fit: Any, model: Model, nagq: int) -> None:
 
 
 def separated(fit: Any, model: Model) -> list[str]:
-    """Coefficients along which a binomial likelihood has no maximum: directions without information (Albert and Anderson 1984)."""
+    """The coefficients that run away where a binomial likelihood has no maximum, seen by directions without information (Albert and
+    Anderson 1984)."""
     p = len(fit.names)
     information = fit.info.pop("information")[:p, :p]
     if model.density.family.name != "binomial" or not p or not np.isfinite(information).all():
         return []
-    values, vectors = np.linalg.eigh(information)
-    scale = np.sqrt(np.maximum(np.diag(model.fixed.T.T @ padded(model.plan.recipe, model.rows) @ model.fixed.T) / model.rows.size, 1e-300))
-    found: dict[str, None] = {}
-    for k in np.flatnonzero(values < SEPARATED * max(values[-1], 0.25e-3 * model.rows.size)):
-        direction = np.abs(np.linalg.solve(model.fixed.R, vectors[:, k])) * scale
-        found.update(dict.fromkeys(name for name, share in zip(fit.names, direction, strict=True) if share > 0.5 * direction.max()))
-    return list(found)
+    values = np.linalg.eigvalsh(information)
+    if values[0] >= SEPARATED * max(values[-1], 0.25e-3 * model.rows.size):
+        return []
+    gram = model.fixed.T.T @ padded(model.plan.recipe, model.rows) @ model.fixed.T
+    size = np.abs(fit.beta) * np.sqrt(np.maximum(np.diag(gram) / model.rows.size, 0.0))  # the effect of each on the linear predictor
+    return [name for name, share in zip(fit.names, size, strict=True) if share > 0.5 * size.max()] if size.max() > RUNAWAY else []
 
 
 def report(fit: Any, options: Options) -> None:

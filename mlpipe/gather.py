@@ -69,7 +69,8 @@ def gather(plan: Plan, *, compress: bool) -> Gathered:
         spool.close()
         raise
     mean = found.y1 / found.size
-    info = _info(plan, total, rows, dropped, seconds, spool, ratio)
+    sums = ",".join(f"{value:.9g}" for value in (rows, found.size, found.y1, found.y2, *np.diag(found.gram)))
+    info = _info(plan, total, rows, dropped, seconds, spool, ratio, sums)
     return Gathered(
         spool, rows, nobs, found.size, mean, max(found.y2 / found.size - mean**2, 0.0), found.offset / found.size, found.gram,
         found.sums, found.flat, info,
@@ -91,7 +92,7 @@ def _stored(plan: Plan, *, compressed: bool) -> tuple[str, ...]:
 
 
 def _info(
-    plan: Plan, total: int, rows: int, dropped: dict[str, int], seconds: dict[str, float], spool: Spool, ratio: float
+    plan: Plan, total: int, rows: int, dropped: dict[str, int], seconds: dict[str, float], spool: Spool, ratio: float, sums: str
 ) -> dict[str, Any]:
     notes = list(plan.notes)
     if ratio >= WORTHWHILE and spool.n_rows < total:
@@ -101,7 +102,7 @@ def _info(
         "rows_read": total, "rows_dropped": total - rows, "dropped": dropped, "blocks": spool.n_blocks if plan.recipe.groups else 0,
         "cells": spool.n_rows, "spool": {"bytes": spool.nbytes, "mapped": spool.mapped}, "expected_compression": round(ratio, 3),
         "seconds": seconds, "notes": notes, "path": "spool", "engine": plan.engine.dialect, "fingerprint": identity.fingerprint,
-        "rescannable": identity.rescannable, "bytes": identity.bytes,
+        "content": sums, "rescannable": identity.rescannable, "bytes": identity.bytes,
     }  # fmt: skip
 
 
@@ -126,12 +127,15 @@ def _check(plan: Plan, found: _Survey, total: int, rows: int) -> None:
     if not rows:
         what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used"
         raise DataError(what, code="no_rows")
+    if found.size == 0.0:
+        raise DataError("there are no trials in any row", code="no_rows")
     if not np.isfinite(found.gram).all() or not math.isfinite(found.offset):
         raise not_finite(plan)
     if not math.isfinite(found.y1):
         bad = _outcome(plan)["bad"]
         raise _outside(plan, int(bad)) if bad else not_finite(plan)
-    if cells.family_of(plan.recipe).name == "binomial" and found.y1 in (0.0, found.size):
+    family = cells.family_of(plan.recipe)
+    if (family.name == "binomial" and found.y1 in (0.0, found.size)) or (family.constant == "factorial" and found.y1 == 0.0):
         raise DataError(f"the response is {found.y1 / found.size:g} in every row", code="no_variation")
 
 

@@ -138,7 +138,8 @@ def sandwich(model: Model, psi: Array, bread: Array, kind: str) -> Array:
             if clustered:
                 scores.append(rows.sums(each))
             else:
-                total = total + each @ each.T
+                q = rows.cells.size if model.plan.recipe.freq else None  # a row that stands for q has the score of one, q times
+                total = total + (each if q is None else each / q) @ each.T
         if not clustered:
             return np.asarray(total)
         s = np.sum(scores, axis=0) if len(scores) > 1 else scores[0]

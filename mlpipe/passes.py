@@ -16,7 +16,7 @@ from .planning import Plan
 from .progress import stage
 from .reduction import Coding, Fixed, Random, fixed_part, lower_factor, random_part
 from .solve.density import Density
-from .solve.glm import GLMLook, GLMSolution, glm_look, solve_glm
+from .solve.glm import TAU_BOUND, GLMLook, GLMSolution, glm_look, solve_glm
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
 from .solve.kernel import MAX_NODES, Chunk, Kernel, Look, Point, folded
 
@@ -118,7 +118,16 @@ def plain(model: Model, chosen: Sequence[int] | None, tol: float, max_passes: in
             total = total + part
         return GLMLook(total.loglik, J.T @ total.score, J.T @ total.information @ J)
 
-    return solve_glm(look, _first(model), shape=shape, tol=tol, max_passes=max_passes)
+    solution = solve_glm(look, _first(model), shape=shape, tau_bound=_tau_bound(model), tol=tol, max_passes=max_passes)
+    if not math.isfinite(solution.loglik):
+        link, family = model.density.link.name, model.density.family.name
+        raise DataError(f"the link {link!r} gives means that family {family!r} has not", code="link_domain", hint="use another link")
+    return solution
+
+
+def _tau_bound(model: Model) -> float:
+    """|tau| beyond which counts have no overdispersion; other shapes have no limit that means anything."""
+    return TAU_BOUND if model.density.family.vanishing else math.inf
 
 
 def _first(model: Model) -> np.ndarray:
@@ -129,7 +138,12 @@ def _first(model: Model) -> np.ndarray:
         mean = (mean * rows.size + 0.5) / (rows.size + 1.0)
     elif family.low == 0.0:
         mean = max(mean, 0.5 / rows.size)
-    eta = model.density.link.function(mean) - rows.offset
+    link = model.density.link
+    if math.isfinite(link.low):  # a response of either sign under a link whose means are positive: start just inside
+        mean = max(mean, link.low + 0.01 * math.sqrt(variance))
+    if math.isfinite(link.high):
+        mean = min(mean, link.high - 0.01 * min(math.sqrt(variance), link.high - link.low))
+    eta = link.function(mean) - rows.offset
     psi = model.Q.T @ rows.sums * eta / rows.size
     if not family.shape:
         return np.asarray(psi)
@@ -190,17 +204,14 @@ def solved(model: Model, start: Sequence[float] | None, options: Options, state:
 
 
 def _problem(model: Model, scan: _Passes, typical: np.ndarray) -> GLMMProblem:
-    return GLMMProblem(
-        scan, model.Q, model.kernel.entries, model.kernel.q, model.density.family.shape, typical, model.rows.spool.n_rows <= CENTRAL_ROWS
-    )
+    central = model.rows.spool.n_rows <= CENTRAL_ROWS
+    shape, bound = model.density.family.shape, _tau_bound(model)
+    return GLMMProblem(scan, model.Q, model.kernel.entries, model.kernel.q, shape, typical, central, bound)
 
 
 def _start(model: Model, some: Sequence[int], options: Options) -> tuple[np.ndarray, np.ndarray]:
     """psi from a GLM and moments of its block scores, on some chunks."""
     solution = plain(model, some, START_TOLERANCE, options.max_passes)
-    if not math.isfinite(solution.loglik):
-        link, family = model.density.link.name, model.density.family.name
-        raise DataError(f"the link {link!r} gives means that family {family!r} has not", code="link_domain", hint="use another link")
     psi = solution.psi
     theta, typical = _moments(model, psi, some)
     p = model.Q.shape[1]
@@ -224,6 +235,8 @@ def _moments(model: Model, psi: np.ndarray, some: Sequence[int]) -> tuple[np.nda
 def _given(model: Model, psi: np.ndarray, theta: Sequence[float]) -> np.ndarray:
     """psi with the user's theta (lower triangles by column, terms in order). Raises ConfigError for a wrong number."""
     values, at, out = np.asarray(theta, dtype=float), 0, []
+    if not np.isfinite(values).all():
+        raise ConfigError("start holds a value that is not finite", code="start")
     if values.shape != (len(model.kernel.entries),):
         raise ConfigError(f"start has {values.size} values, the model {len(model.kernel.entries)} covariance parameters")
     for term in model.random:

@@ -189,7 +189,7 @@ class _Writer:
         self.key_parts: list[pa.RecordBatch] = []
         self.long: list[_Part] = []  # pieces of the block that what is held goes on with
         self.sink: Any = None
-        self.written = 0
+        self.written = self.stored = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Takes in one batch, ordered by the keys."""
@@ -222,14 +222,16 @@ class _Writer:
     def _cut(self, least: int) -> None:
         """Moves whole chunks out of what is held; its last block may go on in the next batch."""
         while self.held.shape[1] >= least:
+            if self.long and len(self.starts) and self.starts[0] == 0:  # the long block ended with the rows before
+                self._end_long()
+                continue
             later = self.starts[self.starts > 0]
-            if self.long and (len(later) or self.held.shape[1] >= PIECE_ROWS):
-                stop = int(later[0]) if len(later) else PIECE_ROWS
-                self._take_long(stop, ended=bool(len(later)))
-            elif not len(later):
-                if self.held.shape[1] < PIECE_ROWS:
+            if self.long or not len(later):
+                if not len(later) and self.held.shape[1] < PIECE_ROWS:
                     return
-                self._take_long(PIECE_ROWS, ended=False)
+                self._take_long(int(later[0]) if len(later) else PIECE_ROWS)
+                if len(later):
+                    self._end_long()
             else:
                 k = int(np.searchsorted(later, CHUNK_ROWS, side="right"))
                 self._take(int(later[max(k - 1, 0)]))
@@ -241,12 +243,14 @@ class _Writer:
         self._chunk([part], n)
         self._drop(stop)
 
-    def _take_long(self, stop: int, *, ended: bool) -> None:
+    def _take_long(self, stop: int) -> None:
+        """The first `stop` rows as a further piece of one block."""
         self.long.append(self._stored(self.held[:, :stop], np.zeros(1, dtype=np.intp)))
         self._drop(stop)
-        if ended:
-            self._chunk(self.long, 1)
-            self.long = []
+
+    def _end_long(self) -> None:
+        self._chunk(self.long, 1)
+        self.long = []
 
     def _drop(self, stop: int) -> None:
         self.held = self.held[:, stop:]
@@ -259,7 +263,8 @@ class _Writer:
 
     def _stored(self, data: np.ndarray, starts: np.ndarray) -> _Part:
         part = _Part(starts.astype(np.intp), data.shape[1], np.ascontiguousarray(data))
-        if self.sink is None and (self.spool.n_rows + part.rows) * data.shape[0] * 8 > self.budget:
+        self.stored += part.rows
+        if self.sink is None and self.stored * data.shape[0] * 8 > self.budget:
             self._open()
         if self.sink is not None:
             self._write(part)
@@ -293,10 +298,12 @@ class _Writer:
         """The spool; closes and maps its file."""
         import pyarrow as pa
 
+        if self.long and self.held.shape[1] and not (len(self.starts) and self.starts[0] == 0):
+            later = self.starts[self.starts > 0]
+            self._take_long(int(later[0]) if len(later) else self.held.shape[1])
         if self.long:
-            self.long.append(self._stored(self.held, np.zeros(1, dtype=np.intp)))
-            self._chunk(self.long, 1)
-        elif self.held.shape[1]:
+            self._end_long()
+        if self.held.shape[1]:
             self._take(self.held.shape[1])
         if self.sink is not None:
             self.sink.close()

@@ -137,13 +137,13 @@ class DenseSeveral:
             S = (side @ f.full).reshape(f.levels, f.q, f.levels, f.q)
             at = np.arange(f.levels)
             factors.append(Factor(S[at, :, at].transpose(1, 2, 0), (side @ W).reshape(f.levels, f.q, -1).transpose(1, 2, 0)))
-        cells = {(k, l): self._cells(k, l) for k in range(len(self.factors)) for l in range(k + 1, len(self.factors))}
+        cells = {(k, h): self._cells(k, h) for k in range(len(self.factors)) for h in range(k + 1, len(self.factors))}
         A = W.T @ (W * self.w[:, None])
         terms = tuple(f.sizes for f in self.factors)
         return CrossedProblem(tuple(factors), cells, A, float(len(self.y)), float(np.log(self.w).sum()), self.reml, terms)
 
-    def _cells(self, k: int, l: int) -> Cells:
-        left, right = self.factors[k], self.factors[l]
+    def _cells(self, k: int, h: int) -> Cells:
+        left, right = self.factors[k], self.factors[h]
         whole = (left.full.T * self.w) @ right.full
         whole = whole.reshape(left.levels, left.q, right.levels, right.q)
         met = np.unique(np.column_stack([left.codes, right.codes]), axis=0)

@@ -23,7 +23,7 @@ import mlpipe as mp
 from mlpipe import checkpoint, gather, spool
 from mlpipe.solve import glmm
 from tests.conftest import KINDS, as_data
-from tests.dense_glmm import MEANS, PAIRS, TAU, DenseGLMM, centre, draw
+from tests.dense_glmm import MEANS, PAIRS, TAU, DenseGLMM, centre, constant, draw
 
 REFERENCE = Path(__file__).parent / "reference"
 IDS = sorted(path.stem for path in (REFERENCE / "glmm").glob("*.json"))
@@ -86,7 +86,9 @@ def test_the_reference(name: str, engine: str, tmp_path: Path) -> None:
 # ---- simulated data
 
 
-def simulated(family: str, link: str, *, seed: int = 0, blocks: int = 25, rows: int = 12, q: int = 1, discrete: bool = False) -> pl.DataFrame:
+def simulated(
+    family: str, link: str, *, seed: int = 0, blocks: int = 25, rows: int = 12, q: int = 1, discrete: bool = False
+) -> pl.DataFrame:
     """Columns x, o (offset), m (trials), v (weights), p (response, a proportion for binomial), y (successes), g."""
     rng = np.random.default_rng(seed)
     eta, spread = centre(family, link)
@@ -128,13 +130,11 @@ def same(fit: Any, true: Any, tolerance: float = 1e-7) -> None:
 
 @pytest.mark.parametrize(("family", "link"), PAIRS)
 def test_families_and_links(family: str, link: str) -> None:
-    frame = simulated(family, link)
+    frame = simulated(family, link, blocks=15, rows=10)
     fit = mp.glmm("p ~ x + (1 | g)", frame, family=family, link=link, nagq=21, offset="o", **arguments(family))
     assert fit.converged and fit.score < 1e-8 and np.isfinite(fit.vcov()).all()
     model = dense(frame, family, link, fit.beta, float(fit.theta[0]), fit.tau)
     blocks = model.blocks
-    from tests.dense_glmm import constant
-
     exact = sum(block.integral(200) + constant(family, block.y, block.size).sum() for block in blocks)
     assert abs(fit.loglik - exact) < 2e-4
     str(fit), fit.tidy(), fit.glance(), fit.varcorr()
@@ -149,8 +149,6 @@ def test_brute_force_maximum(family: str, link: str) -> None:
     frame = simulated(family, link, blocks=12, rows=8)
     fit = mp.glmm("p ~ x + (1 | g)", frame, family=family, link=link, nagq=25, offset="o", **arguments(family))
     model = dense(frame, family, link, [0.0, 0.0], 1.0, 0.0)
-    from tests.dense_glmm import constant
-
     line = np.linspace(-6.0, 6.0, 121)
     logs = st.norm.logpdf(line) + np.log(line[1] - line[0])
     starts = np.flatnonzero(np.diff(model.block, prepend=-1))
@@ -212,7 +210,7 @@ def test_one_thread_is_bit_identical(rows: pl.DataFrame) -> None:
     assert (one.vcov() == two.vcov()).all() and one.ranef().equals(two.ranef())
 
 
-@pytest.mark.parametrize(("chunk", "piece"), [(1, 8), (16, 16), (100, 16), (100, 200), (300, 262_144)])
+@pytest.mark.parametrize(("chunk", "piece"), [(16, 16), (100, 16), (100, 200)])
 def test_chunks(chunk: int, piece: int, rows: pl.DataFrame, true: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool, "CHUNK_ROWS", chunk)
     monkeypatch.setattr(spool, "PIECE_ROWS", piece)
@@ -237,13 +235,13 @@ def test_one_block_longer_than_a_piece(nagq: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_block_that_ends_with_its_piece_and_batch() -> None:
-    """Blocks of exactly 262,144 rows, which is a piece and four batches."""
+    """Blocks of exactly 262,144 rows, a piece and four batches; with one thread batches are full."""
     rng = np.random.default_rng(0)
     g = np.repeat(np.arange(4), [262_144, 262_144, 1_000, 1_000])
     x = rng.normal(size=len(g))
     y = rng.binomial(1, sp.expit(0.3 * x + np.array([0.5, -0.5, 1.0, -1.0])[g]))
     frame = pl.DataFrame({"x": x, "g": g, "y": y})
-    fit = mp.glmm("y ~ x + (1 | g)", frame.to_arrow(), family="binomial")
+    fit = mp.glmm("y ~ x + (1 | g)", frame.to_arrow(), family="binomial", options=mp.Options(threads=1))
     assert fit.n_blocks == 4
     assert fit.ranef()["g"].to_pylist() == [0, 1, 2, 3]
 
@@ -263,13 +261,12 @@ def test_a_mapped_spool(kind: str, rows: pl.DataFrame, true: Any, monkeypatch: p
     assert not temporary(tmp_path / "temp")
 
 
-@pytest.mark.parametrize("nagq", [1, 5])
-@pytest.mark.parametrize("freq", [False, True])
+@pytest.mark.parametrize(("freq", "nagq"), [(False, 1), (False, 5), (True, 3)])
 @pytest.mark.parametrize("family", ["binomial", "poisson", *TAU])
 def test_compressed_or_not(family: str, freq: bool, nagq: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = mp.glm("y ~ 1", pl.DataFrame({"y": [0.4, 0.5, 0.6]}), family="beta").link if family == "beta" else None
-    frame = simulated(family, link or ("logit" if family == "binomial" else "log"), discrete=True).with_columns(q=1 + pl.int_range(pl.len()) % 3)
-    asked = {"family": family, "link": None if family in ("binomial", "beta") else "log", "nagq": nagq, "freq": "q" if freq else None}
+    link = "logit" if family in ("binomial", "beta") else "log"
+    frame = simulated(family, link, discrete=True).with_columns(q=1 + pl.int_range(pl.len()) % 3)
+    asked: dict[str, Any] = {"family": family, "link": link, "nagq": nagq, "freq": "q" if freq else None}
     asked |= arguments(family)
     monkeypatch.setattr(gather, "REPEATING", 2.0)
     monkeypatch.setattr(gather, "WORTHWHILE", 0.0)
@@ -300,7 +297,6 @@ def test_binomial_responses(kind: str) -> None:
     match kind:
         case "text":
             data = ones.with_columns(r=pl.when(pl.col.y == 1).then(pl.lit("é yes")).otherwise(pl.lit("it's no")))
-            assert "it's no" > "é yes" or "it's no".encode() < "é yes".encode()
         case "enum":
             data = ones.with_columns(r=pl.when(pl.col.y == 1).then(pl.lit("a")).otherwise(pl.lit("b")).cast(pl.Enum(["b", "a"])))
         case "boolean":
@@ -316,7 +312,10 @@ def test_binomial_responses(kind: str) -> None:
     same(fit, mp.glmm("p ~ x + (1 | g)", frame if plain else ones, family="binomial", trials="m"))
 
 
-@pytest.mark.parametrize(("bar", "count"), {"(x || g)": 2, "(f | g)": 6, "(0 + f | g)": 6, "(0 + x | g)": 1, "(1 | g:h)": 1, "(1 + x | g)": 3}.items())
+TERMS = {"(x || g)": 2, "(f | g)": 6, "(0 + f | g)": 6, "(0 + x | g)": 1, "(1 | g:h)": 1, "(1 + x | g)": 3}
+
+
+@pytest.mark.parametrize(("bar", "count"), TERMS.items())
 def test_random_terms(bar: str, count: int) -> None:
     frame = simulated("poisson", "log", blocks=30, rows=30, q=2)
     frame = frame.with_columns(f=pl.Series(["a", "b", "c"] * 300), h=pl.Series([1, 2] * 450)).sample(fraction=1.0, shuffle=True, seed=0)
@@ -371,7 +370,8 @@ def test_keys_of_any_type(kind: str, engine: str, tmp_path: Path) -> None:
 def test_odd_names(engine: str, tmp_path: Path) -> None:
     frame = simulated("binomial", "logit")
     odd = frame.rename({"x": 'a "quote" it\'s', "g": "my group", "p": "X", "m": "x", "o": "estimate", "v": "y "})
-    fit = mp.glmm("X ~ `a \"quote\" it's` + (1 | `my group`)", as_data(odd, engine, tmp_path), family="binomial", trials="x", offset="estimate")
+    data, formula = as_data(odd, engine, tmp_path), "X ~ `a \"quote\" it's` + (1 | `my group`)"
+    fit = mp.glmm(formula, data, family="binomial", trials="x", offset="estimate")
     same(fit, mp.glmm("p ~ x + (1 | g)", frame, family="binomial", trials="m", offset="o"))
     assert fit.augment().read_all().num_rows == len(frame)
 
@@ -399,14 +399,15 @@ def test_no_variance_is_the_glm(family: str, nagq: int) -> None:
     str(fit), fit.tidy(), fit.varcorr(), fit.icc() if family in ("binomial", "poisson") else None
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_singular_covariance_of_two(seed: int) -> None:
     """A slope that is a multiple of the intercept; every start ends at the same likelihood."""
     rng = np.random.default_rng(seed)
     g = np.repeat(np.arange(40), 10)
     x, b = rng.normal(size=400), rng.normal(size=40)[g]
     frame = pl.DataFrame({"x": x, "g": g, "y": rng.poisson(np.exp(0.5 + 0.2 * x + 0.5 * b * (1 + 0.5 * x)))})
-    fits = [mp.glmm("y ~ x + (1 + x | g)", frame, family="poisson", start=s) for s in (None, [1.0, 0.0, 1.0], [0.1, 0.5, 0.2], [2.0, -1.0, 0.5])]
+    starts = (None, [1.0, 0.0, 1.0], [0.1, 0.5, 0.2], [2.0, -1.0, 0.5])
+    fits = [mp.glmm("y ~ x + (1 + x | g)", frame, family="poisson", start=start) for start in starts]
     assert all(fit.converged for fit in fits)
     assert max(fit.loglik for fit in fits) - min(fit.loglik for fit in fits) < 1e-7
     far = mp.glmm("y ~ x + (1 + x | g)", frame.with_columns(x=pl.col.x * 7 + 2000), family="poisson")
@@ -470,8 +471,7 @@ def test_blocks_without_variation_are_counted() -> None:
     assert fit.info["separation"] == []
 
 
-@pytest.mark.parametrize("column", ["ten", "seven"])
-def test_few_rows_a_block_get_a_hint(column: str) -> None:
+def test_few_rows_a_block_get_a_hint() -> None:
     frame = simulated("binomial", "logit", blocks=100, rows=3).with_columns(y=(pl.col.p > 0.5).cast(pl.Int8))
     laplace, many = (mp.glmm("y ~ x + (1 | g)", frame, family="binomial", nagq=k) for k in (1, 7))
     assert any("nagq" in note for note in laplace.info["notes"])
@@ -479,14 +479,15 @@ def test_few_rows_a_block_get_a_hint(column: str) -> None:
 
 
 DOMAIN = {
-    "binomial": ([0.0, 1.0, 2.5, -1.0], 2, "2.5"), "poisson": ([0.0, 3.0, 1.5, -2.0], 2, "1.5"), "negbinomial": ([0.0, -1.0, 2.0, 0.5], 2, "-1"),
+    "binomial": ([0.0, 1.0, 2.5, -1.0], 2, "2.5"), "poisson": ([0.0, 3.0, 1.5, -2.0], 2, "1.5"),
+    "negbinomial": ([0.0, -1.0, 2.0, 0.5], 2, "-1"),
     "negbinomial1": ([1.0, 2.0, 3.5, 1.0], 1, "3.5"), "gamma": ([1.0, -0.5, 0.0, 2.0], 2, "-0.5"),
     "inverse_gaussian": ([1.0, 0.0, 2.0, 3.0], 1, "0"), "beta": ([0.5, 1.0, 0.2, 0.0], 2, "1"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("compressible", [False, True])
-@pytest.mark.parametrize("engine", ["polars", "arrow", "path", "table"])
+@pytest.mark.parametrize("engine", ["polars", "path"])
 @pytest.mark.parametrize("family", DOMAIN)
 def test_a_response_outside_the_domain(family: str, engine: str, compressible: bool, tmp_path: Path) -> None:
     """The last rows of the last block come first in the source."""
@@ -501,8 +502,7 @@ def test_a_response_outside_the_domain(family: str, engine: str, compressible: b
     message = str(caught.value)
     assert "out come" in message and caught.value.column == "out come" and caught.value.code == "response_domain"
     assert f"{count} row" in message
-    if engine != "table":  # a table has no order
-        assert re.search(rf"first of them {re.escape(first)}\b", message)
+    assert re.search(rf"first of them {re.escape(first)}\b", message)
 
 
 def test_successes_above_trials_are_refused() -> None:
@@ -556,11 +556,11 @@ def test_a_numpy_integer_is_a_number_of_nodes(integer: Any) -> None:
     assert mp.glmm("p ~ x + (1 | g)", simulated("poisson", "log"), family="poisson", nagq=integer).nagq == 5
 
 
-@pytest.mark.parametrize("nagq", [1, 5])
+@pytest.mark.parametrize(("seed", "nagq"), [(0, 1), (0, 5), (1, 1)])
 @pytest.mark.parametrize("family", ["negbinomial", "negbinomial1"])
-def test_no_overdispersion_is_reported(family: str, nagq: int) -> None:
-    rng = np.random.default_rng(0)
-    frame = pl.DataFrame({"x": np.linspace(-1, 1, 400), "y": rng.binomial(6, 0.5, 400), "g": np.arange(400) % 40})
+def test_no_overdispersion_is_reported(family: str, seed: int, nagq: int) -> None:
+    rng = np.random.default_rng(seed)
+    frame = pl.DataFrame({"x": rng.normal(size=400), "g": rng.integers(0, 40, 400), "y": rng.binomial(6, 0.5, 400)})
     poisson = mp.glmm("y ~ x + (1 | g)", frame, family="poisson", nagq=nagq)
     with pytest.warns(mp.ConvergenceWarning, match="infinity"):
         fit = mp.glmm("y ~ x + (1 | g)", frame, family=family, nagq=nagq)
@@ -582,11 +582,12 @@ def test_a_count_that_is_always_zero_is_reported(family: str) -> None:
 
 @pytest.mark.parametrize(("family", "link"), [("poisson", "identity"), ("binomial", "log"), ("gamma", "inverse")])
 def test_a_link_that_leaves_the_domain_is_said_so(family: str, link: str) -> None:
-    """Means below zero, or above one, for some blocks: an error, or a fit that is marked; no bare numpy warnings, no invented separation."""
+    """Means below zero, or above one, for some blocks: an error, or a fit that is marked; no numpy warnings, no invented separation."""
     rng = np.random.default_rng(1)
     g, x = rng.integers(0, 40, 400), rng.normal(size=400)
     eta = 0.3 + 0.5 * x + 0.7 * rng.normal(size=40)[g]
-    y = {"poisson": rng.poisson(np.exp(eta)), "binomial": rng.binomial(1, sp.expit(eta)), "gamma": rng.gamma(3.0, np.exp(eta) / 3.0)}[family]
+    mean = np.exp(eta)
+    y = {"poisson": rng.poisson(mean), "binomial": rng.binomial(1, sp.expit(eta)), "gamma": rng.gamma(3.0, mean / 3.0)}[family]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -659,21 +660,27 @@ def test_a_fit_goes_on(steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 OTHERS = {
     "formula": {"formula": "p ~ x + (1 | g)"}, "coding": {"formula": "p ~ 0 + x + (1 + x | g)"}, "nagq": {"nagq": 3},
     "family": {"family": "negbinomial"}, "link": {"link": "sqrt"}, "offset": {"offset": "o"}, "frequencies": {"freq": "m"},
-    "rows": {"rows": 250}, "values": {"change": 1.0}, "a value": {"change": 1e-9}, "curvature": {"options": mp.Options(curvature="expected")},
+    "curvature": {"options": mp.Options(curvature="expected")},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["polars", "lazy", "arrow", "path", "table"])
 @pytest.mark.parametrize("case", OTHERS)
-def test_other_fits_checkpoints_are_refused(case: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    frame, path, asked = simulated("poisson", "log", q=2), tmp_path / "state", {"family": "poisson"} | OTHERS[case]
-    interrupted(as_data(frame, kind, tmp_path), path, 1, monkeypatch)
-    other = frame.head(asked.pop("rows", len(frame))).with_columns(x=pl.col.x + asked.pop("change", 0.0))
-    (tmp_path / "other").mkdir()
-    with pytest.raises(mp.ConfigError, match="checkpoint") as caught:
-        data = other if case in ("rows", "values", "a value") else frame
-        mp.glmm(asked.pop("formula", "p ~ x + (1 + x | g)"), as_data(data, kind, tmp_path if data is frame else tmp_path / "other"), checkpoint=path, **asked)
+def test_another_models_checkpoint_is_refused(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    frame, asked = simulated("poisson", "log", q=2), {"family": "poisson"} | OTHERS[case]
+    interrupted(frame, tmp_path / "state", 1, monkeypatch)
+    with pytest.raises(mp.ConfigError, match="another model") as caught:
+        mp.glmm(asked.pop("formula", "p ~ x + (1 + x | g)"), frame, checkpoint=tmp_path / "state", **asked)
     assert caught.value.code == "checkpoint"
+
+
+@pytest.mark.parametrize("kind", ["polars", "lazy", "arrow", "path", "table"])
+@pytest.mark.parametrize("case", ["rows", "values"])
+def test_another_sources_checkpoint_is_refused(case: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    frame = simulated("poisson", "log", q=2)
+    other = frame.head(250) if case == "rows" else frame.with_columns(x=pl.col.x + 1.0)
+    interrupted(as_data(frame, kind, tmp_path), tmp_path / "state", 1, monkeypatch)
+    with pytest.raises(mp.ConfigError, match="another source|another model"):
+        mp.glmm("p ~ x + (1 + x | g)", as_data(other, kind, tmp_path), family="poisson", checkpoint=tmp_path / "state")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", "3", "{\"format\": 1}", "\x00\xff", "not json"])
@@ -708,10 +715,14 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
 # ---- nothing is left behind
 
 
-@pytest.mark.parametrize("kind", ["polars", "lazy", "arrow", "reader", "path"])
-@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["the fit", "the survey", "the result"])
-def test_no_files_are_left(where: str, error: type[BaseException] | None, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["polars", "reader", "path"])
+@pytest.mark.parametrize(("where", "error"), [
+    ("nowhere", None), ("the survey", ValueError), ("the fit", ValueError), ("the fit", KeyboardInterrupt),
+    ("the result", KeyboardInterrupt),
+])  # fmt: skip
+def test_no_files_are_left(
+    where: str, error: type[BaseException] | None, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     temp = tmp_path / "temp"
     temp.mkdir()
     build = spool.build
@@ -722,8 +733,8 @@ def test_no_files_are_left(where: str, error: type[BaseException] | None, kind: 
         raise error or ValueError
 
     if error is not None:
-        owner, name = {"the fit": (glmm._Search, "__init__"), "the survey": (gather, "_survey"), "the result": (mp.GLMMFit, "from_solution")}[where]
-        monkeypatch.setattr(owner, name, failing)
+        places = {"the fit": (glmm._Search, "__init__"), "the survey": (gather, "_survey"), "the result": (mp.GLMMFit, "from_solution")}
+        monkeypatch.setattr(*places[where], failing)
     data = as_data(simulated("poisson", "log"), kind, tmp_path)
     if error is None:
         fit = mp.glmm("p ~ x + (1 | g)", data, family="poisson", options=mp.Options(temp_directory=str(temp)))
@@ -763,7 +774,8 @@ def test_tables(fitted: Any) -> None:
     assert facts["sigma"] is None and facts["n_params"] == 5 and facts["converged"] and not facts["reml"]
     assert facts["aic"] == pytest.approx(-2 * facts["loglik"] + 10)
     assert [row["group"] for row in fitted.varcorr().to_pylist()] == ["g"] * 3
-    assert {"passes", "per_block", "cells", "blocks", "spool", "notes", "seconds", "separation", "rows_read", "rows_dropped"} <= set(fitted.info)
+    wanted = {"passes", "per_block", "cells", "blocks", "spool", "notes", "seconds", "separation", "rows_read", "rows_dropped"}
+    assert wanted <= set(fitted.info)
     assert fitted.info["passes"] > 1 and fitted.seconds > 0 and "total" in fitted.info["seconds"]
 
 

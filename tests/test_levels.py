@@ -47,7 +47,9 @@ FOUND: dict[str, tuple[pa.Array, pa.Array, list[int]]] = {
     "doubles, whole numbers": (pa.array([-0.5, 0.0, 2.0]), pa.array([2, 0, 1]), [2, 1, -1]),
     "doubles, beyond 2^53": (pa.array([2.0**53]), pa.array([2**53, 2**53 + 1]), [0, -1]),
     "float32": (pa.array([0.5, 0.1], pa.float32()), pa.array([0.5, 0.1]), [0, -1]),
-    "text": (pa.array(["", "it's", 'q"x', "é", "日本"]), pa.array(["日本", "it's", None, "", "z", 'q"x', "e\u0301"]), [4, 1, -1, 0, -1, 2, -1]),
+    "text": (
+        pa.array(["", "it's", 'q"x', "é", "日本"]), pa.array(["日本", "it's", None, "", "z", 'q"x', "e\u0301"]), [4, 1, -1, 0, -1, 2, -1],
+    ),
     "case": (pa.array(["A", "a"]), pa.array(["a", "A"]), [1, 0]),
     "blanks": (pa.array(["a", "a "]), pa.array(["a ", "a", " a"]), [1, 0, -1]),
     "large text": (pa.array(["a", "b"]), pa.array(["b", "c"], pa.large_string()), [1, -1]),
@@ -62,19 +64,22 @@ FOUND: dict[str, tuple[pa.Array, pa.Array, list[int]]] = {
     "zones": (pa.array([DAY], UTC), pa.array([DAY, None], UTC), [0, -1]),
     "durations": (pa.array([dt.timedelta(1), dt.timedelta(2)]), pa.array([dt.timedelta(2), dt.timedelta(3)]), [1, -1]),
     "intervals": (
-        pa.array([pa.MonthDayNano([0, 1, 0]), pa.MonthDayNano([1, 0, 0])]), pa.array([pa.MonthDayNano([1, 0, 0]), pa.MonthDayNano([0, 30, 0])]),
-        [1, -1],
+        pa.array([pa.MonthDayNano([0, 1, 0]), pa.MonthDayNano([1, 0, 0])]),
+        pa.array([pa.MonthDayNano([1, 0, 0]), pa.MonthDayNano([0, 30, 0])]), [1, -1],
     ),
     "decimals": (pa.array([Decimal("1.10"), Decimal("2.50")]), pa.array([Decimal("2.50"), Decimal("1.10"), None]), [1, 0, -1]),
     "decimals of another scale": (pa.array([Decimal("1.10"), Decimal("2.50")]), pa.array([Decimal("2.504"), Decimal("1.100")]), [-1, 0]),
     "wide whole numbers": (
-        pa.array([Decimal(10**30), Decimal(10**30 + 1)], pa.decimal128(38)), pa.array([Decimal(10**30 + 1), Decimal(0)], pa.decimal128(38)), [1, -1],
+        pa.array([Decimal(10**30), Decimal(10**30 + 1)], pa.decimal128(38)), pa.array([Decimal(10**30 + 1), Decimal(0)], pa.decimal128(38)),
+        [1, -1],
     ),
     "uuids": (pa.array([b"0" * 16, b"1" * 16], pa.uuid()), pa.array([b"1" * 16, b"2" * 16], pa.uuid()), [1, -1]),
     "enums": (
         enum(["low", "mid", "high"], ["low", "mid", "high"]), enum(["high", "low", None, "mid"], ["low", "mid", "high"]), [2, 0, -1, 1],
     ),
-    "enums of another order": (enum(["low", "high"], ["low", "mid", "high"]), enum(["high", "mid", "low"], ["mid", "high", "low"]), [1, -1, 0]),
+    "enums of another order": (
+        enum(["low", "high"], ["low", "mid", "high"]), enum(["high", "mid", "low"], ["mid", "high", "low"]), [1, -1, 0],
+    ),
     "enums, text": (enum(["low", "mid"], ["low", "mid"]), pa.array(["mid", "low", "x"]), [1, 0, -1]),
     "text, dictionaries": (pa.array(["a", "b"]), pa.array(["b", "x", None, "a"]).dictionary_encode(), [1, -1, -1, 0]),
     "null in a dictionary": (
@@ -134,8 +139,8 @@ def test_a_type_that_cannot_be_compared_is_named(known: pa.Array, values: pa.Arr
 
 def test_many_random_keys() -> None:
     rng = np.random.default_rng(2)
-    for draw in (lambda n: rng.integers(-(2**62), 2**62, n), lambda n: rng.integers(0, 400, n), lambda n: rng.integers(0, 400, n).astype(str)):
-        keys = np.unique(draw(300))
-        values = np.concatenate([rng.choice(keys, 500), draw(100)])
+    for span, kind in ((2**62, np.int64), (400, np.int64), (400, str)):
+        keys = np.unique(rng.integers(-span, span, 300)).astype(kind)
+        values = np.concatenate([rng.choice(keys, 500), rng.integers(-span, span, 100).astype(kind)])
         code = Index("k", pa.array(keys)).codes(pa.array(values))
         np.testing.assert_array_equal(code, [np.flatnonzero(keys == v)[0] if v in keys else -1 for v in values])

@@ -53,6 +53,7 @@ class Family:
     low, high = 0.0, math.inf
     links: tuple[str, ...] = ("log", "identity", "sqrt", "inverse")
     expected = True  # whether the expected curvature has a closed form
+    vanishing = False  # whether the shape may go to a limit, that of plain counts
 
     def loglik(self, m: Means, c: Cells, tau: float) -> Array:
         """log f (n,) of one row, up to `constant`."""
@@ -145,14 +146,12 @@ class Poisson(Family):
 class NegativeBinomial(Family):
     """Counts with variance mu + mu²/k, k = exp(tau) (nb2)."""
 
-    name, constant, shape, keyed = "negbinomial", "factorial", True, True
+    name, constant, shape, keyed, vanishing = "negbinomial", "factorial", True, True, True
     links = ("log", "identity", "sqrt")
 
     def loglik(self, m: Means, c: Cells, tau: float) -> Array:
-        from scipy.special import gammaln
-
         k = math.exp(tau)
-        return np.asarray(gammaln(c.y + k) - math.lgamma(k) - k * np.log1p(m.mu / k) + c.y * (np.log(m.mu) - np.log(m.mu + k)))
+        return np.asarray(_rising(c.y, k) + np.where(c.y > 0.0, c.y, 0.0) * np.log(m.mu) - (c.y + k) * np.log1p(m.mu / k))
 
     def by_mean(self, m: Means, c: Cells, tau: float) -> tuple[Array, Array, Array]:
         k = math.exp(tau)
@@ -174,10 +173,20 @@ class NegativeBinomial(Family):
         return ByShape(k * bracket, k * (y - m.mu) / sum_**2, -2.0 * k * (y - m.mu) / sum_**3 - k / sum_**2, k * bracket + k * k * slope)
 
 
+def _rising(y: Array, k: float) -> Array:
+    """log Γ(y + k) - log Γ(k) - y log k, by the difference of Stirling's series where the functions themselves would cancel."""
+    from scipy.special import gammaln
+
+    if k < 1e3:
+        return np.asarray(gammaln(y + k) - math.lgamma(k) - y * math.log(k))
+    tail = (1.0 / (y + k) - 1.0 / k) / 12.0 - (1.0 / (y + k) ** 3 - 1.0 / k**3) / 360.0
+    return np.asarray((y + k - 0.5) * np.log1p(y / k) - y + tail)
+
+
 class NegativeBinomial1(Family):
     """Counts with variance mu (1 + alpha), alpha = exp(tau) (nb1). Its expected curvature has no closed form."""
 
-    name, constant, shape, keyed, expected = "negbinomial1", "factorial", True, True, False
+    name, constant, shape, keyed, expected, vanishing = "negbinomial1", "factorial", True, True, False, True
     links = ("log", "identity", "sqrt")
 
     def loglik(self, m: Means, c: Cells, tau: float) -> Array:

@@ -16,7 +16,7 @@ from .link import Array
 
 HALVINGS = 30
 TAU_STEP = 2.0  # the largest change of tau in one step
-TAU_BOUND = 20.0  # |tau| at which a shape is taken for infinite
+TAU_BOUND = 12.0  # |tau| at which the overdispersion of counts is taken for none
 ROUNDING = 1e-5  # scaled score below which a step that no longer improves is the end
 
 
@@ -34,6 +34,11 @@ class GLMLook:
 
 def glm_look(density: Density, rows: Rows, gamma: Array, tau: float, *, safe: bool = False) -> GLMLook:
     """One look at some rows; `safe`: with a curvature by the coefficients that is never negative."""
+    with np.errstate(all="ignore"):
+        return _glm_look(density, rows, gamma, tau, safe)
+
+
+def _glm_look(density: Density, rows: Rows, gamma: Array, tau: float, safe: bool) -> GLMLook:
     eta = gamma @ rows.F
     if rows.offset is not None:
         eta = eta + rows.offset
@@ -63,7 +68,8 @@ class GLMSolution:
 
 
 def solve_glm(
-    look: Callable[[Array, bool], GLMLook], start: Array, *, shape: bool, tol: float = 1e-8, max_passes: int = 100
+    look: Callable[[Array, bool], GLMLook], start: Array, *, shape: bool, tau_bound: float = math.inf, tol: float = 1e-8,
+    max_passes: int = 100,
 ) -> GLMSolution:
     """Newton's method with step halving; `look(psi, safe)` is one pass in the solver's coordinates."""
     psi, passes, message, score = start, 1, "the scaled score is small", math.inf
@@ -76,9 +82,12 @@ def solve_glm(
         if not safe:
             information = look(psi, True).information
             passes += 1
+        if not (np.isfinite(information).all() and np.isfinite(at.score).all()):
+            message = "the information is not finite: estimates go to infinity"
+            break
         step = newton_step(information, at.score)
         score = math.sqrt(max(float(at.score @ step), 0.0))
-        if score < tol and safe:
+        if score < (tol if safe else ROUNDING):  # without information in some direction no step there gets anywhere
             converged = True
             break
         if shape:
@@ -89,7 +98,7 @@ def solve_glm(
             break
         (psi, at), used = found[:2], found[2]
         passes += used
-        if shape and abs(psi[-1]) > TAU_BOUND:
+        if shape and abs(psi[-1]) > tau_bound:
             message = "the family's parameter goes to infinity"
             break
     else:

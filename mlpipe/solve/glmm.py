@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .glm import ROUNDING, TAU_BOUND, TAU_STEP, definite, newton_step
+from .glm import ROUNDING, TAU_STEP, definite, newton_step
 from .kernel import Look, Point
 from .link import Array
 
@@ -16,6 +16,7 @@ NEAR, NEAR_LARGE = 1e-3, 0.05  # scaled score below which the observed informati
 STALLED = 4  # steps without a third of the score gone, after which it is computed anyway
 DIFFERENCE = 1e-3  # step of the differences in standard errors
 LARGEST = 2.0  # the most that Λ may change in one step, relative to its largest element
+LARGEST_TAU = 300.0  # |tau| whose exponential is held
 ZERO = 1e-4  # scaled standard deviations below this are zero: a singular fit
 SMALL = 0.3  # scaled length of a column of Λ below which it is tried at zero
 MAX_RELEASES = 3  # times that a column may leave zero again
@@ -39,6 +40,7 @@ class GLMMProblem:
     shape: bool
     typical: Array
     central: bool = True
+    tau_bound: float = math.inf
 
     @property
     def p(self) -> int:
@@ -65,7 +67,8 @@ class GLMMProblem:
         lam = np.zeros((self.q, self.q))
         for (i, j), value in zip(self.entries, psi[self.p :], strict=False):
             lam[i, j] = value
-        return Point(self.Q @ psi[: self.p], lam, float(psi[-1]) if self.shape else 0.0)
+        tau = float(np.clip(psi[-1], -LARGEST_TAU, LARGEST_TAU)) if self.shape else 0.0
+        return Point(self.Q @ psi[: self.p], lam, tau)
 
     def look(self, psi: Array) -> Look:
         """A whole look by psi = (beta*, theta, tau)."""
@@ -199,7 +202,7 @@ class _Search:
                     continue
                 converged, message = True, "the scaled score is small"
                 break
-            if self.problem.shape and abs(self.psi[-1]) > TAU_BOUND:
+            if self.problem.shape and abs(self.psi[-1]) > self.problem.tau_bound:
                 message = "the family's parameter goes to infinity"
                 break
             if not self._move(self._limited(step), score):

@@ -106,9 +106,10 @@ class Kernel:
 
     def look(self, chunk: Chunk, point: Point, u: Array, *, outer: bool = True) -> tuple[Look, Array]:
         """Log-likelihood, score and (if `outer`) its blocks' outer products over a chunk; and the modes, from u (q, B) nearby."""
-        work = Work(self, chunk, point)
-        u, rough = work.modes(u)
-        return replace(work.finished(u, outer=outer), rough=rough), u
+        with np.errstate(all="ignore"):  # what is not finite ends as a likelihood of zero
+            work = Work(self, chunk, point)
+            u, rough = work.modes(u)
+            return replace(work.finished(u, outer=outer), rough=rough), u
 
     def moments(self, chunk: Chunk, point: Point) -> tuple[Array, Array, Array, int]:
         """At Λ = 0: Σ (c_k² - S_kk) and Σ S_kk² (q,), ΣS (q, q) over blocks, and their number; c = Z'ℓ', S = Z'WZ."""
