@@ -174,7 +174,7 @@ def _random_rows(fit: MixedFit) -> list[list[str]]:
 
 def _fixed_rows(fit: MixedFit) -> list[list[str]]:
     """Estimates and standard errors with common decimals, as R's printCoefmat, and Wald tests."""
-    errors = np.sqrt(np.diag(fit.covariance))
+    errors = variance.standard_errors(fit)
     with np.errstate(divide="ignore", invalid="ignore"):
         z = fit.beta / errors
     numbers = coefficients([*fit.beta.tolist(), *errors.tolist()])
@@ -186,7 +186,7 @@ def _fixed_rows(fit: MixedFit) -> list[list[str]]:
 
 def _correlations(fit: MixedFit) -> list[list[str]]:
     """The lower triangle under abbreviated names."""
-    sd = np.sqrt(np.diag(fit.covariance))
+    sd = variance.standard_errors(fit)
     across, down = abbreviated(fit.names, 6), abbreviated(fit.names, 11)
     rows = [["", *across[:-1]]]
     for i in range(1, len(sd)):

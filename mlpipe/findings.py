@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from .passes import Model
 
 SPARSE = 6.0  # rows per block below which the Laplace approximation of 0/1 data is worth a warning
-RUNAWAY = 8.0  # spread of a term's part of the linear predictor that only separation gives
+SETTLED = 1e-3  # scaled score from which a search has come to an end
+RUNAWAY = 1.0  # spread of a term's part of the linear predictor that only separation gives
 SEPARATED = 1e-8  # information along a direction, relative to the largest, that only separation leaves
 
 
@@ -39,6 +40,8 @@ def separated(fit: Any, model: Model) -> list[str]:
     Anderson 1984)."""
     p = len(fit.names)
     information = fit.info.pop("information")[:p, :p]
+    if not fit.score < SETTLED:  # far from any optimum the information says nothing
+        return []
     if model.density.family.name != "binomial" or not p or not np.isfinite(information).all():
         return []
     values = np.linalg.eigvalsh(information)

@@ -126,7 +126,7 @@ class GLMMFit(GeneralizedFit):
             singular=solution.singular,
             score=solution.score,
             evaluations=solution.evaluations,
-            message=f"{solution.rough} blocks have no proper mode" if solution.rough else solution.message,
+            message=_message(model, solution),
             theta_covariance=solution.vcov[theta, theta],
             nagq=model.kernel.nagq,
             curvature=options.curvature,
@@ -191,6 +191,14 @@ def _common(text: str, model: Model, beta: Array, covariance: Array, data: Any, 
         "n_blocks": rows.spool.n_blocks if recipe.groups else 0, "info": info, "source": data if info["rescannable"] else None,
         "options": options, "family": model.density.family.name, "link": model.density.link.name,
     }  # fmt: skip
+
+
+def _message(model: Model, solution: GLMMSolution) -> str:
+    """How the search ended, and what may have kept it from going on."""
+    message = f"{solution.rough} blocks have no proper mode" if solution.rough else solution.message
+    if not solution.converged and model.density.leaves:
+        message += f"; the link {model.density.link.name!r} can give means that the family has not"
+    return message
 
 
 def _split(lam: Array, model: Model) -> list[Array]:

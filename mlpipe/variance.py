@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
+def standard_errors(fit: MixedFit) -> np.ndarray:
+    """Of the fixed effects (p,); NaN where the information was not positive."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.sqrt(np.diag(fit.covariance)))
+
+
 def covariances(fit: MixedFit) -> list[np.ndarray]:
     """The covariance matrix of each random term's effects."""
     return [fit.effect_scale**2 * term.factor @ term.factor.T for term in fit.terms]
@@ -70,7 +76,7 @@ def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:
     normal = NormalDist()
     z = normal.inv_cdf(0.5 + conf_level / 2)
     rows = []
-    for name, estimate, se in zip(fit.names, fit.beta, np.sqrt(np.diag(fit.covariance)), strict=True):
+    for name, estimate, se in zip(fit.names, fit.beta, standard_errors(fit), strict=True):
         statistic = float(estimate / se) if se > 0 else math.nan
         p_value = math.erfc(abs(statistic) / math.sqrt(2))
         rows.append(_estimate("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})

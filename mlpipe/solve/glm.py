@@ -16,7 +16,7 @@ from .link import Array
 
 HALVINGS = 30
 TAU_STEP = 2.0  # the largest change of tau in one step
-TAU_BOUND = 12.0  # |tau| at which the overdispersion of counts is taken for none
+TAU_BOUND = 16.0  # |tau| at which the overdispersion of counts is taken for none
 ROUNDING = 1e-5  # scaled score below which a step that no longer improves is the end
 
 
@@ -131,4 +131,5 @@ def newton_step(information: Array, score: Array) -> Array:
     d = np.sqrt(np.maximum(np.abs(np.diag(information)), 1e-300))
     values, vectors = np.linalg.eigh(information / np.outer(d, d))
     values = np.maximum(np.abs(values), 1e-8)
-    return np.asarray((vectors / values) @ (vectors.T @ (score / d)) / d)
+    with np.errstate(over="ignore", invalid="ignore"):  # a step without end is refused by its likelihood
+        return np.asarray((vectors / values) @ (vectors.T @ (score / d)) / d)

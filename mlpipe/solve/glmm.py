@@ -17,6 +17,7 @@ STALLED = 4  # steps without a third of the score gone, after which it is comput
 DIFFERENCE = 1e-3  # step of the differences in standard errors
 LARGEST = 2.0  # the most that Λ may change in one step, relative to its largest element
 LARGEST_TAU = 300.0  # |tau| whose exponential is held
+STRAYED = 1e-7  # distance in standard errors from where it was observed, at which the information of few rows is observed again
 ZERO = 1e-4  # scaled standard deviations below this are zero: a singular fit
 SMALL = 0.3  # scaled length of a column of Λ below which it is tried at zero
 MAX_RELEASES = 3  # times that a column may leave zero again
@@ -288,7 +289,7 @@ class _Search:
         """Whether the information was observed too far from here, in standard errors, to stand for the one here."""
         moved = (self.psi - self.observed_at)[self.free]
         H = self.curvature.at(self.look)[np.ix_(self.free, self.free)]
-        return float(moved @ H @ moved) > self.near**2
+        return float(moved @ H @ moved) > (STRAYED if self.problem.central else NEAR_LARGE) ** 2
 
     def _restarted(self) -> bool:
         """Whether a search that found no better point may look at the curvature here again."""

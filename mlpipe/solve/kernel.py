@@ -113,20 +113,22 @@ class Kernel:
 
     def moments(self, chunk: Chunk, point: Point) -> tuple[Array, Array, Array, int]:
         """At Λ = 0: Σ (c_k² - S_kk) and Σ S_kk² (q,), ΣS (q, q) over blocks, and their number; c = Z'ℓ', S = Z'WZ."""
-        work = Work(self, chunk, point)
-        c = S = small.ZERO
-        for piece, terms in zip(work.pieces, work.terms(np.zeros((self.q, work.n_blocks))), strict=True):
-            c, S = c + piece.z_sums(terms.score), S + work.gram(piece, terms.curvature)
-        diagonal = np.einsum("iib->ib", S)
-        return (c**2 - diagonal).sum(axis=1), (diagonal**2).sum(axis=1), S.sum(axis=2), work.n_blocks
+        with np.errstate(all="ignore"):
+            work = Work(self, chunk, point)
+            c = S = small.ZERO
+            for piece, terms in zip(work.pieces, work.terms(np.zeros((self.q, work.n_blocks))), strict=True):
+                c, S = c + piece.z_sums(terms.score), S + work.gram(piece, terms.curvature)
+            diagonal = np.einsum("iib->ib", S)
+            return (c**2 - diagonal).sum(axis=1), (diagonal**2).sum(axis=1), S.sum(axis=2), work.n_blocks
 
     def posterior(self, chunk: Chunk, point: Point, u: Array) -> tuple[Array, Array]:
         """The modes (q, B) and the factor P (q, q, B) of the conditional covariance of b = Λu, PP' = ΛH⁻¹Λ'."""
-        work = Work(self, chunk, point)
-        u, _ = work.modes(u)
-        curvature = [terms.curvature for terms in work.terms(u)]
-        L = work.factor(sum((work.gram(rows, w) for rows, w in zip(work.pieces, curvature, strict=True)), small.ZERO))
-        return u, np.einsum("ij,jkb->ikb", point.lambda_, np.swapaxes(small.inverse_factor(L), 0, 1))
+        with np.errstate(all="ignore"):
+            work = Work(self, chunk, point)
+            u, _ = work.modes(u)
+            curvature = [terms.curvature for terms in work.terms(u)]
+            L = work.factor(sum((work.gram(rows, w) for rows, w in zip(work.pieces, curvature, strict=True)), small.ZERO))
+            return u, np.einsum("ij,jkb->ikb", point.lambda_, np.swapaxes(small.inverse_factor(L), 0, 1))
 
 
 class Piece:
