@@ -131,5 +131,5 @@ def newton_step(information: Array, score: Array) -> Array:
     d = np.sqrt(np.maximum(np.abs(np.diag(information)), 1e-300))
     values, vectors = np.linalg.eigh(information / np.outer(d, d))
     values = np.maximum(np.abs(values), 1e-8)
-    with np.errstate(over="ignore", invalid="ignore"):  # a step without end is refused by its likelihood
+    with np.errstate(all="ignore"):  # a step without end is refused by its likelihood
         return np.asarray((vectors / values) @ (vectors.T @ (score / d)) / d)

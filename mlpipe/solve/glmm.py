@@ -152,8 +152,8 @@ def solve_glmm(
     `tol`: bound on the scaled score √(s'H⁻¹s), in standard errors; `loose`: stop at a tenth, without the information; `saved` is told psi
     after every step that is taken.
     """
-    search = _Search(problem, start)
-    return search.run(tol, max_evaluations, loose, saved)
+    with np.errstate(all="ignore"):  # a step without end is refused by its likelihood
+        return _Search(problem, start).run(tol, max_evaluations, loose, saved)
 
 
 class _Search:
