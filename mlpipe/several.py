@@ -33,12 +33,12 @@ MOST_WORK = 1e10  # operations of one evaluation above which conjugate gradients
 
 @dataclass
 class Solved:
-    """What either path leaves behind: the optimum, the estimates there, the evaluator, the diagonal blocks of M⁻¹ of every factor, and what
-    Monte Carlo error there is."""
+    """What either path leaves behind: the optimum, the estimates there, `along`: how log σ moves with θ on the profile, the diagonal blocks
+    of M⁻¹ of every factor, and what Monte Carlo error there is."""
 
     solution: GLMMSolution
     at: Evaluation
-    exact: Exact
+    along: Array
     inverses: list[Array]
     carlo: dict[str, Any] | None = None
 
@@ -125,22 +125,21 @@ class Several:
             search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical)
             solution = solve_glmm(search, start, tol=options.tol, max_evaluations=options.max_passes)
             at, _ = exact.evaluate(solution.lambda_)
-            return Solved(solution, at, exact, at.M.inverse_blocks())
+            return Solved(solution, at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
         return self._iterated(start, options)
 
     def _iterated(self, start: Array, options: Options) -> Solved:
         from .solve.iterative import BLUP_SAMPLES, solve_iterative
 
         found = solve_iterative(
-            self.problem, start, tol=options.tol, max_evaluations=options.max_passes, seed=options.seed,
+            self.problem, start, self._draws(), tol=options.tol, max_evaluations=options.max_passes, seed=options.seed,
             threads=options.threads or os.cpu_count() or 1,
         )  # fmt: skip
         carlo = {
             "probes": found.probes, "error": found.error.tolist(), "loglik_error": found.loglik_error,
             "blup_variance_samples": BLUP_SAMPLES,
         }  # fmt: skip
-        inverses = found.solver.variances(found.solution.lambda_, self._draws())
-        return Solved(found.solution, found.at, found.solver, inverses, carlo)
+        return Solved(found.solution, found.at, found.along, found.inverses, carlo)
 
     def _draws(self) -> Callable[[np.random.Generator], Array]:
         """A function that draws Z'w^½ε over single effects, from the cells."""
@@ -275,8 +274,7 @@ def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[
 
 
 def _theta_covariance(model: Several, solved: Solved) -> Array:
-    """The covariance of (theta*, log sigma), terms in the fit's order. Along the profile log sigma moves by -g'Δθ / (2 dof), and has
-    1 / (2 dof) of its own."""
+    """The covariance of (theta*, log sigma), terms in the fit's order; log sigma moves along the profile and has 1 / (2 dof) of its own."""
     sizes = [len(term.names) * (len(term.names) + 1) // 2 for term in model.parts.random]
     first, at = {}, 0
     for i in (i for k in model.order for i in model.bars[k]):
@@ -285,14 +283,12 @@ def _theta_covariance(model: Several, solved: Solved) -> Array:
     order = np.concatenate([first[i] + np.arange(sizes[i]) for i in model.sequence])
     out = np.zeros((len(order) + 1,) * 2)
     out[:-1, :-1] = solved.solution.vcov[np.ix_(order, order)]
-    lambda_, degrees = solved.solution.lambda_, model.problem.degrees
-    t = solved.exact.residual(lambda_, solved.at)
-    slope = -(solved.exact.working(lambda_, solved.at, t).T @ t)[order] / (2.0 * degrees * solved.at.s2)
+    slope = solved.along[order]
     inside = np.flatnonzero(np.isfinite(np.diag(out)[:-1]))  # theta on the boundary is taken as known
     along = out[np.ix_(inside, inside)] @ slope[inside]
     out[-1, :-1] = out[:-1, -1] = math.nan
     out[-1, inside] = out[inside, -1] = along
-    out[-1, -1] = slope[inside] @ along + 1.0 / (2.0 * degrees)
+    out[-1, -1] = slope[inside] @ along + 1.0 / (2.0 * model.problem.degrees)
     return out
 
 

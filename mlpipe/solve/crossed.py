@@ -52,6 +52,12 @@ class Cells:
     columns: np.ndarray
     values: Array
 
+    def pattern(self, shape: tuple[int, int]) -> sp.csr_matrix:
+        """Where blocks are, sorted by row and column; its data are their places in `values`."""
+        places = np.arange(len(self.rows), dtype=np.int32 if len(self.rows) < 2**31 else np.int64)
+        by_column = sp.csc_matrix(sp.coo_matrix((places, (self.rows, self.columns)), shape=shape, copy=False))
+        return sp.csr_matrix(by_column)
+
 
 @dataclass(frozen=True)
 class CrossedProblem:
@@ -103,31 +109,27 @@ class CrossedProblem:
         return [lambda_[a:b, a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
     @cached_property
-    def patterns(self) -> dict[tuple[int, int], tuple[sp.csr_matrix, np.ndarray]]:
-        """For each pair: a CSR matrix of the cells' pattern over single effects, and the place of each of its values in `Cells.values`."""
-        out = {}
-        for (k, h), cells in self.cells.items():
-            qk, qh = cells.values.shape[:2]
-            i = (cells.rows[None, None] * qk + np.arange(qk)[:, None, None] + np.zeros((1, qh, 1), dtype=np.intp)).ravel()
-            j = (cells.columns[None, None] * qh + np.arange(qh)[None, :, None] + np.zeros((qk, 1, 1), dtype=np.intp)).ravel()
-            order = np.lexsort((j, i)) if qk * qh > 1 or not _sorted(cells) else np.arange(len(i))
-            shape = (self.factors[k].size, self.factors[h].size)
-            counts = np.bincount(i, minlength=shape[0])
-            indptr = np.concatenate([[0], np.cumsum(counts)])
-            pattern = sp.csr_matrix((np.ones(len(i)), j[order], indptr), shape=shape)
-            out[k, h] = pattern, order
-        return out
+    def patterns(self) -> dict[tuple[int, int], sp.csr_matrix]:
+        """Where the blocks of each pair are."""
+        levels = [f.levels for f in self.factors]
+        return {(k, h): cells.pattern((levels[k], levels[h])) for (k, h), cells in self.cells.items()}
 
     def cross(self, pair: tuple[int, int], left: Array, right: Array) -> sp.csr_matrix:
         """left' (Z_k'wZ_h) right over single effects, left and right being one level's maps."""
-        pattern, order = self.patterns[pair]
         values = np.einsum("ia,ijc,jb->abc", left, self.cells[pair].values, right, optimize=True)
-        return sp.csr_matrix((values.ravel()[order], pattern.indices, pattern.indptr), shape=pattern.shape)
+        return by_effects(self.patterns[pair], values)
 
 
-def _sorted(cells: Cells) -> bool:
-    key = cells.rows.astype(np.int64) * (int(cells.columns.max(initial=0)) + 1) + cells.columns
-    return bool((key[1:] > key[:-1]).all())
+def by_effects(pattern: sp.csr_matrix, values: Array) -> sp.csr_matrix:
+    """Blocks `values` (q, r, c) at the places of a pattern over levels, whose data number them, as a matrix over single effects."""
+    q, r = values.shape[:2]
+    if q == r == 1:
+        out = sp.csr_matrix((values[0, 0, pattern.data], pattern.indices, pattern.indptr), shape=pattern.shape)
+        out.has_sorted_indices = True
+        return out
+    blocks = values[:, :, pattern.data].transpose(2, 0, 1)
+    shape = pattern.shape[0] * q, pattern.shape[1] * r
+    return sp.csr_matrix(sp.bsr_matrix((blocks, pattern.indices, pattern.indptr), shape=shape).tocsr())
 
 
 INVERTIBLE = 1e-3  # diagonal of Λ, in units of what a level tells, from which Λ⁻¹ is safe
@@ -207,10 +209,11 @@ class Exact:
         both = rhs - self.times(_apply(self.problem, lambda_, U))
         return both[:, p] - both[:, :p] @ at.beta, both[:, :p]
 
-    def residual(self, lambda_: Array, at: Evaluation) -> Array:
-        """t = Z'V⁻¹r (all effects,) from the estimates."""
+    def along(self, lambda_: Array, at: Evaluation) -> Array:
+        """∂ log s / ∂θ (entries,) on the profile: -g_D't / (2 dof s²)."""
         p, rhs = self.problem.p, np.concatenate([flat(f.C) for f in self.problem.factors])
-        return np.asarray(rhs[:, p] - rhs[:, :p] @ at.beta - self.times(_apply(self.problem, lambda_, at.u[:, None]))[:, 0])
+        t = rhs[:, p] - rhs[:, :p] @ at.beta - self.times(_apply(self.problem, lambda_, at.u[:, None]))[:, 0]
+        return np.asarray(-(self.working(lambda_, at, t).T @ t) / (2.0 * self.problem.degrees * at.s2))
 
     def times(self, b: Array) -> Array:
         """Z'wZ b for b (all effects, k)."""
@@ -218,10 +221,14 @@ class Exact:
         ends = np.concatenate([[0], np.cumsum([f.size for f in problem.factors])])
         parts = [b[a:e] for a, e in zip(ends[:-1], ends[1:], strict=True)]
         out = [flat(np.einsum("ijm,jkm->ikm", f.S, per_level(part, f.q))) for f, part in zip(problem.factors, parts, strict=True)]
-        for (k, h), a in self.plain.items():
-            out[k] = out[k] + a @ parts[h]
-            out[h] = out[h] + a.T @ parts[k]
+        for k, h in problem.cells:
+            out[k] = out[k] + self.cross_times(k, h, parts[h])
+            out[h] = out[h] + self.cross_times(h, k, parts[k])
         return np.concatenate(out)
+
+    def cross_times(self, k: int, h: int, x: Array) -> Array:
+        """Z_k'wZ_h x for x over factor h's effects."""
+        return np.asarray(self.plain[k, h] @ x if k < h else self.plain[h, k].T @ x)
 
     def score(self, lambda_: Array, at: Evaluation, U: Array, t: Array, H: Array) -> Array:
         """∂ℓ/∂Λ by the entries: -tril[Σ Z'wZΛM⁻¹ - Σ t u'/s² - [REML] Σ H C Ĥ'] (R5, first form where Λ is singular)."""
@@ -240,8 +247,13 @@ class Exact:
                 Hk, Uk = H[rows].reshape(-1, f.q, p), U[rows, :p].reshape(-1, f.q, p)
                 G = G - np.einsum("iap,pr,ibr->ab", Hk, at.C, Uk)
             out.append(-G)
+        return self.entries_of(out)
+
+    def entries_of(self, blocks: list[Array]) -> Array:
+        """The free elements of Λ, from a matrix of each factor."""
+        problem = self.problem
         full = np.zeros((problem.offsets[-1],) * 2)
-        for G, a, b in zip(out, problem.offsets[:-1], problem.offsets[1:], strict=True):
+        for G, a, b in zip(blocks, problem.offsets[:-1], problem.offsets[1:], strict=True):
             full[a:b, a:b] = G
         return np.array([full[i, j] for i, j in problem.entries])
 
