@@ -48,9 +48,9 @@ class Operator:
     def single(self, crosses: Crosses) -> Operator:
         """The same in single precision."""
         out = copy(self)
-        out.crosses, kind = crosses, np.float32
+        kind: type = np.float32
+        out.crosses, out.L = crosses, self.L.astype(kind)
         out.lams, out.D, out.B, out.R = ([a.astype(kind) for a in part] for part in (self.lams, self.D, self.B, self.R))
-        out.L = self.L.astype(kind)
         return out
 
     def _half(self) -> Array:
