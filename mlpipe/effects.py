@@ -157,7 +157,7 @@ def _from_statistics(fit: MixedFit, stats: Any) -> Iterator[pa.Table]:
     every[list(recipe.z)] = identity
     S_map = full_map(recipe, identity, every)
     r_map = full_map(recipe, identity, residual_vector(fit)[:, None])[:, 0]
-    keys = [name for name in table.column_names if name not in stats.blocks.names and name != "row_count"]
+    keys = stats.blocks.keys
     for batch in table.to_batches(max_chunksize=65_536):
         sums = stack(batch, stats.blocks.names)
         S = np.einsum("abk,kn->nab", S_map, sums)

@@ -123,10 +123,20 @@ def cross_products(recipe: Recipe, names: Names) -> exp.Select:
     return over(statement, used_rows(recipe, names, keys=False), "used")
 
 
-def block_sums(recipe: Recipe, names: Names, part: Part | None = None) -> exp.Select:
-    """Per block: its keys, row_count, and s0, s1, … in the order of `recipe.pairs()`; of all blocks, or of one part of them."""
+def rest_names(recipe: Recipe) -> list[str]:
+    """The columns of `block_sums` beyond s0, s1, …, where whole cross-products are asked for."""
+    return [*(f"x{k}" for k in range(len(recipe.rest()))), *(column.alias for column in _weight_sums(recipe))]
+
+
+def block_sums(recipe: Recipe, names: Names, part: Part | None = None, *, whole: bool = False) -> exp.Select:
+    """Per block: its keys, row_count, and s0, s1, … in the order of `recipe.pairs()`; of all blocks, or of one part of them.
+
+    `whole`: also x0, x1, … in the order of `recipe.rest()`, and n and sum_log_w where rows have frequencies and weights.
+    """
     keys = [names.key(group) for group in recipe.groups]
     sums = [_sum(recipe, a, j, f"s{k}") for k, (a, j) in enumerate(recipe.pairs())]
+    if whole:
+        sums += [_sum(recipe, a, j, f"x{k}") for k, (a, j) in enumerate(recipe.rest())] + _weight_sums(recipe)
     statement = skeleton("block_sums").select(*keys, *sums, copy=False).group_by(*(key.copy() for key in keys), copy=False)
     rows = used_rows(recipe, names, keys=True)
     if part is not None:
