@@ -190,6 +190,7 @@ def _causes(plan: Plan) -> dict[str, dict[str, int]]:
     out: dict[str, dict[str, int]] = {kind: {} for kind in ("missing", "infinite", "zero", "negative")}
     named = [(kind, f"{kind}_{k}", name) for kind in ("missing", "infinite") for k, name in enumerate(raw)]
     named += [("missing", f"key_{k}", name) for k, name in enumerate(recipe.groups)]
+    named += [("infinite", f"infinite_key_{k}", name) for k, name in enumerate(recipe.groups)]
     named += [(kind, f"{kind}_{name}", text) for kind in ("zero", "negative") for name, text in weights.items()]
     for kind, field, name in named:
         if row.get(field):

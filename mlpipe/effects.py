@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .arrays import column
+from .arrays import column, plain_interval
 from .errors import DataError
 from .reduction import response_vector
 
@@ -169,7 +169,7 @@ def _table(fit: MixedFit, keys: list[Any], S: np.ndarray, r: np.ndarray) -> pa.T
     import pyarrow as pa
 
     modes, sds = solved(fit, S, r)
-    columns, names = list(keys), key_names(fit.terms, fit.recipe.groups)
+    columns, names = [plain_interval(key) for key in keys], key_names(fit.terms, fit.recipe.groups)
     for k, name in enumerate(coefficient_names(fit.terms)):
         columns += [pa.array(modes[:, k]), pa.array(sds[:, k])]
         names = [*names, name, f"{name}_se"]

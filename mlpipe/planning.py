@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .sql import Names
     from .statements import Part
 
-NESTED = ("LIST", "[", "STRUCT", "MAP", "ARRAY", "OBJECT", "UNION")  # in the names of types that cannot be grouped by
+# in the names of types that cannot be grouped by: nested ones, and those whose values Arrow cannot hold
+UNGROUPABLE = ("LIST", "[", "STRUCT", "MAP", "ARRAY", "OBJECT", "UNION", "VARIANT", "BIT", "TIME WITH TIME ZONE")
 WIDE = 25  # features above which BLAS on streamed rows beats sums in SQL
 COLLECTS = ("fit", "blocks", "blocks+xx")
 FLOOR = 256 << 20  # bytes: interpreter, libraries and the engine's least working memory
@@ -291,8 +292,10 @@ def _names(engine: Engine, formula: Formula, request: Request) -> tuple[Names, l
         if schema[name].kind == "other":
             raise DataError(f"the column {name!r} of type {schema[name].name} cannot be a covariate", code="column_type", column=name)
     for name in keys:
-        if schema[name].kind == "other" and any(part in schema[name].name.upper() for part in NESTED):
-            raise DataError(f"the column {name!r} of type {schema[name].name} cannot be a grouping key", code="column_type", column=name)
+        kind = schema[name]
+        if kind.name == "BIGNUM" or (kind.kind == "other" and any(part in kind.name.upper() for part in UNGROUPABLE)):
+            message = f"the column {name!r} of type {kind.name} cannot be a grouping key"
+            raise DataError(message, code="column_type", column=name, hint="cast it")
     positions = {name: i for i, name in enumerate(schema)}
     return Names(positions, {name: column.kind for name, column in schema.items()}), []
 
