@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .arrays import column
+from .arrays import column, plain_interval
 from .errors import DataError
 from .reduction import response_vector
 
@@ -157,7 +157,7 @@ def _from_statistics(fit: MixedFit, stats: Any) -> Iterator[pa.Table]:
     every[list(recipe.z)] = identity
     S_map = full_map(recipe, identity, every)
     r_map = full_map(recipe, identity, residual_vector(fit)[:, None])[:, 0]
-    keys = [name for name in table.column_names if name not in stats.blocks.names and name != "row_count"]
+    keys = stats.blocks.keys
     for batch in table.to_batches(max_chunksize=65_536):
         sums = stack(batch, stats.blocks.names)
         S = np.einsum("abk,kn->nab", S_map, sums)
@@ -169,7 +169,7 @@ def _table(fit: MixedFit, keys: list[Any], S: np.ndarray, r: np.ndarray) -> pa.T
     import pyarrow as pa
 
     modes, sds = solved(fit, S, r)
-    columns, names = list(keys), key_names(fit.terms, fit.recipe.groups)
+    columns, names = [plain_interval(key) for key in keys], key_names(fit.terms, fit.recipe.groups)
     for k, name in enumerate(coefficient_names(fit.terms)):
         columns += [pa.array(modes[:, k]), pa.array(sds[:, k])]
         names = [*names, name, f"{name}_se"]

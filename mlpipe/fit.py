@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from .stats import SuffStats
 
 _OWN = {  # keywords that not every function has
-    "lmm": ("reml",),
+    "lmm": ("reml", "method"),
+    "suffstats": ("responses", "collect"),
     "glmm": ("family", "link", "nagq", "trials", "checkpoint"),
     "glm": ("family", "link", "trials", "cluster"),
 }
@@ -68,8 +69,7 @@ def lmm(
 
     Raises FormulaError, ConfigError, DataError, ResourceError; warns by SingularFitWarning, RankWarning, ConvergenceWarning.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
+    _check_method(method)
     began = time.perf_counter()
     options = options or Options()
     arguments = _arguments(locals())
@@ -84,6 +84,11 @@ def lmm(
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     _report(fit, options)
     return fit
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
 
 
 def suffstats(
@@ -103,7 +108,8 @@ def suffstats(
     """Collects the sufficient statistics of a formula and of all its sub-models, to fit, merge, save and update.
 
     `responses`: further responses to collect together (rows are complete for all). `collect`: "blocks" (per-block sums;
-    mergeable, saved) or "fit" (least). Other arguments and errors as in `lmm`.
+    mergeable, saved), "blocks+xx" (each block's own cross-products X'X, X'y, y'y too) or "fit" (least). Other arguments and errors as in
+    `lmm`.
     """
     arguments = _arguments(locals()) | {"responses": tuple(responses or ()), "collect": collect}
     with _collected(formula, data, arguments, options or Options()) as (stats, _):
@@ -115,6 +121,10 @@ def plan(
     formula: str,
     data: Any,
     *,
+    reml: bool | None = None,
+    method: str | None = None,
+    responses: Sequence[str] | None = None,
+    collect: str | None = None,
     family: str | None = None,
     link: str | None = None,
     nagq: int | None = None,
@@ -135,12 +145,17 @@ def plan(
     from .planning import prepare
     from .sources import open_source
 
-    if function not in (*_OWN, "suffstats"):
-        raise ConfigError(f"there is no function {function!r} to plan", hint=did_you_mean(function, [*_OWN, "suffstats"]))
-    arguments = _arguments(locals()) | {"collect": "blocks" if function == "suffstats" else "fit"}
-    own = {"family": family, "link": link, "nagq": nagq, "trials": trials, "cluster": cluster}
+    if function not in _OWN:
+        raise ConfigError(f"there is no function {function!r} to plan", hint=did_you_mean(function, list(_OWN)))
+    default = "blocks" if function == "suffstats" else "fit"
+    arguments = _arguments(locals()) | {"collect": collect or default, "responses": tuple(responses or ())}
+    own = {
+        "reml": reml, "method": method, "responses": responses, "collect": collect, "family": family, "link": link, "nagq": nagq,
+        "trials": trials, "cluster": cluster,
+    }  # fmt: skip
     given = {name: value for name, value in own.items() if value is not None}
     check_keywords(function, given)
+    _check_method(method or "auto")
     options = options or Options()
     request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
     with closing(open_source(data, options=options)) as engine:

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from sqlglot import exp
 
     from .sql import Names
+    from .statements import Part
 
-NESTED = ("LIST", "[", "STRUCT", "MAP", "ARRAY", "OBJECT", "UNION")  # in the names of types that cannot be grouped by
+# in the names of types that cannot be grouped by: nested ones, and those whose values Arrow cannot hold
+UNGROUPABLE = ("LIST", "[", "STRUCT", "MAP", "ARRAY", "OBJECT", "UNION", "VARIANT", "BIT", "TIME WITH TIME ZONE")
 WIDE = 25  # features above which BLAS on streamed rows beats sums in SQL
+COLLECTS = ("fit", "blocks", "blocks+xx")
 FLOOR = 256 << 20  # bytes: interpreter, libraries and the engine's least working memory
 
 
@@ -98,9 +101,16 @@ class Plan:
         if self.path != "none":
             if self.path == "crossed":
                 return out
-            grouped = statements.second_level if self.path == "second level" else statements.block_sums
-            out[self.path.replace(" ", "_")] = render(grouped(self.recipe, self.names), self.engine.dialect, pretty=True)
+            second = self.path == "second level"
+            grouped = statements.second_level(self.recipe, self.names) if second else self.block_sums()
+            out[self.path.replace(" ", "_")] = render(grouped, self.engine.dialect, pretty=True)
         return out
+
+    def block_sums(self, part: Part | None = None) -> exp.Select:
+        """The statement of the sums per block, of all or of one part of them."""
+        from .statements import block_sums
+
+        return block_sums(self.recipe, self.names, part, whole=self.whole)
 
     def cells(self, *, compressed: bool) -> exp.Select:
         """The statement of an iterative fit's rows, in the order of their blocks."""
@@ -111,11 +121,23 @@ class Plan:
         keys = [self.names.key(group).name for group in self.recipe.groups]
         return over(arranged(self.recipe, keys, compressed=compressed), used_rows(self.recipe, self.names, keys=True), "used")
 
+    @property
+    def whole(self) -> bool:
+        """Whether the blocks keep all of their own cross-products."""
+        return self.request.collect == "blocks+xx" and self.path == "blocks"
+
+    @property
+    def sums_per_block(self) -> int:
+        """The number of sums that are made for each block."""
+        from .statements import rest_names
+
+        return len(self.recipe.pairs()) + (len(rest_names(self.recipe)) if self.whole else 0)
+
     def bytes_needed(self) -> int:
         """The least memory in bytes that the plan can run in."""
         sums = len(self.recipe.pairs())
         cluster = 64 * sums * sums * 8 if self.path in ("second level", "blocks") else 0
-        return FLOOR + 4 * len(self.recipe.features) ** 2 * 8 + 4 * 65_536 * sums * 8 + cluster
+        return FLOOR + 4 * len(self.recipe.features) ** 2 * 8 + 4 * 65_536 * self.sums_per_block * 8 + cluster
 
     def __str__(self) -> str:
         recipe, limit = self.recipe, self.request.options.memory_bytes
@@ -124,7 +146,8 @@ class Plan:
         read, passes = len(self.columns.values | self.columns.keys), 2 if self.path in ("second level", "blocks", "crossed") else 1
         summed = {
             "second level": "blocks compressed by their size inside the engine",
-            "blocks": f"{len(recipe.pairs())} sums per block, compressed here where blocks share Z'wZ",
+            "blocks": f"{self.sums_per_block} sums per block, "
+            + ("compressed here where blocks share Z'wZ" if self.request.collect == "fit" else "kept with their keys"),
             "crossed": f"{len(recipe.pairs())} sums per level of {len(recipe.factors)} grouping factors, and the cells of levels that meet",
             "none": "no grouping factor",
         }[self.path]
@@ -206,6 +229,8 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     second = unweighted and request.collect == "fit" and len(recipe.features) <= WIDE
     path = "none" if not recipe.groups else "second level" if second else "blocks"
     path = "spool" if request.family is not None else "crossed" if recipe.factors else path
+    if recipe.factors and request.collect == "blocks+xx":
+        raise ConfigError('collect="blocks+xx" is for one grouping factor', code="several_factors", hint='collect="blocks"')
     plan = Plan(engine, request, recipe, names, path, [*notes, *engine.identity().notes, *looks.notes])
     limit = request.options.memory_bytes
     if plan.bytes_needed() > limit:
@@ -246,7 +271,7 @@ def _second_level(
 
 
 def _check_request(request: Request) -> None:
-    for name, allowed in (("na", ("drop", "raise")), ("collect", ("fit", "blocks"))):
+    for name, allowed in (("na", ("drop", "raise")), ("collect", COLLECTS)):
         value = getattr(request, name)
         if value not in allowed:
             hint = did_you_mean(str(value), list(allowed))
@@ -267,8 +292,10 @@ def _names(engine: Engine, formula: Formula, request: Request) -> tuple[Names, l
         if schema[name].kind == "other":
             raise DataError(f"the column {name!r} of type {schema[name].name} cannot be a covariate", code="column_type", column=name)
     for name in keys:
-        if schema[name].kind == "other" and any(part in schema[name].name.upper() for part in NESTED):
-            raise DataError(f"the column {name!r} of type {schema[name].name} cannot be a grouping key", code="column_type", column=name)
+        kind = schema[name]
+        if kind.name == "BIGNUM" or (kind.kind == "other" and any(part in kind.name.upper() for part in UNGROUPABLE)):
+            message = f"the column {name!r} of type {kind.name} cannot be a grouping key"
+            raise DataError(message, code="column_type", column=name, hint="cast it")
     positions = {name: i for i, name in enumerate(schema)}
     return Names(positions, {name: column.kind for name, column in schema.items()}), []
 
@@ -326,7 +353,7 @@ def settle(
     covariates, z = needed([*fixed, *random], coordinates), needed(random, coordinates)
     atoms = [feature for feature in needed(outcome, coordinates) if feature]
     extra = [()] if any(coordinates.scalings[a][0] for feature in atoms for a in feature) else []
-    if collect == "blocks":
+    if collect != "fit":
         covariates, z = closure(covariates), closure(z) if z else []
     covariates = sorted(dict.fromkeys([*extra, *covariates]), key=len)
     return replace(

@@ -51,6 +51,8 @@ def _key(group: str, recipe: Recipe, names: Names, keys: pa.DataType) -> exp.Exp
 
     if recipe.kinds[group] == "text" or keys == pa.float64():
         return names.value(group)
+    if pa.types.is_decimal(keys):  # Polars has whole numbers of 128 bits, Arrow only decimals
+        return exp.cast(names.key(group), f"decimal({keys.precision}, {keys.scale})")
     return exp.cast(names.key(group), "bigint") if keys == pa.int64() else names.key(group)
 
 
@@ -117,17 +119,15 @@ def _known_levels(recipe: Recipe, names: Names) -> Iterator[exp.Expr]:
 
 
 def _random_part(recipe: Recipe, names: Names) -> exp.Expr:
-    from functools import reduce
-
     from sqlglot import exp
 
-    from .sql import feature, number, plus, times
+    from .sql import feature, number, summed, times
 
     parts: list[exp.Expr] = []
     for k, i in enumerate(recipe.z):
         h = exp.Coalesce(this=exp.column(f"h{k}"), expressions=[number(0)])
         parts.append(times(h, feature(recipe.features[i], recipe, names)) if recipe.features[i] else h)
-    return reduce(plus, parts)
+    return summed(parts)
 
 
 def _residual(fit: MixedFit, names: Names, fitted: exp.Expr) -> exp.Expr:
@@ -164,9 +164,7 @@ def _positive(value: exp.Expr) -> exp.Expr:
 
 def _variance(fit: MixedFit, names: Names) -> exp.Expr:
     """The variance z'Ψz of the random part at a row, over the features."""
-    from functools import reduce
-
-    from .sql import feature, number, plus, times
+    from .sql import feature, number, summed, times
 
     recipe, parts = fit.recipe, []
     half = np.hstack([term.Q @ term.star for term in fit.terms])
@@ -177,7 +175,7 @@ def _variance(fit: MixedFit, names: Names) -> exp.Expr:
             for k in (i, j):
                 product = times(product, feature(recipe.features[k], recipe, names)) if recipe.features[k] else product
             parts.append(product)
-    return reduce(plus, parts)
+    return summed(parts)
 
 
 def made(output: Output, parts: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Predictions where the rows are: every row of a source, in its order, with the linear predictor."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,8 @@ def _scored(
         from .engines.base import Columns
 
         groups = fit.recipe.groups if conditional else ()
-        values = frozenset(names.positions[name] for name in (*value_names(fit.recipe, observed), *groups))
+        values = frozenset(names.positions[name] for name in value_names(fit.recipe, observed))
+        values |= {names.positions[name] for name in groups if fit.recipe.kinds[name] in ("number", "text")}
         wanted = Columns(values, frozenset(names.positions[name] for name in groups), everything=True, row_number=ordered)
         reader = engine.query(statement, wanted, joined=joined)
         return _finished(fit, reader, list(shown), parts, outputs, new_levels, stack)
@@ -171,7 +172,8 @@ def _key_types(engine: Engine, recipe: Recipe, names: Names) -> list[pa.DataType
 
 def _comparable(group: str, keys: pa.ChunkedArray, source: pa.DataType) -> pa.ChunkedArray:
     """The keys in a type that `_key` compares with the source's by value: text for enums and the like, 64-bit integers for
-    integers of different widths, doubles for other numbers of different types. Raises DataError for other types that differ."""
+    integers of different widths, decimals for wider ones, doubles for other numbers of different types, the source's own type for times,
+    null where that cannot hold them. Raises DataError for other types that differ."""
     import pyarrow as pa
 
     kind = keys.type.value_type if pa.types.is_dictionary(keys.type) else keys.type
@@ -179,11 +181,34 @@ def _comparable(group: str, keys: pa.ChunkedArray, source: pa.DataType) -> pa.Ch
         return keys.cast(pa.large_string())
     if _narrow(kind) and _narrow(source):
         return keys.cast(pa.int64())
-    if kind == source:
+    if _whole(kind) and _whole(source):
+        return keys.cast(pa.decimal128(38, 0))
+    if kind == source or (pa.types.is_duration(kind) and source == pa.month_day_nano_interval()):
         return keys
+    if any(_alike(test, kind, source) for test in (pa.types.is_timestamp, pa.types.is_duration, pa.types.is_time)):
+        return _exactly(keys, source)
     if _number(kind) and _number(source):
         return keys.cast(pa.float64(), safe=False)
     raise DataError(f"the column {group!r} is of type {source}, the fit had {kind}", code="column_type", column=group, hint="cast it")
+
+
+def _alike(test: Callable[[pa.DataType], bool], kind: pa.DataType, source: pa.DataType) -> bool:
+    """Whether both types pass a test, and both or neither have a time zone."""
+    return test(kind) and test(source) and (getattr(kind, "tz", None) is None) == (getattr(source, "tz", None) is None)
+
+
+def _exactly(keys: pa.ChunkedArray, source: pa.DataType) -> pa.ChunkedArray:
+    """The keys in another type of time, null where that cannot hold them."""
+    import pyarrow.compute as pc
+
+    cast = keys.cast(source, safe=False)
+    return pc.if_else(pc.equal(cast.cast(keys.type, safe=False), keys), cast, None)
+
+
+def _whole(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0))
 
 
 def _narrow(kind: pa.DataType) -> bool:
