@@ -132,7 +132,8 @@ def main() -> None:
     for k, name in enumerate(TRUTH):
         coverage = (np.abs(z[:, k]) < Z95).mean()
         spread = math.sqrt(coverage * (1 - coverage) / len(z))
-        print(f"{name:18s} coverage {coverage:.4f} ± {spread:.4f}  error in se: mean {np.nanmean(z[:, k]):+.3f}, sd {np.nanstd(z[:, k]):.3f}")
+        shape = f"mean {np.nanmean(z[:, k]):+.3f}, sd {np.nanstd(z[:, k]):.3f}"
+        print(f"{name:18s} coverage {coverage:.4f} ± {spread:.4f}  error in se: {shape}")
     failed, singular = sum(not fit.converged for fit in fits), sum(fit.singular for fit in fits)
     print(f"{failed} of {asked.fits} fits did not converge, {singular} were singular; {1e3 * spent / asked.fits:.1f} ms of CPU each")
     for which, name in enumerate(("Laplace", f"nagq={asked.nagq}") if gaps else ()):

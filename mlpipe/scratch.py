@@ -1,4 +1,4 @@
-"""Temporary directories that outlive nothing: removed when their owner is done or the process ends, and by the next run if it was killed."""
+"""Temporary directories that outlive nothing: removed when their owner is done or the process ends, by the next run if it was killed."""
 from __future__ import annotations
 
 import fcntl

@@ -16,6 +16,7 @@ from .link import Array
 if TYPE_CHECKING:
     from .kernel import Work
 
+MAX_NAGQ = 300  # nodes a random effect: beyond about 370 the weights underflow
 NODE_ROWS = 16_384  # rows times nodes looked at together
 
 
