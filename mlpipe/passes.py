@@ -18,6 +18,7 @@ from .reduction import Coding, Fixed, Random, fixed_part, lower_factor, random_p
 from .solve.density import Density
 from .solve.glm import TAU_BOUND, GLMLook, GLMSolution, glm_look, solve_glm
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
+from .solve.hessian import has_hessian, hessian
 from .solve.kernel import MAX_NODES, Chunk, Kernel, Look, Point, folded
 
 if TYPE_CHECKING:
@@ -193,6 +194,12 @@ class _Passes:
         parts = spool.map(work, self.chosen)
         return [folded(looks) for looks in zip(*parts, strict=True)]
 
+    def second(self, point: Point) -> np.ndarray:
+        """The second derivatives of the log-likelihood, see `solve.hessian`."""
+        kernel = self.model.kernel
+        parts = self.model.rows.spool.map(lambda chunk: hessian(kernel, chunk, point, self.u[:, chunk.blocks]), self.chosen)
+        return np.asarray(sum(parts[1:], parts[0]))
+
 
 def solved(model: Model, start: Sequence[float] | None, options: Options, state: Checkpoint | None) -> GLMMSolution:
     """The fit from a start on some chunks, or from where a checkpoint left it."""
@@ -222,7 +229,8 @@ def solved(model: Model, start: Sequence[float] | None, options: Options, state:
 def _problem(model: Model, scan: _Passes, typical: np.ndarray) -> GLMMProblem:
     central = model.rows.spool.n_rows <= CENTRAL_ROWS
     shape, bound = model.density.family.shape, _tau_bound(model)
-    return GLMMProblem(scan, model.Q, model.kernel.entries, model.kernel.q, shape, typical, central, bound)
+    second = scan.second if has_hessian(model.kernel) else None
+    return GLMMProblem(scan, model.Q, model.kernel.entries, model.kernel.q, shape, typical, central, bound, second)
 
 
 def _start(model: Model, some: Sequence[int], options: Options) -> tuple[np.ndarray, np.ndarray]:
