@@ -9,6 +9,7 @@ import numpy as np
 
 from . import marginal
 from .arrays import arrow
+from .passes import first_tau
 from .reduction import lower_factor
 from .result import MixedFit, RandomTerm
 from .solve.density import density
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray
 
+EXACT = 23.0  # fall of log dispersion that only an exact fit gives
 SCALED = ("gaussian", "gamma", "inverse_gaussian")  # families with a residual scale
 PARAMETER = {  # the family's parameter as a function of tau, and its name
     "gaussian": ("sd__Observation", -0.5), "gamma": ("shape", 1.0), "inverse_gaussian": ("shape", 1.0),
@@ -198,6 +200,9 @@ def _message(model: Model, solution: GLMMSolution) -> str:
     message = f"{solution.rough} blocks have no proper mode" if solution.rough else solution.message
     if not solution.converged and model.density.leaves:
         message += f"; the link {model.density.link.name!r} can give means that the family has not"
+    family = model.density.family
+    if not solution.converged and family.shape and not family.vanishing and solution.psi[-1] > first_tau(model) + EXACT:
+        message += "; the response is fitted exactly, its dispersion goes to zero"
     return message
 
 
