@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from .stats import SuffStats, full_map
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .crossing import Crossed
+    from .factors import Crossed
     from .options import Options
 
 Array = np.ndarray
@@ -51,9 +52,10 @@ class Several:
         self.stats, self.parts, self.crossed = stats, parts, stats.crossed
         self.bars = [[i for i, bar in enumerate(formula.random) if bar.groups == groups] for groups in stats.recipe.factors]
         self.order = [k for k in np.argsort([-self._size(k) for k in range(len(self.bars))], kind="stable").tolist() if self.bars[k]]
-        Z = [np.hstack([parts.random[i].Q for i in self.bars[k]]) for k in self.order]
-        factors = tuple(self._factor(self.crossed, k, z) for k, z in zip(self.order, Z, strict=True))
-        cells = {(a, b): self._cells(self.order[a], self.order[b], Z[a], Z[b]) for a in range(len(Z)) for b in range(a + 1, len(Z))}
+        self.maps = [np.hstack([parts.random[i].Q for i in self.bars[k]]) for k in self.order]
+        factors = tuple(self._factor(self.crossed, k, z) for k, z in zip(self.order, self.maps, strict=True))
+        self.pairs = {(a, b): self.crossed.between(self.order[a], self.order[b]) for a, b in combinations(range(len(self.order)), 2)}
+        cells = {pair: self._cells(*pair) for pair in self.pairs}
         terms = tuple(tuple(len(parts.random[i].names) for i in self.bars[k]) for k in self.order)
         WW = parts.W.T @ stats.gram @ parts.W
         self.problem = CrossedProblem(factors, cells, WW, stats.n, stats.sum_log_w, reml, terms)
@@ -70,22 +72,14 @@ class Several:
         S = (V[:, :q].reshape(q * q, -1) @ sums).reshape(q, q, -1)
         return Factor(S, (V[:, q:].reshape(q * p1, -1) @ sums).reshape(q, p1, -1))
 
-    def _cells(self, k: int, h: int, left: Array, right: Array) -> Cells:
-        """The blocks Z_k'wZ_h of the pairs of levels that occur, sorted by level of k, then of h."""
-        from scipy.sparse import coo_matrix
-
-        crossed, recipe = self.crossed, self.stats.recipe
-        shape = len(crossed.factors[k].levels), len(crossed.factors[h].levels)
-        z = {a: i for i, a in enumerate(recipe.z)}
-        products: Array | None = None
-        for place, (a, b) in enumerate(crossed.pairs):
-            weights = np.ones(len(crossed.codes[k])) if crossed.products is None else crossed.products[place]
-            cells = coo_matrix((weights, (crossed.codes[k], crossed.codes[h])), shape=shape).tocsr()  # adds up what repeats
-            products = np.zeros((len(z), len(z), cells.nnz)) if products is None else products
-            products[z[a], z[b]] = products[z[b], z[a]] = cells.data
-        assert products is not None
-        rows = np.repeat(np.arange(shape[0]), np.diff(cells.indptr))
-        return Cells(rows, cells.indices.astype(np.intp), np.einsum("ia,ijc,jb->abc", left, products, right, optimize=True))
+    def _cells(self, a: int, b: int) -> Cells:
+        """The blocks Z_k'wZ_h of the pairs of levels that occur, sorted by level of k, then of h, for the a-th and b-th factor in order."""
+        held, nz = self.pairs[a, b], len(self.stats.recipe.z)
+        left, right = self.maps[a], self.maps[b]
+        if nz == 1:
+            return Cells(held.rows, held.columns, (held.products * (left[0, 0] * right[0, 0]))[None])
+        products = _square(held.products, self.crossed.pairs, self.stats.recipe.z)
+        return Cells(held.rows, held.columns, np.einsum("ia,ijc,jb->abc", left, products, right, optimize=True))
 
     def nested(self) -> list[str]:
         """Which factors lie within which: their cells are as many as their levels."""
@@ -141,27 +135,24 @@ class Several:
         }  # fmt: skip
         return Solved(found.solution, found.at, found.along, found.inverses, carlo)
 
-    def _draws(self) -> Callable[[np.random.Generator], Array]:
-        """A function that draws Z'w^½ε over single effects, from the cells."""
-        crossed, nz = self.crossed, len(self.stats.recipe.z)
-        n = len(crossed.codes[0])
-        root = np.ones((1, 1, 1))
-        if crossed.products is not None:
-            s = np.empty((n, nz, nz))
-            place = {a: i for i, a in enumerate(self.stats.recipe.z)}
-            for values, (a, b) in zip(crossed.products, crossed.pairs, strict=True):
-                s[:, place[a], place[b]] = s[:, place[b], place[a]] = values
-            values, vectors = np.linalg.eigh(s)
+    def _draws(self) -> Callable[[np.random.Generator], Array] | None:
+        """A function that draws Z'w^½ε over single effects, from the cells; None for more than two factors, where pairs do not tell it."""
+        if len(self.order) != 2:
+            return None
+        held, cells, nz = self.pairs[0, 1], self.problem.cells[0, 1], len(self.stats.recipe.z)
+        n, maps, sizes = len(held), self.maps, [f.levels for f in self.problem.factors]
+        if nz == 1:
+            root = np.sqrt(held.products[None])
+        else:
+            values, vectors = np.linalg.eigh(_square(held.products, self.crossed.pairs, self.stats.recipe.z).transpose(2, 0, 1))
             root = (vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]).transpose(1, 2, 0)
-        maps = [np.hstack([self.parts.random[i].Q for i in self.bars[k]]) for k in self.order]
 
         def draw(rng: np.random.Generator) -> Array:
             signs = np.unpackbits(np.frombuffer(rng.bytes(nz * (n // 8 + 1)), dtype=np.uint8)).reshape(nz, -1)[:, :n] * 2.0 - 1.0
-            e = signs if crossed.products is None else np.einsum("abn,bn->an", root, signs)  # only second moments matter
+            e = np.einsum("abn,bn->an", root, signs)  # only second moments matter
             out = []
-            for k, Z in zip(self.order, maps, strict=True):
-                m = len(crossed.factors[k].levels)
-                out.append(np.stack([np.bincount(crossed.codes[k], row, minlength=m) for row in Z.T @ e], axis=1).ravel())
+            for code, Z, m in zip((cells.rows, cells.columns), maps, sizes, strict=True):
+                out.append(np.stack([np.bincount(code, row, minlength=m) for row in Z.T @ e], axis=1).ravel())
             return np.concatenate(out)
 
         return draw
@@ -219,6 +210,9 @@ def fitted(
     """The fit from statistics of several factors."""
     assert stats.crossed is not None
     for factor in stats.crossed.factors:
+        if len(factor.levels) < 2:
+            group = factor.levels.group
+            raise DataError(f"the grouping factor {group} has fewer than two levels", code="one_level", column=factor.levels.columns[0])
         if len(factor.levels) >= stats.n and stats.recipe.weights is None:
             raise DataError(
                 f"the grouping factor {factor.levels.group} has as many levels as there are rows ({stats.rows:,}): "
@@ -311,6 +305,14 @@ def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: lis
         for name, mode, sd in zip(coefficient_names(terms), modes, sds, strict=True):
             columns |= {name: arrow(mode), f"{name}_se": arrow(sd)}
         out[factor.levels.group] = pa.table(columns)
+    return out
+
+
+def _square(products: Array, pairs: Sequence[tuple[int, int]], z: Sequence[int]) -> Array:
+    """Sums per cell (K, c) of the products of random features as symmetric matrices (z, z, c)."""
+    place, out = {feature: i for i, feature in enumerate(z)}, np.empty((len(z), len(z), products.shape[1]))
+    for values, (a, b) in zip(products, pairs, strict=True):
+        out[place[a], place[b]] = out[place[b], place[a]] = values
     return out
 
 

@@ -22,7 +22,7 @@ from .features import CONSTANT, Coordinates, Recipe, extended, multiplied
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .crossing import Crossed
+    from .factors import Crossed
     from .options import Options
 
 FORMAT = "mlpipe.suffstats/1"
@@ -52,7 +52,7 @@ class SuffStats:
         blocks: per-block sums in the order of `recipe.pairs()`; None without a grouping factor.
         collect: "fit" (second level; does not merge), "blocks", "blocks+xx" (each block's own cross-products too).
         info: rows read, dropped by cause, passes, seconds by stage, choices made.
-        crossed: sums and cells of several grouping factors, in place of blocks; these do not merge.
+        crossed: sums and cells of several grouping factors, in place of blocks.
     """
 
     recipe: Recipe
@@ -72,6 +72,8 @@ class SuffStats:
 
     def __repr__(self) -> str:
         blocks = f", {self.blocks.n_blocks:,} blocks" if self.blocks else ""
+        if self.crossed:
+            blocks = "".join(f", {factor.levels.group}: {len(factor.levels):,} levels" for factor in self.crossed.factors)
         return f"<SuffStats of {self.recipe.formula.text!r}: {self.rows:,} rows{blocks}, {self.nbytes:,} bytes>"
 
     def __add__(self, other: SuffStats) -> SuffStats:
@@ -143,7 +145,7 @@ def _rewritten(feature: Monomial, source: Coordinates, target: Coordinates) -> d
 
 def union_recipe(a: Recipe, b: Recipe) -> Recipe:
     """The first recipe with the levels of both; raises DataError where they are not of one formula."""
-    same = ("kinds", "contrasts", "responses", "weights", "freq", "offset", "groups")
+    same = ("kinds", "contrasts", "responses", "weights", "freq", "offset", "groups", "factors")
     if a.formula.text != b.formula.text or any(getattr(a, name) != getattr(b, name) for name in same):
         raise DataError("statistics of different formulas, column types or weights cannot be merged", code="not_mergeable")
     variables, new = dict(a.variables), dict[str, tuple[Level, ...]]()
@@ -167,8 +169,6 @@ def merge(a: SuffStats, b: SuffStats) -> SuffStats:
 
     Raises DataError where they are of different formulas or hold the second level only (collect="fit").
     """
-    if a.crossed is not None or b.crossed is not None:
-        raise DataError("statistics of several grouping factors do not merge in this version", code="not_mergeable")
     if a.collect != b.collect and "fit" not in (a.collect, b.collect):
         raise DataError(f'collect="{a.collect}" and collect="{b.collect}" do not merge', code="not_mergeable", hint="collect both alike")
     if "fit" in (a.collect, b.collect):
@@ -179,7 +179,16 @@ def merge(a: SuffStats, b: SuffStats) -> SuffStats:
     if left.blocks is not None and right.blocks is not None:
         blocks = _merged_blocks(left, right)
     info = {key: a.info.get(key, 0) + b.info.get(key, 0) for key in ("rows_read", "rows_dropped")}
-    return SuffStats(recipe, a.rows + b.rows, a.n + b.n, a.sum_log_w + b.sum_log_w, left.gram + right.gram, blocks, a.collect, info)
+    crossed = _merged_factors(left.crossed, right.crossed) if left.crossed is not None and right.crossed is not None else None
+    gram = left.gram + right.gram
+    return SuffStats(recipe, a.rows + b.rows, a.n + b.n, a.sum_log_w + b.sum_log_w, gram, blocks, a.collect, info, crossed)
+
+
+def _merged_factors(a: Crossed, b: Crossed) -> Crossed:
+    from .factors import merged
+    from .options import Options
+
+    return merged(a, b, budget=Options().memory_bytes // 4, parent=None)
 
 
 def transformed(stats: SuffStats, recipe: Recipe) -> SuffStats:
@@ -188,7 +197,13 @@ def transformed(stats: SuffStats, recipe: Recipe) -> SuffStats:
         return stats
     M = change(stats.recipe, recipe)
     blocks = _mapped(stats.blocks, stats.recipe, recipe, M) if stats.blocks is not None and stats.blocks.table is not None else None
-    return replace(stats, recipe=recipe, gram=M.T @ stats.gram @ M, blocks=blocks)
+    crossed = stats.crossed
+    if crossed is not None:
+        from .factors import transformed as over
+
+        left = M[list(stats.recipe.z)][:, list(recipe.z)]
+        crossed = over(crossed, pair_map(stats.recipe, left, M, recipe.pairs(), recipe.z), left, recipe.z)
+    return replace(stats, recipe=recipe, gram=M.T @ stats.gram @ M, blocks=blocks, crossed=crossed)
 
 
 def _mapped(blocks: Blocks, source: Recipe, target: Recipe, M: np.ndarray) -> Blocks:
@@ -292,11 +307,13 @@ def save(stats: SuffStats, path: Path) -> None:
     """See `SuffStats.save`."""
     import pyarrow as pa
 
-    if stats.crossed is not None:
-        raise DataError("statistics of several grouping factors are not saved in this version", code="not_mergeable")
     if stats.collect == "fit":
         raise DataError('statistics of collect="fit" cannot be saved', code="not_mergeable", hint='collect with collect="blocks"')
     table = stats.blocks.table if stats.blocks is not None and stats.blocks.table is not None else pa.table({})
+    if stats.crossed is not None:
+        from .factors import to_arrow
+
+        table = to_arrow(stats.crossed)
     head = {
         "format": FORMAT,
         "recipe": stats.recipe.to_json(),
@@ -342,4 +359,9 @@ def load(path: Path) -> SuffStats:
         keys = {key: f"k{i}" for i, key in enumerate(blocks.keys)}
         blocks.table = table.rename_columns([keys.get(name, name) for name in table.column_names])
     recipe, gram = Recipe.from_json(head["recipe"]), np.array(head["gram"])
-    return SuffStats(recipe, head["rows"], head["n"], head["sum_log_w"], gram, blocks, head["collect"], dict(head["info"]))
+    crossed = None
+    if recipe.factors:
+        from .factors import from_arrow
+
+        crossed = from_arrow(table, recipe.factors, recipe.z)
+    return SuffStats(recipe, head["rows"], head["n"], head["sum_log_w"], gram, blocks, head["collect"], dict(head["info"]), crossed)

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from mlpipe.solve.crossed import Exact, flat, per_level
 from mlpipe.solve.elimination import Dense, Next
 from mlpipe.solve.glmm import GLMMProblem, solve_glmm
+from mlpipe.solve.nested import Nested
 
 from .dense_several import DenseSeveral, Grouping
 
@@ -214,10 +215,11 @@ def test_nested_designs_stay_sparse(name: str) -> None:
     seen = []
     while rest is not None:
         seen.append(type(rest))
-        rest = rest.rest if isinstance(rest, Next) else None
+        rest = rest.rest if isinstance(rest, Next | Nested) else None
     assert (Dense in seen) == (name not in SPARSE)
     assert len(seen) == len(truth.factors) - 1 or Dense in seen
-    assert (Next in seen) == (name == "nested in two crossed" or (name in SPARSE and len(truth.factors) > 1))
+    assert (Next in seen) == (name == "nested in two crossed")
+    assert (Nested in seen) == (name in SPARSE and len(truth.factors) > 1)
 
 
 def test_solving_multiplies_back() -> None:

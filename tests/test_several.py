@@ -561,13 +561,13 @@ def test_refused(case: str, duckdb_: bool) -> None:
         assert raised.value.column in ("g", "row")
 
 
-def test_cells_beyond_the_memory_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they are summed: rows, or combinations of keys."""
+def test_levels_beyond_the_memory_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are summed: rows, or combinations of keys. Cells go to a file."""
     for repeated in (0.0, 1e9):
         monkeypatch.setattr(crossing, "REPEATED", repeated)
         monkeypatch.setattr(mp.Options, "memory_bytes", 1_000)
         monkeypatch.setattr("mlpipe.planning.Plan.bytes_needed", lambda self: 0)
-        with pytest.raises(mp.ResourceError, match="cells of 2 grouping factors") as raised:
+        with pytest.raises(mp.ResourceError, match=r"levels \(a .*, b 7\)") as raised:
             mp.lmm(SIMPLE, FRAME)
         assert raised.value.code == "memory_limit"
 
@@ -610,17 +610,6 @@ def test_statistics_fit_sub_models(collect: str, formula: str) -> None:
 def test_statistics_lack_other_factors() -> None:
     with pytest.raises(mp.DataError, match="statistics are over a, b, not c"):
         mp.lmm("y ~ x + (1 | a) + (1 | c)", statistics("fit"))
-
-
-def test_statistics_neither_merge_nor_are_saved(tmp_path: Path) -> None:
-    held = statistics("blocks")
-    assert held.nbytes > 0
-    for act in (lambda: held + held, lambda: held.update(FRAME), lambda: held.save(tmp_path / "stats.arrow")):
-        with pytest.raises(mp.DataError, match="several grouping factors") as raised:
-            act()
-        assert raised.value.code == "not_mergeable"
-    assert not (tmp_path / "stats.arrow").exists()
-    same(mp.lmm("y ~ x + z + (x | a) + (1 | b)", held), fit("y ~ x + z + (x | a) + (1 | b)"))
 
 
 @pytest.mark.parametrize("duckdb_", [True, False])

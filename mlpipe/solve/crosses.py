@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import scipy.sparse as sp
 
-from .crossed import Cells, CrossedProblem, Factor, by_effects
+from .crossed import Cells, CrossedProblem, Factor, by_effects, csr
 
 Array: TypeAlias = np.ndarray  # of doubles or of singles
 
@@ -43,11 +43,9 @@ class Crosses:
         self.forward: dict[tuple[int, int], Cross] = {}
         self.backward: dict[tuple[int, int], Cross] = {}
         for (k, h), cells in problem.cells.items():
-            pattern = cells.pattern((problem.factors[k].levels, problem.factors[h].levels))
-            whole = by_effects(pattern, cells.values)
-            q, r = cells.values.shape[:2]
-            self.values[k, h] = whole.data[None, None] if q == r == 1 else cells.values[:, :, pattern.data]
-            self.patterns[k, h] = _with(pattern, self.values[k, h][0, 0])
+            pattern, places = cells.pattern((problem.factors[k].levels, problem.factors[h].levels))
+            whole = by_effects(pattern, places, cells.values)
+            self.patterns[k, h], self.values[k, h] = pattern, cells.values[:, :, places]
             self.forward[k, h] = Cross.of(whole, threads)
             self.backward[k, h] = Cross.of(sp.csr_matrix(whole.T), threads)
 
@@ -103,11 +101,11 @@ def over_effects(orders: Sequence[np.ndarray], widths: Sequence[int]) -> np.ndar
 
 def _with(pattern: sp.csr_matrix, data: Array) -> sp.csr_matrix:
     """A matrix of the pattern with other entries."""
-    return sp.csr_matrix((data, pattern.indices, pattern.indptr), shape=pattern.shape, copy=False)
+    return csr(data, pattern.indices, pattern.indptr, pattern.shape)
 
 
 def _rows(whole: sp.csr_matrix, first: int, last: int) -> sp.csr_matrix:
     """Rows [first, last), sharing their entries."""
     a, b = whole.indptr[first], whole.indptr[last]
     indptr = whole.indptr[first : last + 1] - a
-    return sp.csr_matrix((whole.data[a:b], whole.indices[a:b], indptr), shape=(last - first, whole.shape[1]), copy=False)
+    return csr(whole.data[a:b], whole.indices[a:b], indptr, (last - first, whole.shape[1]))

@@ -19,6 +19,7 @@ from .crossed import CrossedProblem, Evaluation, Exact, Factor, flat, per_level
 from .crosses import Crosses, by_size, over_effects
 from .glm import newton_step
 from .glmm import SMALL, GLMMSolution
+from .lanczos import normal
 
 Array: TypeAlias = np.ndarray  # of doubles or of singles
 
@@ -134,15 +135,13 @@ class Iterative(Exact):
         """R⁻¹ S R⁻ᵀ x."""
         return M.by_blocks(small.forward, M.rest(M.by_blocks(small.backward, x)))
 
-    def variances(self, lambda_: Array, draw: Callable[[np.random.Generator], Array]) -> list[Array]:
-        """Blocks (q_k, q_k, m_k) of M⁻¹ of every factor, from samples v ~ N(0, M⁻¹) (R7); `draw` gives Z'w^½ε over single effects."""
+    def variances(self, lambda_: Array, draw: Callable[[np.random.Generator], Array] | None) -> list[Array]:
+        """Blocks (q_k, q_k, m_k) of M⁻¹ of every factor, from samples v ~ N(0, M⁻¹) (R7); `draw` gives Z'w^½ε over single effects, where
+        the cells tell it."""
         problem = self.problem
         M = self.operator(lambda_)
         single = M.single(self.half)
-        noise = np.column_stack([draw(self.rng) for _ in range(BLUP_SAMPLES)])
-        rhs = np.concatenate(
-            [flat(np.einsum("ia,ikm->akm", lam, per_level(part, f.q))) for f, lam, part in self._by_factor(lambda_, noise)]
-        ) + self.rng.standard_normal(noise.shape)
+        rhs = self._drawn(lambda_, draw) if draw is not None else normal(M, self.rng, BLUP_SAMPLES)
         v = single.solve(rhs.astype(np.float32), CG_SINGLE)
         out, place = [], 0
         for f, D in zip(problem.factors, M.D, strict=True):
@@ -152,8 +151,14 @@ class Iterative(Exact):
             off = per_level(rhs[rows], f.q) - np.einsum("ijm,jkm->ikm", D, per_level(v[rows], f.q))
             shifted = small.solve(L, off)
             inverse = small.inverse_factor(L)
-            out.append(np.einsum("kam,kbm->abm", inverse, inverse) + np.einsum("ikm,jkm->ijm", shifted, shifted) / noise.shape[1])
+            out.append(np.einsum("kam,kbm->abm", inverse, inverse) + np.einsum("ikm,jkm->ijm", shifted, shifted) / BLUP_SAMPLES)
         return out
+
+    def _drawn(self, lambda_: Array, draw: Callable[[np.random.Generator], Array]) -> Array:
+        """Samples (all effects, BLUP_SAMPLES) from N(0, M)."""
+        noise = np.column_stack([draw(self.rng) for _ in range(BLUP_SAMPLES)])
+        parts = [flat(np.einsum("ia,ikm->akm", lam, per_level(part, f.q))) for f, lam, part in self._by_factor(lambda_, noise)]
+        return np.asarray(np.concatenate(parts) + self.rng.standard_normal(noise.shape))
 
     def _by_factor(self, lambda_: Array, x: Array) -> list[tuple[Factor, Array, Array]]:
         ends = np.concatenate([[0], np.cumsum([f.size for f in self.problem.factors])])
