@@ -35,6 +35,12 @@ def check_mixed(formula: Formula, nagq: int) -> None:
         raise ConfigError("the formula has no random term", code="no_random_term", hint="write one, such as (1 | group), or fit by glm")
     if isinstance(nagq, bool) or not hasattr(nagq, "__index__") or nagq < 1:
         raise ConfigError(f"nagq = {nagq!r}: it must be a whole number from 1")
+    factors = dict.fromkeys(bar.group_label for bar in formula.random)
+    if nagq > 1 and len(factors) > 1:
+        raise ConfigError(
+            f"nagq = {nagq} with several grouping factors ({', '.join(factors)}): the likelihood is no product of integrals of few dimensions, "
+            "which quadrature needs", code="nagq_several", hint="nagq=1, the Laplace approximation",
+        )  # fmt: skip
 
 
 def check_plain(formula: Formula) -> None:

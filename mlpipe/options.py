@@ -25,6 +25,8 @@ def parse_bytes(text: str | int) -> int:
         raise ConfigError(f"{text!r} is not an amount of memory", code="memory_limit", hint='write for example "2GB" or "512MiB"')
     return size
 
+METHODS = ("auto", "exact", "iterative")  # of several grouping factors
+
 
 @dataclass(frozen=True)
 class Options:
