@@ -38,8 +38,8 @@ def check_mixed(formula: Formula, nagq: int) -> None:
     factors = dict.fromkeys(bar.group_label for bar in formula.random)
     if nagq > 1 and len(factors) > 1:
         raise ConfigError(
-            f"nagq = {nagq} with several grouping factors ({', '.join(factors)}): the likelihood is no product of integrals of few dimensions, "
-            "which quadrature needs", code="nagq_several", hint="nagq=1, the Laplace approximation",
+            f"nagq = {nagq} with several grouping factors ({', '.join(factors)}): their effects are integrated jointly, "
+            "and quadrature over so many dimensions is out of reach", code="nagq_several", hint="nagq=1, the Laplace approximation",
         )  # fmt: skip
 
 

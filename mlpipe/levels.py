@@ -129,7 +129,7 @@ def levels_of(columns: tuple[str, ...], keys: pa.Table) -> tuple[Levels, np.ndar
         values = _bare(own.column(name).combine_chunks()).dictionary_encode()
         codes = codes * len(values.dictionary) + np.from_dlpack(values.indices)
     if len(columns) > 1:
-        codes = np.unique(codes, return_inverse=True)[1]
+        codes = np.unique(codes, return_inverse=True)[1].astype(np.int64)
     first = np.empty(int(codes.max(initial=-1)) + 1, dtype=np.int64)
     first[codes[::-1]] = np.arange(len(codes))[::-1]
     found = own.take(pa.array(first))

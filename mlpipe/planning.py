@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import expr
 from .design import Atom, Variable, code, level_label, variables_of
 from .engines.base import Columns, Engine
-from .errors import ColumnNotFoundError, ConfigError, DataError, FormulaError, did_you_mean
+from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Coordinates, Recipe, closure, extended, level_labels, needed, response_column, response_variables
 from .formula import Formula, parse, parse_expression
 from .looks import Looks, used_columns

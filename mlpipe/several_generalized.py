@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Mo
 from .progress import stage
 from .reduction import lower_factor
 from .result import RandomTerm
-from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
-from .solve.joint import Exactly, Joint, JointProblem, Part, State
+from .solve.glmm import GLMMProblem, solve_glmm
+from .solve.joint import Exactly, Joint, JointProblem, Part
+from .solve.joint_iterative import SAMPLES, JointSolution, probes_for, solve_joint, work_of
 from .solve.kernel import Chunk, Kernel, Point, Rows
 from .solve.meetings import Pairs, Pattern, stays_sparse
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
+MOST_WORK = 1e10  # operations of one factoring above which conjugate gradients are faster
 SPARSE = 6.0  # trials per level below which the Laplace approximation of 0/1 data is worth a note
 
 
@@ -75,16 +78,17 @@ class JointModel:
         """Calls work on every piece of the spool, in threads: one pass."""
 
         def each(chunk: Chunk) -> None:
-            for rows in chunk.pieces:
-                work(self._part(chunk, rows))
+            for number, rows in enumerate(chunk.pieces):
+                work(self._part(chunk, rows, (chunk.first, number)))
 
         self.model.rows.spool.map(each)
 
-    def _part(self, chunk: Chunk, rows: Rows) -> Part:
+    def _part(self, chunk: Chunk, rows: Rows, place: tuple[int, int]) -> Part:
         def spread(values: np.ndarray) -> np.ndarray:
             return values[chunk.blocks] if len(rows.starts) == rows.F.shape[1] else np.repeat(values[chunk.blocks], rows.lengths)
 
-        return Part(rows, tuple(spread(code) for code in self.codes), {pair: spread(cell) for pair, cell in self.cells.items()})
+        cells = {pair: spread(cell) for pair, cell in self.cells.items()}
+        return Part(rows, tuple(spread(code) for code in self.codes), cells, place)
 
     @property
     def sequence(self) -> list[int]:
@@ -104,6 +108,20 @@ class JointModel:
             out[i], q = at, len(self.model.random[i].names)
             at += q * (q + 1) // 2 if squared else q
         return out
+
+    def path(self, method: str, limit: int) -> str:
+        """"exact" or "iterative": the exact one where nested, or where its dense rest and the work to fill it are small.
+
+        Raises ResourceError where the exact one was asked for and its rest exceeds half the memory limit.
+        """
+        if stays_sparse(self.problem.pairs):
+            return "iterative" if method == "iterative" else "exact"
+        rest, work = work_of(self.problem)
+        fits = 3 * 8 * rest**2 <= limit // 2
+        if method == "exact" and not fits:
+            message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
+            raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
+        return "exact" if method == "exact" or (method == "auto" and fits and work < MOST_WORK) else "iterative"
 
     def theta_star(self, theta: Sequence[float]) -> Array:
         """The solver's theta for one in the user's coordinates and lme4's order. Raises ConfigError where it is none."""
@@ -128,24 +146,40 @@ def fitted(
 ) -> GLMMFit:
     """The fit over gathered rows. Raises DataError for a factor with one level, ResourceError where the exact path does not fit."""
     joint = JointModel(model)
-    solver = Joint(joint.problem, Exactly())
-    rows = model.rows
+    how = joint.path(method, options.memory_bytes)
+    probed = probes_for(joint.problem, options.seed, options.threads or os.cpu_count() or 1) if how == "iterative" else None
+    solver, rows = Joint(joint.problem, probed or Exactly()), model.rows
     with stage("start", rows.info["seconds"], None, options):
         psi = state.psi() if state is not None else None
         first, typical = _started(joint, solver, psi, options)
         if start is not None and psi is None:
             p = joint.problem.p
             first[p : p + len(joint.problem.entries)] = joint.theta_star(start)
+    saved = state.save if state is not None else None
     with stage("fit", rows.info["seconds"], None, options) as fields:
-        problem = joint.problem
-        search = GLMMProblem(
-            solver, np.eye(problem.p), problem.entries, problem.offsets[-1], model.density.family.shape, typical,
-            rows.spool.n_rows <= CENTRAL_ROWS, tau_bound(model),
-        )  # fmt: skip
-        saved = state.save if state is not None else None
-        solution = solve_glmm(search, first, tol=options.tol, max_evaluations=options.max_passes, saved=saved)
-        fields |= {"evaluations": solution.evaluations, "score": solution.score}
-    return _result(text, joint, solver, solution, data, options)
+        if probed is None:
+            found = _exactly(joint, solver, first, typical, options, saved)
+        else:
+            found = solve_joint(
+                solver, probed, first, typical, tol=options.tol, max_evaluations=options.max_passes, tau_bound=tau_bound(model), saved=saved
+            )
+        fields |= {"evaluations": found.solution.evaluations, "score": found.solution.score}
+    return _result(text, joint, found, data, options)
+
+
+def _exactly(
+    joint: JointModel, solver: Joint, first: Array, typical: Array, options: Options, saved: Callable[[Array], None] | None
+) -> JointSolution:
+    """The maximum by the search of one-factor models, without Monte Carlo error."""
+    problem, rows = joint.problem, joint.model.rows
+    search = GLMMProblem(
+        solver, np.eye(problem.p), problem.entries, problem.offsets[-1], joint.model.density.family.shape, typical,
+        rows.spool.n_rows <= CENTRAL_ROWS, tau_bound(joint.model),
+    )  # fmt: skip
+    solution = solve_glmm(search, first, tol=options.tol, max_evaluations=options.max_passes, saved=saved)
+    tau = float(solution.psi[-1]) if search.shape else 0.0
+    u, covariances = solver.posterior(Point(solution.psi[: problem.p], solution.lambda_, tau))
+    return JointSolution(solution, None, 0.0, 0, u, covariances)
 
 
 def _started(joint: JointModel, solver: Joint, psi: Array | None, options: Options) -> tuple[Array, Array]:
@@ -161,8 +195,8 @@ def _started(joint: JointModel, solver: Joint, psi: Array | None, options: Optio
     return psi, solver.moments(Point(psi[: problem.p], np.eye(problem.offsets[-1]), tau))[1]
 
 
-def _result(text: str, joint: JointModel, solver: Joint, solution: GLMMSolution, data: Any, options: Options) -> GLMMFit:
-    model, problem = joint.model, joint.problem
+def _result(text: str, joint: JointModel, found: JointSolution, data: Any, options: Options) -> GLMMFit:
+    model, problem, solution = joint.model, joint.problem, found.solution
     p, r, shape = problem.p, len(problem.entries), model.density.family.shape
     rows, wide = joint.starts(squared=False), joint.starts(squared=True)
     terms, order = [], []
@@ -195,12 +229,28 @@ def _result(text: str, joint: JointModel, solver: Joint, solution: GLMMSolution,
         "evaluations": solution.evaluations, "score": solution.score, "information": solution.information, "levels": levels,
         "blocks": fit.n_blocks,
     }  # fmt: skip
-    fit.info["notes"] = [*fit.info["notes"], *_notes(joint, fit)]
-    fit.effects_tables = _modes(joint, solver, Point(solution.psi[:p], solution.lambda_, tau))
+    fit.info["notes"] = [*fit.info["notes"], *_notes(joint)]
+    fit.info["method"] = "exact" if found.error is None else "iterative"
+    if found.error is not None:
+        _carlo(fit, joint, found, found.error)
+    fit.effects_tables = _modes(joint, found)
     return fit
 
 
-def _notes(joint: JointModel, fit: GLMMFit) -> list[str]:
+def _carlo(fit: GLMMFit, joint: JointModel, found: JointSolution, error: Array) -> None:
+    """The Monte Carlo error of the iterative path, for `info` and the printed summary."""
+    p = joint.problem.p
+    fit.info["monte_carlo"] = {
+        "probes": found.probes, "error": error[p : p + len(joint.problem.entries)].tolist(), "error_fixed": error[:p].tolist(),
+        "loglik_error": found.loglik_error, "blup_variance_samples": SAMPLES,
+    }  # fmt: skip
+    fit.info["notes"].append(
+        f"iterative solver: Monte Carlo error at most {error.max():.1%} of a standard error ({found.probes} probes); log-likelihood to "
+        f"about {found.loglik_error:.2g}; conditional variances of the random effects from {SAMPLES} samples"
+    )
+
+
+def _notes(joint: JointModel) -> list[str]:
     """What nests within what, and levels of few trials."""
     factors, out = [joint.levels[k] for k in joint.order], []
     for (a, b), cells in joint.problem.pairs.items():
@@ -213,16 +263,15 @@ def _notes(joint: JointModel, fit: GLMMFit) -> list[str]:
     return out
 
 
-def _modes(joint: JointModel, solver: Joint, point: Point) -> dict[str, pa.Table]:
+def _modes(joint: JointModel, found: JointSolution) -> dict[str, pa.Table]:
     """Per group: its key columns, and per coefficient the mode and its conditional standard deviation."""
     import pyarrow as pa
 
     from .effects import coefficient_names, key_names
 
     problem, out = joint.problem, {}
-    u, covariances = solver.posterior(point)
-    modes = problem.split(problem.scaled(point.lambda_, u[:, None]))
-    for k, mode, covariance in zip(joint.order, modes, covariances, strict=True):
+    modes = problem.split(problem.scaled(found.solution.lambda_, found.u[:, None]))
+    for k, mode, covariance in zip(joint.order, modes, found.covariances, strict=True):
         factor, terms = joint.levels[k], [joint.model.random[i] for i in joint.bars[k]]
         back = stacked(terms)
         values = back @ mode[:, 0]

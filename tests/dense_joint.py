@@ -89,11 +89,6 @@ class _OneBlock(DenseGLMM):
         return u
 
 
-def entries(problem: JointProblem) -> tuple[tuple[int, int], ...]:
-    """The free elements of Λ."""
-    return problem.entries
-
-
 def crossed_codes(rng: np.random.Generator, n: int, levels: Sequence[int]) -> list[np.ndarray]:
     """Levels of crossed factors, each occurring."""
     return [rng.permutation(np.r_[np.arange(m), rng.integers(0, m, n - m)]) for m in levels]
@@ -107,7 +102,8 @@ def simulate_joint(
     n = len(codes[0])
     eta, spread = centre(family, link)
     spread *= scale
-    factors = [Grouping(code, np.column_stack([np.ones(n), rng.uniform(-1.0, 1.0, (n, k - 1))]), (k,)) for code, k in zip(codes, q, strict=True)]
+    columns = [np.column_stack([np.ones(n), rng.uniform(-1.0, 1.0, (n, k - 1))]) for k in q]
+    factors = [Grouping(code, Z, (Z.shape[1],)) for code, Z in zip(codes, columns, strict=True)]
     X = np.column_stack([np.ones(n), rng.uniform(-1.0, 1.0, n)])
     size = rng.integers(1, 8, n).astype(float) if family == "binomial" else np.ones(n)
     weight = rng.uniform(0.5, 2.0, n) if family in ("gamma", "inverse_gaussian", "gaussian") else np.ones(n)

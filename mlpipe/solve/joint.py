@@ -8,7 +8,7 @@ rows, and through the mode by one adjoint solve.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol
@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import scipy.sparse as sp
 
-from . import small
-from .density import Density, Terms
+from .density import Density
 from .elimination import eliminate
 from .kernel import Kernel, Look, Piece, Point, Rows
 from .link import Array
@@ -33,11 +32,13 @@ SCATTERED = 16  # levels that a part's codes span, per row, from which sums are 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows: `rows` and, per factor, the level (n,) of each; per pair of factors, the place (n,) of its cell among the pair's."""
+    """Some rows: `rows` and, per factor, the level (n,) of each; per pair of factors, the place (n,) of its cell among the pair's; `place`
+    tells the parts apart."""
 
     rows: Rows
     codes: tuple[np.ndarray, ...]
     cells: dict[tuple[int, int], np.ndarray]
+    place: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -173,20 +174,22 @@ class Solver(Protocol):
         """What of M⁻¹ the rows need."""
         ...
 
-    def covariances(self, problem: JointProblem, lambda_: Array, weights: Weights, M: Factored) -> list[Array]:
-        """The diagonal blocks of ΛM⁻¹Λ' of every factor."""
+    def roughly(self, M: Factored, b: Array) -> Array:
+        """M⁻¹b, as well as an approximation of the information needs it."""
         ...
 
 
 @dataclass
 class Spread:
     """What of M⁻¹ the rows need: `Y` blocks of ΛM⁻¹Λ' on diagonals and cells, for leverages z'Yz; `traces` T_k = Σ_i (Z'WZΛM⁻¹)_ki,ki;
-    `more`: pairs of vectors over single effects (all, k) whose products' mean is what the blocks leave out (probes)."""
+    `more`: pairs of vectors over single effects (all, k) the mean of whose products is what the blocks leave out, and `trace_parts`
+    (q_k, q_k, k) the same of the traces (k probes)."""
 
     blocks: list[Array]
     cells: dict[tuple[int, int], Array]
     traces: list[Array]
     more: tuple[Array, Array] | None = None
+    trace_parts: list[Array] | None = None
 
 
 class Exactly:
@@ -209,9 +212,9 @@ class Exactly:
         """See Solver."""
         return spread_of(problem, lambda_, weights, self.inverse(problem, lambda_, weights, M))
 
-    def covariances(self, problem: JointProblem, lambda_: Array, weights: Weights, M: Factored) -> list[Array]:
+    def roughly(self, M: Factored, b: Array) -> Array:
         """See Solver."""
-        return self.spread(problem, lambda_, weights, M).blocks
+        return M.solve(b)
 
 
 def spread_of(problem: JointProblem, lambda_: Array, weights: Weights, at: Inverse) -> Spread:
@@ -234,6 +237,7 @@ class State:
     point: Point
     u: Array
     value: float
+    by_gamma: Array
     c: Array
     weights: Weights
     M: Factored
@@ -327,7 +331,7 @@ class Joint:
         with np.errstate(all="ignore"):
             u, _ = self.mode(point, self.u)
             at = self.state(point, u, outer=False)
-            return u, self.solver.covariances(self.problem, point.lambda_, at.weights, at.M)
+            return u, self.solver.spread(self.problem, point.lambda_, at.weights, at.M).blocks
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -431,7 +435,7 @@ class Joint:
             value = float(density.loglik(at, part.rows.cells, point.tau).sum()) if weighted else 0.0
             with lock:
                 values.append(value)
-                _add_levels(c, part, pieces, [score])
+                add_levels(c, part, pieces, [score])
                 if weights is not None:
                     weights.add(part, pieces, w)
 
@@ -448,7 +452,7 @@ class Joint:
         observed = Weights.zeros(problem) if split else weights
         shaped, p = density.family.shape, problem.p
         lock, values, shapes, informations = Lock(), [0.0], [0.0], [0.0]
-        gram, tops = np.zeros((p, p)), 1 + shaped
+        gram, tops, by_gamma = np.zeros((p, p)), 1 + shaped, np.zeros(len(problem.Q))
         c = self.level_sums(tops)
         ZWX = self.level_sums(p if outer else 0)
 
@@ -460,7 +464,8 @@ class Joint:
             second = density.by_shape(at, part.rows.cells, point.tau).second if shaped and outer else None
             with lock:
                 values.append(float(terms.value.sum()))
-                _add_levels(c, part, pieces, [terms.score, *([terms.score_shape] if shaped else [])])
+                by_gamma[:] += part.rows.F @ terms.score
+                add_levels(c, part, pieces, [terms.score] if terms.score_shape is None else [terms.score, terms.score_shape])
                 weights.add(part, pieces, terms.curvature)
                 if split:
                     observed.add(part, pieces, terms.observed)
@@ -469,7 +474,7 @@ class Joint:
                 if X is not None:
                     weighted = X * terms.curvature
                     gram[:] += weighted @ X.T
-                    _add_levels(ZWX, part, pieces, weighted)
+                    add_levels(ZWX, part, pieces, weighted)
                 if second is not None:
                     informations.append(max(-float(second.sum()), 0.1 * float(np.abs(second).sum())))
 
@@ -479,21 +484,24 @@ class Joint:
         M = self.solver.factored(problem, point.lambda_, weights)
         M_o = self.solver.factored(problem, point.lambda_, observed.finished()) if split else M
         return State(
-            point, u, math.fsum(values), sums[:, 0], weights, M, observed, M_o, math.fsum(shapes), sums[:, 1] if shaped else None,
-            gram, products, math.fsum(informations),
+            point, u, math.fsum(values), by_gamma, sums[:, 0], weights, M, observed, M_o, math.fsum(shapes), sums[:, 1] if shaped else None,
+            gram, products if outer else None, math.fsum(informations),
         )  # fmt: skip
 
     def score(self, at: State) -> Array:
         """∂L by (beta*, the entries of Λ, tau) (R8)."""
         problem, lam = self.problem, at.point.lambda_
         spread = self.solver.spread(problem, lam, at.weights, at.M)
-        zq, by_shape = self._through(at, spread)
+        zq, by_gamma, by_shape = self._through(at, spread)
         a = at.M_o.solve(problem.scaled(lam, zq[:, None], transpose=True))
         b = problem.scaled(lam, a)
         z_kappa = zq - at.observed.times(problem, b)[:, 0]
-        by_beta = self._by_beta(at, spread, b)
+        by_beta = problem.Q.T @ (at.by_gamma - 0.5 * by_gamma) + 0.5 * self._mediated(at, b)
         inner = at.c - 0.5 * z_kappa
-        parts = zip(spread.traces, *(problem.split(v[:, None]) for v in (inner, at.u, at.c, a[:, 0])), strict=True)
+        traces = spread.traces
+        if spread.trace_parts is not None:
+            traces = [T + each.mean(axis=2) for T, each in zip(traces, spread.trace_parts, strict=True)]
+        parts = zip(traces, *(problem.split(v[:, None]) for v in (inner, at.u, at.c, a[:, 0])), strict=True)
         full = np.zeros_like(lam)
         for (T, i, u, c, own), first, last in zip(parts, problem.offsets[:-1], problem.offsets[1:], strict=True):
             full[first:last, first:last] = i[:, 0] @ u[:, 0].T - 0.5 * c[:, 0] @ own[:, 0].T - T
@@ -502,42 +510,45 @@ class Joint:
             out.append(np.array([at.shape - 0.5 * by_shape - 0.5 * float(b[:, 0] @ at.c_shape)]))
         return np.concatenate(out)
 
-    def _through(self, at: State, spread: Spread) -> tuple[Array, float]:
-        """Z'q, q = h ∂W/∂η, and Σ h ∂W/∂tau."""
+    def _through(self, at: State, spread: Spread) -> tuple[Array, Array, float]:
+        """Z'q, q = h ∂W/∂η; Fq; and Σ h ∂W/∂tau."""
         problem, eta, leverages = self.problem, self.linear(at.point, at.u), self.leverages(spread)
-        lock, shapes = Lock(), [0.0]
+        lock, shapes, by_gamma = Lock(), [0.0], np.zeros(len(problem.Q))
         zq = self.level_sums(1)
 
         def work(part: Part) -> None:
             pieces = self.pieces(part)
             terms = problem.density.terms(eta(part, pieces), part.rows.cells, at.point.tau)
             h = leverages(part, pieces)
+            q = h * terms.slope
             with lock:
-                _add_levels(zq, part, pieces, [h * terms.slope])
+                add_levels(zq, part, pieces, [q])
+                by_gamma[:] += part.rows.F @ q
                 if terms.curvature_shape is not None:
                     shapes.append(float(h @ terms.curvature_shape))
 
         problem.scan(work)
-        return problem.joined(zq)[:, 0], math.fsum(shapes)
+        return problem.joined(zq)[:, 0], by_gamma, math.fsum(shapes)
 
-    def _by_beta(self, at: State, spread: Spread, b: Array) -> Array:
-        """X'(ℓ' - κ/2), κ = q - W ZΛa."""
-        problem, eta, leverages = self.problem, self.linear(at.point, at.u), self.leverages(spread)
+    def _mediated(self, at: State, b: Array) -> Array:
+        """X'WZb (p,) with the observed W."""
+        if at.ZWX is not None and at.observed is at.weights:
+            return np.asarray(at.ZWX.T @ b[:, 0])
+        problem, eta = self.problem, self.linear(at.point, at.u)
         shift, lock, total = self.effects(b), Lock(), np.zeros(len(problem.Q))
 
         def work(part: Part) -> None:
             pieces = self.pieces(part)
-            terms = problem.density.terms(eta(part, pieces), part.rows.cells, at.point.tau)
-            kappa = leverages(part, pieces) * terms.slope - terms.observed * shift(part, pieces)[0]
+            _, observed = problem.density.newton(eta(part, pieces), part.rows.cells, at.point.tau)
             with lock:
-                total[:] += part.rows.F @ (terms.score - 0.5 * kappa)
+                total[:] += part.rows.F @ (observed * shift(part, pieces)[0])
 
         problem.scan(work)
         return np.asarray(problem.Q.T @ total)
 
     def leverages(self, spread: Spread) -> Callable[[Part, Sequence[Piece]], Array]:
         """A function that gives h_j = z_j'ΛM⁻¹Λ'z_j of some rows."""
-        more = None if spread.more is None else [self.effects(v) for v in spread.more]
+        more = None if spread.more is None else self.products(*spread.more)
 
         def at_rows(part: Part, pieces: Sequence[Piece]) -> Array:
             h = np.zeros(part.rows.F.shape[1])
@@ -545,14 +556,29 @@ class Joint:
                 for i in range(len(block)):
                     for j in range(i + 1):
                         h += piece.times(i, piece.times(j, (block[i, j] * (1.0 if i == j else 2.0))[code]))
-            for (k, l), block in spread.cells.items():
-                cell = part.cells[k, l]
+            for (k, o), block in spread.cells.items():
+                cell = part.cells[k, o]
                 for i in range(len(block)):
                     for j in range(block.shape[1]):
-                        h += pieces[k].times(i, pieces[l].times(j, 2.0 * block[i, j][cell]))
-            if more is not None:
-                h += np.einsum("kn,kn->n", more[0](part, pieces), more[1](part, pieces)) / len(spread.more[0].T)  # type: ignore[index]
-            return h
+                        h += pieces[k].times(i, pieces[o].times(j, 2.0 * block[i, j][cell]))
+            return h if more is None else h + more(part, pieces).mean(axis=1)
+
+        return at_rows
+
+    def products(self, left: Array, right: Array) -> Callable[[Part, Sequence[Piece]], Array]:
+        """A function that gives (Z left)·(Z right) (n, k) of some rows, column by column of what is over single effects (all, k)."""
+        sides = [[np.ascontiguousarray(part.transpose(0, 2, 1)) for part in self.problem.split(v)] for v in (left, right)]
+
+        def at_rows(part: Part, pieces: Sequence[Piece]) -> Array:
+            both = []
+            for side in sides:
+                total = np.zeros((part.rows.F.shape[1], left.shape[1]))
+                for piece, code, own in zip(pieces, part.codes, side, strict=True):
+                    for a, values in enumerate(own):
+                        z = piece.Z[a]
+                        total += values[code] if z is None else z[:, None] * values[code]
+                both.append(total)
+            return np.asarray(both[0] * both[1])
 
         return at_rows
 
@@ -564,7 +590,7 @@ class Joint:
         G = self._working(at)
         SG = at.weights.times(problem, G)
         rhs = problem.scaled(lam, np.hstack([at.ZWX, SG]), transpose=True)
-        solved = at.M.solve(rhs)
+        solved = self.solver.roughly(at.M, rhs)
         out = np.zeros((p + r + problem.density.family.shape,) * 2)
         out[:p, :p] = at.gram - rhs[:, :p].T @ solved[:, :p]
         AI = 0.5 * (G.T @ SG - rhs[:, p:].T @ solved[:, p:])
@@ -600,9 +626,10 @@ def _add(total: Array, code: np.ndarray, values: Array) -> None:
         total[low:high] += np.bincount(code - low, values, minlength=high - low)
 
 
-def _add_levels(totals: list[Array], part: Part, pieces: Sequence[Piece], values: Sequence[Array] | Array) -> None:
+def add_levels(totals: list[Array], part: Part, pieces: Sequence[Piece], values: Iterable[Array]) -> None:
     """Adds Z'v per level, for several v (n,), to (q_k, k, m_k) of each factor."""
+    held = list(values)
     for total, piece, code in zip(totals, pieces, part.codes, strict=True):
-        for column, v in enumerate(values):
+        for column, v in enumerate(held):
             for a in range(len(piece.Z)):
                 _add(total[a, column], code, piece.times(a, v))
