@@ -13,6 +13,7 @@ import numpy as np
 
 from .arrays import column, plain_interval
 from .errors import DataError
+from .levels import places
 from .reduction import response_vector
 
 if TYPE_CHECKING:
@@ -78,18 +79,10 @@ def table_of(fit: MixedFit, tables: Iterator[pa.Table]) -> pa.Table:
 
 
 def _sorted(table: pa.Table, keys: list[str]) -> pa.Table:
-    """Sorted by the keys, level codes by their own order."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+    """Sorted by the keys; those of a type that has no order stay in the engine's."""
     table = table.unify_dictionaries().combine_chunks()
-    columns = [table.column(key).combine_chunks() for key in keys]
-    codes = [column.indices if pa.types.is_dictionary(column.type) else column for column in columns]
-    proxy = pa.table({f"k{i}": code for i, code in enumerate(codes)})
-    try:
-        return table.take(pc.sort_indices(proxy, sort_keys=[(name, "ascending") for name in proxy.column_names]))
-    except (pa.ArrowNotImplementedError, pa.ArrowTypeError):  # a key type that has no order stays in the engine's
-        return table
+    order = places(table, keys)
+    return table if order is None else table.take(order)
 
 
 def key_names(terms: Sequence[Named], columns: Sequence[str]) -> list[str]:

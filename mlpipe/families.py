@@ -38,6 +38,12 @@ def check_mixed(formula: Formula, nagq: int) -> None:
         raise ConfigError(f"nagq = {nagq!r}: it must be a whole number from 1")
     if nagq > MAX_NAGQ:
         raise ConfigError(f"nagq = {nagq:,} nodes a random effect are more than {MAX_NAGQ}", hint="lower nagq")
+    factors = dict.fromkeys(bar.group_label for bar in formula.random)
+    if nagq > 1 and len(factors) > 1:
+        raise ConfigError(
+            f"nagq = {nagq} with several grouping factors ({', '.join(factors)}): their effects are integrated jointly, "
+            "and quadrature over so many dimensions is out of reach", code="nagq_several", hint="nagq=1, the Laplace approximation",
+        )  # fmt: skip
 
 
 def check_plain(formula: Formula) -> None:

@@ -25,9 +25,10 @@ def noted(fit: Any, model: Model, nagq: int) -> None:
     rows, notes = model.rows, fit.info["notes"]
     fit.info["passes"] = round(rows.spool.rows_read / max(rows.spool.n_rows, 1), 2)
     per_block = rows.size / max(rows.spool.n_blocks, 1)
-    if model.random:
+    one_factor = bool(model.random) and not model.plan.recipe.factors
+    if one_factor:
         fit.info["per_block"] = round(per_block, 2)
-    if model.random and model.density.family.name == "binomial":
+    if one_factor and model.density.family.name == "binomial":
         fit.info["blocks_without_variation"] = rows.flat
     if model.random and nagq == 1 and (sparse := _sparse(model, per_block)):
         notes.append(f"blocks have {sparse} on average: the Laplace approximation may be biased, compare nagq=7 or more")

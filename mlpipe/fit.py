@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, ConvergenceError, ConvergenceWarning, DataError, RankWarning, SingularFitWarning, did_you_mean
-from .options import Options
+from .options import METHODS, Options
 from .progress import stage
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ _OWN = {  # keywords that not every function has
 }
 GENERALIZED = ("glmm", "glm")
 EXPLAINED = 1e-4  # share of the response's sum of squares left by X beta, below which the response is read again as a residual
-METHODS = ("auto", "exact", "iterative")
 ROUNDING = 1e-13  # residuals over the response's spread, below which they are its rounding error
 
 

@@ -11,7 +11,7 @@ from .errors import ConfigError, did_you_mean
 from .families import check_mixed, check_plain, check_weights, checked_family
 from .findings import noted, report
 from .formula import Formula, parse
-from .options import Options
+from .options import METHODS, Options
 from .passes import built, plain, solved
 from .planning import Plan, Request, prepare
 from .progress import stage
@@ -41,7 +41,8 @@ def glmm(
     checkpoint: Any = None,
     options: Options | None = None,
 ) -> GLMMFit:
-    """Fits a generalized linear mixed model with one grouping factor by maximum likelihood.
+    """Fits a generalized linear mixed model by maximum likelihood: of one grouping factor by quadrature, of several by the joint Laplace
+    approximation.
 
     Args:
         formula: lme4's syntax, `y ~ x + (1 + x | g)`; a binomial response may be `cbind(successes, failures)`.
@@ -73,9 +74,14 @@ def glmm(
     plan, rows = _rows(data, request, options, compress=True)
     with rows.spool:
         model = built(parsed, plan, rows, made, nagq)
-        state = Checkpoint(checkpoint, plan, rows.info, (family, link, nagq, options.curvature)) if checkpoint is not None else None
-        solution = solved(model, start, options, state)
-        fit = GLMMFit.from_solution(formula, model, solution, data, options)
+        settings = (family, link, nagq, options.curvature)
+        state = Checkpoint(checkpoint, plan, rows.info, settings) if checkpoint is not None else None
+        if plan.recipe.factors:
+            from . import several_generalized
+
+            fit = several_generalized.fitted(formula, model, data, start, options, state, method)
+        else:
+            fit = GLMMFit.from_solution(formula, model, solved(model, start, options, state), data, options)
     noted(fit, model, nagq)
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     report(fit, options)
@@ -145,8 +151,10 @@ def _density(family: str, link: str, options: Options) -> Density:
 def _checked(formula: str, family: str, weights: str | None, nagq: int, method: str) -> Formula:
     parsed = parse(formula)
     check_mixed(parsed, nagq)
-    if method not in ("auto", "exact"):
-        raise ConfigError(f"method = {method!r}: one grouping factor is solved exactly", hint=did_you_mean(str(method), ["auto", "exact"]))
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
+    if method == "iterative" and len({bar.groups for bar in parsed.random}) == 1:
+        raise ConfigError("one grouping factor is solved exactly", hint='method="auto"')
     check_weights(family, weights)
     return parsed
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +11,7 @@ import numpy as np
 from . import marginal
 from .arrays import arrow
 from .passes import first_tau
-from .reduction import lower_factor
+from .reduction import Random, lower_factor
 from .result import MixedFit, RandomTerm
 from .solve.density import density
 
@@ -121,7 +122,7 @@ class GLMMFit(GeneralizedFit):
         )
         theta = slice(p, p + len(model.kernel.entries))
         fit = cls(
-            **_common(text, model, solution.psi[:p], solution.vcov[:p, :p], data, options),
+            **common(text, model, solution.psi[:p], solution.vcov[:p, :p], data, options),
             terms=terms,
             loglik=solution.loglik + model.rows.spool.constant,
             converged=solution.converged and not solution.rough,
@@ -161,7 +162,7 @@ class GLMFit(GeneralizedFit):
         if robust is not None:
             covariance = marginal.sandwich(model, solution.psi, bread, robust)[:p, :p]
         fit = cls(
-            **_common(text, model, solution.psi[:p], covariance, data, options),
+            **common(text, model, solution.psi[:p], covariance, data, options),
             terms=(),
             loglik=math.nan if quasi else solution.loglik + model.rows.spool.constant,
             converged=solution.converged,
@@ -180,7 +181,7 @@ class GLMFit(GeneralizedFit):
         return fit
 
 
-def _common(text: str, model: Model, beta: Array, covariance: Array, data: Any, options: Options) -> dict[str, Any]:
+def common(text: str, model: Model, beta: Array, covariance: Array, data: Any, options: Options) -> dict[str, Any]:
     """What does not depend on the kind of fit."""
     recipe, rows, R = model.plan.recipe, model.rows, model.fixed.R
     half = np.linalg.solve(R, covariance)
@@ -220,12 +221,7 @@ def _modes(fit: GLMMFit, model: Model, solution: GLMMSolution) -> pa.Table:
 
     kernel, spool, u = model.kernel, model.rows.spool, model.rows.info["modes"]
     point = Point(model.Q @ solution.psi[: model.Q.shape[1]], solution.lambda_, fit.tau)
-    back = np.zeros((kernel.q, kernel.q))
-    at = 0
-    for term in fit.terms:
-        k = len(term.names)
-        back[at : at + k, at : at + k] = np.linalg.inv(term.R)
-        at += k
+    back = stacked(fit.terms)
     parts = spool.map(lambda chunk: kernel.posterior(chunk, point, u[:, chunk.blocks]))
     modes = back @ solution.lambda_ @ np.concatenate([part[0] for part in parts], axis=1)
     factor = np.einsum("ij,jkb->ikb", back, np.concatenate([part[1] for part in parts], axis=2))
@@ -236,3 +232,14 @@ def _modes(fit: GLMMFit, model: Model, solution: GLMMSolution) -> pa.Table:
         columns |= {name: arrow(modes[k]), f"{name}_se": arrow(sds[k])}
     return pa.table(columns)
 
+
+
+def stacked(terms: Sequence[RandomTerm | Random]) -> Array:
+    """R⁻¹ of each term, block-diagonal."""
+    size = sum(len(term.names) for term in terms)
+    out, at = np.zeros((size, size)), 0
+    for term in terms:
+        k = len(term.names)
+        out[at : at + k, at : at + k] = np.linalg.inv(term.R)
+        at += k
+    return out

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,3 +163,40 @@ def _bare(values: pa.Array) -> pa.Array:
     if pa.types.is_string_view(values.type):
         values = values.cast(pa.large_string())
     return pc.add(values, 0.0) if pa.types.is_float32(values.type) or pa.types.is_float64(values.type) else values
+
+
+def levels_of(columns: tuple[str, ...], keys: pa.Table) -> tuple[Levels, np.ndarray]:
+    """The levels of the factor of these key columns, in their order, and the level (n,) of each row of the table; no key is null."""
+    import pyarrow as pa
+
+    own = keys.select(list(columns)).unify_dictionaries().combine_chunks()
+    codes = np.zeros(len(own), dtype=np.int64)
+    for name in columns:
+        values = _bare(own.column(name).combine_chunks()).dictionary_encode()
+        codes = codes * len(values.dictionary) + np.from_dlpack(values.indices)
+    if len(columns) > 1:
+        codes = np.unique(codes, return_inverse=True)[1].astype(np.int64)
+    first = np.empty(int(codes.max(initial=-1)) + 1, dtype=np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]
+    found = own.take(pa.array(first))
+    order = places(found, columns)
+    if order is not None:
+        found = found.take(order)
+        rank = np.empty(len(first), dtype=np.int64)
+        rank[np.from_dlpack(order).astype(np.int64)] = np.arange(len(first))
+        codes = rank[codes]
+    return Levels(":".join(columns), columns, found), codes.astype(np.int32)
+
+
+def places(table: pa.Table, names: Sequence[str]) -> pa.Array | None:
+    """Which rows come one after the other in the order of these columns, level codes by their own; None for a type without an order."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = [table.column(name).combine_chunks() for name in names]
+    codes = [column.indices if pa.types.is_dictionary(column.type) else column for column in columns]
+    proxy = pa.table({f"k{i}": code for i, code in enumerate(codes)})
+    try:
+        return pc.sort_indices(proxy, sort_keys=[(name, "ascending") for name in proxy.column_names])
+    except (pa.ArrowNotImplementedError, pa.ArrowTypeError):
+        return None

@@ -119,14 +119,14 @@ def plain(model: Model, chosen: Sequence[int] | None, tol: float, max_passes: in
             total = total + part
         return GLMLook(total.loglik, J.T @ total.score, J.T @ total.information @ J)
 
-    solution = solve_glm(look, _first(model), shape=shape, tau_bound=_tau_bound(model), tol=tol, max_passes=max_passes)
+    solution = solve_glm(look, _first(model), shape=shape, tau_bound=tau_bound(model), tol=tol, max_passes=max_passes)
     if not math.isfinite(solution.loglik):
         link, family = model.density.link.name, model.density.family.name
         raise DataError(f"the link {link!r} gives means that family {family!r} has not", code="link_domain", hint="use another link")
     return solution
 
 
-def _tau_bound(model: Model) -> float:
+def tau_bound(model: Model) -> float:
     """|tau| beyond which counts have no overdispersion; other shapes have no limit that means anything."""
     return TAU_BOUND if model.density.family.vanishing else math.inf
 
@@ -228,7 +228,7 @@ def solved(model: Model, start: Sequence[float] | None, options: Options, state:
 
 def _problem(model: Model, scan: _Passes, typical: np.ndarray) -> GLMMProblem:
     central = model.rows.spool.n_rows <= CENTRAL_ROWS
-    shape, bound = model.density.family.shape, _tau_bound(model)
+    shape, bound = model.density.family.shape, tau_bound(model)
     second = scan.second if has_hessian(model.kernel) else None
     return GLMMProblem(scan, model.Q, model.kernel.entries, model.kernel.q, shape, typical, central, bound, second)
 

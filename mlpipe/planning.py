@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import expr
 from .design import Atom, Variable, code, level_label, variables_of
 from .engines.base import Columns, Engine
-from .errors import ColumnNotFoundError, ConfigError, DataError, FormulaError, did_you_mean
+from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Coordinates, Recipe, closure, extended, level_labels, needed, response_column, response_variables
 from .formula import Formula, parse, parse_expression
 from .looks import Looks, used_columns
@@ -317,11 +317,6 @@ def _used_names(formula: Formula, request: Request) -> tuple[str, ...]:
 def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[str, Variable], responses: tuple[str, ...]) -> Recipe:
     """A recipe without features, for statements that only need to know which rows enter."""
     factors = tuple(dict.fromkeys(bar.groups for bar in formula.random))
-    if len(factors) > 1 and request.family is not None:
-        raise FormulaError(
-            "several grouping factors: " + ", ".join(sorted(":".join(g) for g in factors)) + "; a generalized model takes one",
-            code="several_factors",
-        )
     return Recipe(
         formula=formula,
         kinds={name: names.kinds[name] for name in _used_names(formula, request)},
