@@ -79,8 +79,12 @@ class Scan:
         known = [scorable(self.recipe, self.names)]
         return both([*known, *(self.names.present(name) for name in _frequency_names(self.recipe))])
 
-    def rows(self, changes: Sequence[Change] = (), more: Mapping[str, exp.Expr] | None = None, order: bool = False) -> Iterator[Rows]:
-        """The rows, batch by batch; `more`: further columns, by names of their own; `order`: in the source's order."""
+    def rows(
+        self, changes: Sequence[Change] = (), more: Mapping[str, exp.Expr] | None = None, *, only: exp.Expr | None = None,
+        sizes: Sequence[str] = (), order: bool = False,
+    ) -> Iterator[Rows]:  # fmt: skip
+        """The rows, batch by batch, `only` those where it holds; `more`: further columns, by names of their own, which read the source's
+        `sizes` too; `order`: in the source's order."""
         from sqlglot import exp
 
         from .engines.base import Columns
@@ -104,9 +108,11 @@ class Scan:
         columns += [named(node, name) for name, node in (more or {}).items()]
         columns = columns or [named(exp.Literal.number(1), "present")]
         statement = skeleton("rows").select(*columns, append=False, copy=False).where(self.where, copy=False)
+        if only is not None:
+            statement = statement.where(only, copy=False)
         if order:
             statement = statement.order_by(exp.column("rn"), copy=False)
-        wanted = Columns(self.positions(self.recipe.kinds), self.positions(self.recipe.groups), row_number=order)
+        wanted = Columns(self.positions([*self.recipe.kinds, *sizes]), self.positions(self.recipe.groups), row_number=order)
         for batch in self.engine.query(statement, wanted):
             if batch.num_rows:
                 yield self._made(batch, reached, list(more or {}))

@@ -201,7 +201,8 @@ def _not_estimable(fit: MixedFit, A: Array, F: Array, data: Any, options: Option
     coding = fit.info.get("coding") or {}
     columns = Coding(fit.recipe, fit.parsed, coding.get("contrasts"), coding.get("levels") or {}).columns(fit.parsed.fixed)
     T = fit.recipe.matrix(columns)[:m]
-    scale = np.maximum(np.sqrt(np.einsum("ij,ik,kj->j", T, gram, T)), 1e-300)
+    scale = np.sqrt(np.maximum(np.einsum("ij,ik,kj->j", T, gram, T), 0.0))
+    scale[scale == 0.0] = 1.0  # of an empty cell's column
     values, vectors = np.linalg.eigh((T / scale).T @ gram @ (T / scale))
     null = vectors[:, values < NULL * values[-1]] / scale[:, None]
     X = A @ (T.T @ F).T

@@ -194,6 +194,16 @@ class MixedFit:
 
         return quality.residuals(self, data, options)
 
+    def influence(self, top: int = 20, data: Any = None, *, options: Options | None = None) -> pa.Table:
+        """The blocks whose deletion moves the fixed effects most, theta as it is: keys, `rows`, `leverage`, `cooks_distance` and, per
+        coefficient, `dfbetas_<term>` (Cook 1977; Belsley, Kuh and Welsch 1980; for mixed models Christensen, Pearson and Johnson 1992).
+
+        By decreasing distance; before all others, with nulls, blocks without which a coefficient is not determined. One scan.
+        """
+        from . import influence
+
+        return influence.influence(self, top, data, options)
+
     def normality(self) -> pa.Table:
         """Per random coefficient the standardized conditional modes in summary, and their correlation with normal quantiles.
 
@@ -279,6 +289,18 @@ class MixedFit:
         from . import averaged
 
         return averaged.effects(self, data, conf_level, options)
+
+    def marginal(
+        self, data: Any, block: Any = None, *, prefix: str = "", options: Options | None = None
+    ) -> pa.Table | pa.RecordBatchReader:
+        """The rows of `data` with `mean` and `variance` of the response, the random effects integrated out; or, of the rows of one block,
+        `covariance` and `correlation`, a row each pair (`row1`, `row2` from 1 in the source's order; up to 1,000 rows).
+
+        `block`: the value of the grouping column (a tuple of several), or a dict of grouping columns to values.
+        """
+        from . import implied
+
+        return implied.rows(self, data, prefix, options) if block is None else implied.block(self, data, block, options)
 
     def means(
         self, term: str | Sequence[str], *, kind: str = "response", effects: str = "population",
