@@ -61,7 +61,7 @@ class Means:
         V = parameter_covariance(self.fit)[: p + k, : p + k]
         V[:p] = self.R @ V[:p]
         V[:, :p] = V[:, :p] @ self.R.T
-        return V
+        return np.asarray(V)
 
     def at(self, F: Array, offset: Array | None) -> tuple[Integrated, Array]:
         """Means of rows with features F (m, n), and their gradient (parameters, n)."""
@@ -97,11 +97,14 @@ def parameter_covariance(fit: MixedFit) -> Array:
     """The covariance of (beta, theta*, …) in the fit's coordinates: the joint one where the fit has it, else beta and theta apart; what
     is on the boundary counts as known."""
     joint = getattr(fit, "joint_covariance", None)
-    if joint is not None:
-        return np.nan_to_num(np.array(joint, dtype=float))
     p, k = len(fit.names), len(fit.theta_covariance)
     V = np.zeros((p + k, p + k))
-    V[:p, :p], V[p:, p:] = fit.covariance, np.nan_to_num(fit.theta_covariance)
+    if joint is not None:
+        V = np.array(joint, dtype=float)
+    else:
+        V[:p, :p], V[p:, p:] = fit.covariance, fit.theta_covariance
+    on_boundary = p + np.flatnonzero(np.isnan(np.diag(V)[p:]))
+    V[on_boundary] = V[:, on_boundary] = 0.0
     return V
 
 

@@ -108,7 +108,8 @@ class _Deletion:
         columns: dict[str, Any] = dict(zip(names, blocks.keys, strict=True))
         columns |= {"rows": pa.array(blocks.rows.astype(np.int64)), "leverage": pa.array(leverage)}
         columns["cooks_distance"] = pa.array(cook, mask=~known)
-        columns |= {f"dfbetas_{name}": pa.array(v, mask=~(known & np.isfinite(v))) for name, v in zip(self.fit.names, dfbetas.T, strict=True)}
+        for name, values in zip(self.fit.names, dfbetas.T, strict=True):
+            columns[f"dfbetas_{name}"] = pa.array(values, mask=~(known & np.isfinite(values)))
         columns["order"] = pa.array(np.where(known, cook, np.inf))
         return pa.table(columns)
 

@@ -53,8 +53,9 @@ def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: 
 
 
 def scored(
-    fit: MixedFit, data: Any, outputs: dict[str, Output], conditional: Sequence[str], options: Options | None, *, columns: Sequence[str] | None
-) -> pa.RecordBatchReader:
+    fit: MixedFit, data: Any, outputs: dict[str, Output], conditional: Sequence[str], options: Options | None, *,
+    columns: Sequence[str] | None,
+) -> pa.RecordBatchReader:  # fmt: skip
     """The columns `columns` of the source (None: all, and in its order) with `outputs`, null where a level is not known to the fit."""
     return _scored(fit, data, outputs, conditional, "null", columns is None, columns, options)
 

@@ -12,8 +12,8 @@ import pytest
 import scipy.stats as st
 
 import mlpipe as mp
-from mlpipe.expr import Column, Node, Number, label
 from mlpipe.derivative import derivative, substituted
+from mlpipe.expr import Column, Node, Number, label
 from mlpipe.formula import parse_expression
 
 from .dense_glmm import MEANS, centre, draw
@@ -127,7 +127,8 @@ def test_effects_against_brute_force(family: str, link: str, formula: str) -> No
     want = brute.effects(psi)
     table = [row for row in fit.effects().to_pylist() if row["effect"] != "subject_specific"]
     order = {"average_marginal": ["x", "tb", "tc"], "population_average": list(fit.names)}
-    got = [next(r for r in table if (r["effect"], r["term"]) == (e, t)) for e in ("population_average", "average_marginal") for t in order[e]]
+    wanted = [(effect, term) for effect in ("population_average", "average_marginal") for term in order[effect]]
+    got = [next(r for r in table if (r["effect"], r["term"]) == pair) for pair in wanted]
     np.testing.assert_allclose([row["estimate"] for row in got], want, rtol=1e-6, atol=1e-8)
     steps = 1e-5 * np.maximum(np.abs(psi), 0.1)
     J = np.column_stack([(brute.effects(psi + s) - brute.effects(psi - s)) / (2 * s.sum()) for s in np.diag(steps)])
