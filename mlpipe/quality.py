@@ -16,8 +16,7 @@ from .effects import coefficient_names, ranef
 from .errors import ConfigError, did_you_mean
 from .integrals import moments, variance_coefficients
 from .marginal import latent_variance
-from .outcome import TRIALS
-from .predictions import Output, value_names
+from .predictions import Output, size_names, value_names
 from .sketch import Sketch
 from .variance import jacobian
 from .wald import check_level
@@ -213,16 +212,15 @@ def residual_batches(fit: MixedFit, data: Any, options: Options | None) -> Itera
     """Response and Pearson residuals of each row, (n,), NaN where a row cannot be used."""
     from .scoring import scored
 
-    best = "conditional" if fit.terms else "population"
-    size = () if fit.recipe.weights is None and TRIALS not in fit.recipe.responses else ("size",)
-    outputs = {"response": fit.output("residual"), "pearson": _pearson(fit, best, size)}
-    reader = scored(fit, data, outputs, fit.groups, options, columns=())
-    for batch in reader:
-        yield _plain(batch.column(0)), _plain(batch.column(1))
+    outputs = {"response": fit.output("residual"), "pearson": pearson(fit)}
+    for batch in scored(fit, data, outputs, fit.groups, options, columns=()):
+        yield plain(batch.column(0)), plain(batch.column(1))
 
 
-def _pearson(fit: MixedFit, best: str, size: tuple[str, ...]) -> Output:
+def pearson(fit: MixedFit) -> Output:
     """(y - mu) / sqrt(Var(y)); of a linear model scaled by sigma."""
+    best = "conditional" if fit.terms else "population"
+    size = ("size",) if size_names(fit.recipe) else ()
     c, base = variance_coefficients(fit), fit.output("residual")
     k = len(base.parts)
 
@@ -235,7 +233,8 @@ def _pearson(fit: MixedFit, best: str, size: tuple[str, ...]) -> Output:
     return Output((*base.parts, best, *size), made)
 
 
-def _plain(values: Any) -> Array:
+def plain(values: Any) -> Array:
+    """Doubles with nulls as NaN."""
     import pyarrow.compute as pc
 
     return np.from_dlpack(pc.fill_null(values, float("nan")))

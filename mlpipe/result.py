@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from .options import Options
+    from .plot import Plots
     from .predictions import Output
     from .solve.lmm import LMMSolution
 
@@ -188,7 +189,7 @@ class MixedFit:
     def residuals(self, data: Any = None, *, options: Options | None = None) -> pa.Table:
         """Response and Pearson residuals given the random effects in summary: n, moments (excess kurtosis), quartiles; one scan.
 
-        Quartiles are exact up to 16,384 rows, then from a sketch whose ranks are good to about 0.02 % of the rows.
+        Quartiles are exact up to 16,384 rows, then from a sketch whose ranks are good to 0.1 % of the rows.
         """
         from . import quality
 
@@ -279,6 +280,13 @@ class MixedFit:
         from . import scoring
 
         return scoring.augment(self, data, columns=columns, prefix=prefix, options=options)
+
+    @property
+    def plot(self) -> Plots:
+        """`coefficients()`, `caterpillar()`, `residuals()`, `qq()`, `influence()`: each a table ready to draw, and an Altair chart."""
+        from .plot import Plots
+
+        return Plots(self)
 
     def effects(self, data: Any = None, conf_level: float = 0.95, *, options: Options | None = None) -> pa.Table:
         """Coefficients given the random effects ("subject_specific"), those of the means over them ("population_average"), and mean
