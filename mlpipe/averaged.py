@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import expr
-from .covariates import Change, Rows, design, half_factor, note_scan, scanned, touched
+from .covariates import Change, Rows, design, half_factor, note_scan, random_terms, scanned, touched
 from .design import Variable, level_label
 from .formula import Formula
 from .integrals import Integrated, integrated, linked
@@ -49,7 +49,7 @@ class Means:
         self.fit, self.link, self.z = fit, fit.link, list(fit.recipe.z)
         self.Q, self.R = np.linalg.qr(design(fit))
         self.gamma = np.asarray(fit.gamma[: fit.recipe.n_covariates])
-        curved = integrate and bool(fit.terms) and fit.link != "identity"
+        curved = integrate and bool(random_terms(fit)) and fit.link != "identity"
         self.half = half_factor(fit) if curved else None
         self.terms = fit.terms if curved else ()
 
@@ -94,9 +94,9 @@ class Means:
 
 
 def parameter_covariance(fit: MixedFit) -> Array:
-    """The covariance of (beta, theta*, …) in the fit's coordinates: the joint one where the fit has it, else beta and theta apart; what
-    is on the boundary counts as known."""
-    joint = getattr(fit, "joint_covariance", None)
+    """The covariance of (beta, theta*, …) in the fit's coordinates: the joint one where the fit has it, else beta (by its robust covariance
+    where it has one) and theta apart; what is on the boundary counts as known."""
+    joint = getattr(fit, "joint_covariance", None) if not fit.info.get("robust") else None
     p, k = len(fit.names), len(fit.theta_covariance)
     V = np.zeros((p + k, p + k))
     if joint is not None:

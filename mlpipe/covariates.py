@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from .engines.base import Engine
     from .options import Options
-    from .result import MixedFit
+    from .result import MixedFit, RandomTerm
     from .sql import Names
 
     Array = np.ndarray
@@ -287,6 +287,11 @@ def design(fit: MixedFit) -> Array:
         raise DataError("the coding of the fit's factors is not known", code="coding", hint="fit it again")
     T = recipe.matrix([kept[name] for name in fit.names])
     return np.asarray(T[: recipe.n_covariates])
+
+
+def random_terms(fit: MixedFit) -> tuple[RandomTerm, ...]:
+    """The random terms; none where the fit's terms are effects without a distribution (of absorbed factors)."""
+    return fit.terms if all(np.isfinite(term.factor).all() for term in fit.terms) else ()
 
 
 def half_factor(fit: MixedFit) -> Array:

@@ -129,7 +129,7 @@ class GLMMFit(GeneralizedFit):
             tau_variance=float(solution.vcov[-1, -1]) if shape else math.nan,
         )
         fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
-        fit.joint_covariance = _joint(solution.vcov, model.fixed.R).tolist()
+        fit.joint_covariance = joint_covariance(solution.vcov, model.fixed.R)
         fit.info |= {"evaluations": solution.evaluations, "score": solution.score, "information": solution.information}
         fit.effects_table = _modes(fit, model, solution)
         return fit
@@ -189,12 +189,12 @@ def _common(text: str, model: Model, beta: Array, covariance: Array, data: Any, 
     }  # fmt: skip
 
 
-def _joint(covariance: Array, R: Array) -> Array:
-    """The covariance of all parameters with beta in the user's coordinates."""
+def joint_covariance(covariance: Array, R: Array) -> list[list[float]]:
+    """The covariance of all parameters with beta in the user's coordinates, as it is written."""
     p, out = len(R), np.array(covariance)
     out[:p] = np.linalg.solve(R, out[:p])
     out[:, :p] = np.linalg.solve(R, out[:, :p].T).T
-    return out
+    return [list(map(float, row)) for row in out]
 
 
 def _message(model: Model, solution: GLMMSolution) -> str:

@@ -19,7 +19,7 @@ class Grid:
         self.most = most
         self.width: tuple[float, float] | None = None
         self.cells = np.zeros((0, 2), dtype=np.int64)
-        self.count = np.zeros(0)
+        self.count: np.ndarray = np.zeros(0)
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """Takes in points; those that are not finite are left out."""
@@ -52,4 +52,5 @@ class Grid:
     def _merge(self, cells: np.ndarray, count: np.ndarray) -> None:
         every = np.concatenate([self.cells, cells])
         self.cells, inverse = np.unique(every, axis=0, return_inverse=True)
-        self.count = np.bincount(inverse.ravel(), np.concatenate([self.count, count]), minlength=len(self.cells))
+        total = np.bincount(inverse.ravel(), np.concatenate([self.count, count]), minlength=len(self.cells))
+        self.count = np.asarray(total, dtype=float)

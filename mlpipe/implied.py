@@ -9,7 +9,7 @@ import numpy as np
 
 from . import expr
 from .arrays import column
-from .covariates import half_factor, scanned
+from .covariates import half_factor, random_terms, scanned
 from .errors import ConfigError, DataError, did_you_mean
 from .formula import parse_expression
 from .integrals import moments, pair_covariances, response_moments
@@ -31,13 +31,13 @@ def rows(fit: MixedFit, data: Any, prefix: str, options: Options | None) -> pa.R
     """See `MixedFit.marginal`, without `block`."""
     from .scoring import scored
 
-    parts = ("population", *(["variance"] if fit.terms else []), *(["size"] if size_names(fit.recipe) else []))
+    parts = ("population", *(["variance"] if random_terms(fit) else []), *(["size"] if size_names(fit.recipe) else []))
 
     def variance(*values: Array) -> Array:
         held = dict(zip(parts, values, strict=True))
         return response_moments(fit, held["population"], held.get("variance"), held.get("size", 1.0))[1]
 
-    mean = Output(parts[: 2 if fit.terms else 1], lambda eta, spread=None: moments(fit.link, eta, spread)[0])
+    mean = Output(parts[: 2 if random_terms(fit) else 1], lambda eta, spread=None: moments(fit.link, eta, spread)[0])
     outputs = {f"{prefix}mean": mean, f"{prefix}variance": Output(parts, variance)}
     return scored(fit, data, outputs, (), options, columns=None)
 
@@ -68,7 +68,7 @@ def block(fit: MixedFit, data: Any, key: Any, options: Options | None) -> pa.Tab
 
 def _chosen(fit: MixedFit, key: Any) -> dict[str, Any]:
     """The key columns and their values that single out the block."""
-    if not fit.terms:
+    if not random_terms(fit):
         raise ConfigError("the model has no random effects", code="no_random_effects")
     groups = list(fit.recipe.groups)
     if isinstance(key, Mapping):

@@ -11,7 +11,7 @@ import numpy as np
 from . import expr
 from .arrays import column
 from .averaged import parameter_covariance
-from .covariates import evaluated, half_factor, note_scan, scanned
+from .covariates import evaluated, half_factor, note_scan, random_terms, scanned
 from .effects import coefficient_names, ranef
 from .errors import ConfigError, did_you_mean
 from .integrals import moments, variance_coefficients
@@ -68,8 +68,7 @@ def _scanned_spreads(fit: MixedFit, data: Any, options: Options | None) -> dict[
 
 def icc(fit: MixedFit, at: Mapping[str, Any] | None, level: float | None) -> dict[str, Any]:
     """See `MixedFit.icc`."""
-    if not fit.terms:
-        raise ConfigError("the model has no random effects", code="no_random_effects")
+    _check_random(fit)
     if level is not None:
         check_level(level, "level")
     if at is None:
@@ -79,6 +78,12 @@ def icc(fit: MixedFit, at: Mapping[str, Any] | None, level: float | None) -> dic
     made = _shares(fit, points)
     out = {group: [_shown(fit, share, i, level) for i in range(len(points))] for group, share in made.items()}
     return {group: values[0] if single else values for group, values in out.items()}
+
+
+def _check_random(fit: MixedFit) -> None:
+    """Raises ConfigError where there are no random effects."""
+    if not random_terms(fit):
+        raise ConfigError("the model has no random effects", code="no_random_effects")
 
 
 def _intercepts(fit: MixedFit) -> list[Array]:
@@ -246,6 +251,7 @@ def plain(values: Any) -> Array:
 def effect_sketches(fit: MixedFit, group: str | None = None) -> dict[tuple[str, str], Sketch]:
     """Per group and coefficient a sketch of standardized conditional modes b / sqrt(Var(b) - Var(b | y)), whose variance is 1 where the
     model holds (Lange and Ryan 1989); levels where nothing is known of b are left out."""
+    _check_random(fit)
     out: dict[tuple[str, str], Sketch] = {}
     for name in fit.groups if group is None else [group]:
         terms = [term for term in fit.terms if term.group == name]

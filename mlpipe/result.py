@@ -196,10 +196,11 @@ class MixedFit:
         return quality.residuals(self, data, options)
 
     def influence(self, top: int = 20, data: Any = None, *, options: Options | None = None) -> pa.Table:
-        """The blocks whose deletion moves the fixed effects most, theta as it is: keys, `rows`, `leverage`, `cooks_distance` and, per
+        """The blocks whose deletion moves the fixed effects most, variances held: keys, `rows`, `leverage`, `cooks_distance` and, per
         coefficient, `dfbetas_<term>` (Cook 1977; Belsley, Kuh and Welsch 1980; for mixed models Christensen, Pearson and Johnson 1992).
 
-        By decreasing distance; before all others, with nulls, blocks without which a coefficient is not determined. One scan.
+        By decreasing distance; before all others, with nulls, blocks without which a coefficient is not determined. One scan; none
+        over statistics of collect="blocks+xx".
         """
         from . import influence
 

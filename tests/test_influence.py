@@ -26,31 +26,28 @@ def data(seed: int = 0) -> pl.DataFrame:
 
 
 def dense(fit: Any, frame: pl.DataFrame, names: dict[str, Any], slopes: bool, w: np.ndarray, q: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Per block: Cook's distance and DFBETAS by fitting again without it, theta as it is."""
+    """Per block: Cook's distance and DFBETAS by fitting again without it, variances as they are."""
     psi = fit.terms[0].factor @ fit.terms[0].factor.T
     X = np.column_stack([np.broadcast_to(names[name], len(frame)).astype(float) for name in fit.names])
     Z = np.column_stack([np.ones(len(frame)), frame["x"]])[:, : 2 if slopes else 1]
     y, g = frame["y"].to_numpy(), frame["g"].to_numpy()
-    dof = fit.nobs - (len(fit.names) if fit.reml else 0)
 
-    def gls(at: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        A, c, yy = np.zeros((X.shape[1],) * 2), np.zeros(X.shape[1]), 0.0
+    def gls(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        A, c = np.zeros((X.shape[1],) * 2), np.zeros(X.shape[1])
         for level in np.unique(g[at]):
             i = np.repeat(np.flatnonzero(at & (g == level)), q[at & (g == level)])
             V = np.linalg.inv(Z[i] @ psi @ Z[i].T + np.diag(1 / w[i]))
-            A, c, yy = A + X[i].T @ V @ X[i], c + X[i].T @ V @ y[i], yy + y[i] @ V @ y[i]
-        beta = np.linalg.solve(A, c)
-        return beta, A, float(yy - beta @ c)
+            A, c = A + X[i].T @ V @ X[i], c + X[i].T @ V @ y[i]
+        return np.linalg.solve(A, c), A
 
-    beta, A, _ = gls(np.ones(len(y), dtype=bool))
+    beta, A = gls(np.ones(len(y), dtype=bool))
     out = {}
     for level in np.unique(g):
-        without, rest, rss = gls(g != level)
-        s2 = rss / (dof - q[g == level].sum())
+        without, rest = gls(g != level)
         d = beta - without
         out[int(level)] = {
             "cooks_distance": d @ A @ d / (len(d) * fit.sigma**2),
-            **{f"dfbetas_{name}": v for name, v in zip(fit.names, d / np.sqrt(s2 * np.diag(np.linalg.inv(rest))), strict=True)},
+            **{f"dfbetas_{name}": v for name, v in zip(fit.names, d / (fit.sigma * np.sqrt(np.diag(np.linalg.inv(rest)))), strict=True)},
             "leverage": np.trace(np.linalg.solve(A, A - rest)),
         }
     return out
@@ -103,6 +100,31 @@ def test_any_source(kind: str, tmp_path: Any) -> None:
     with pytest.raises(mp.DataError, match="not at hand"):
         loaded.influence()
     assert pl.DataFrame(loaded.influence(top=5, data=data()))["g"].to_list() == want["g"].to_list()
+
+
+def test_a_robust_covariance_changes_nothing() -> None:
+    fit = mp.lmm("y ~ x + t + (1 | g)", data())
+    want = pl.DataFrame(fit.influence())
+    fit.covariance, fit.info["robust"] = 2.0 * fit.covariance, {"kind": "CR1"}
+    got = pl.DataFrame(fit.influence())
+    assert got["g"].to_list() == want["g"].to_list()
+    np.testing.assert_allclose(got["dfbetas_tb"], want["dfbetas_tb"], rtol=1e-5)
+
+
+def test_from_statistics() -> None:
+    """Where the random part has all covariates, each block's X'X is among any statistics' sums."""
+    frame = data().drop("w", "q")
+    stats = mp.suffstats("y ~ x + (1 + x | g)", frame)
+    got = pl.DataFrame(mp.lmm("y ~ x + (1 + x | g)", stats).influence(top=8))
+    want = pl.DataFrame(mp.lmm("y ~ x + (1 + x | g)", frame).influence(top=8))
+    assert got["g"].to_list() == want["g"].to_list() and got["rows"].to_list() == want["rows"].to_list()
+    np.testing.assert_allclose(got["cooks_distance"], want["cooks_distance"], rtol=1e-3)
+    for statistics in (mp.suffstats("y ~ x + (1 | g)", frame), mp.suffstats("y ~ x + (1 + x | g)", frame, collect="fit")):
+        fit = mp.lmm("y ~ x + (1 | g)", statistics)
+        with pytest.raises(mp.DataError, match="cross-products") as caught:
+            fit.influence()
+        assert "blocks+xx" in str(caught.value.hint)
+        assert len(fit.influence(data=frame)) == 20
 
 
 def test_what_is_refused() -> None:
