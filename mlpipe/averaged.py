@@ -124,7 +124,7 @@ def effects(fit: MixedFit, data: Any, conf_level: float, options: Options | None
     estimates, errors = [], []
     for kind, names, estimate, covariance in (
         (KINDS[0], list(fit.names), fit.beta, fit.covariance),
-        (KINDS[1], list(fit.names), *total.projected(means, V)),
+        (KINDS[1], list(fit.names), *((fit.beta, fit.covariance) if fit.link == "identity" else total.projected(means, V))),
         (KINDS[2], [goal.term for goal in goals], *total.averages(V)),
     ):
         texts["effect"] += [kind] * len(names)

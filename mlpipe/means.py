@@ -16,7 +16,7 @@ import numpy as np
 
 from . import expr
 from .averaged import Means
-from .covariates import covariate_means, evaluated, note_scan, scanned
+from .covariates import covariate_means, evaluated, note_scan, random_terms, scanned
 from .design import Level, Variable, level_label
 from .errors import ConfigError, did_you_mean
 from .predictions import value_names
@@ -53,6 +53,8 @@ def means(
 ) -> pa.Table:  # fmt: skip
     """See `MixedFit.means`."""
     check_level(conf_level)
+    if fit.terms and not random_terms(fit):
+        raise ConfigError("a fit with absorbed effects has no means", hint="it has contrasts", code="not_available")
     found = _found(fit, term, kind, effects, at, data, options)
     texts = {"term": [found.term] * len(found.labels), "level": found.labels}
     return wald_table(texts, found.estimate, np.sqrt(np.diag(found.covariance)), conf_level)
