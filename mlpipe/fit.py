@@ -75,9 +75,11 @@ def lmm(
     if _given(data, arguments):
         own = replace(data, info=deepcopy(data.info))  # what one fit notes is not the statistics' nor the next fit's
         fit = _fitted(formula, own, data, reml, start, options, method, coding={"contrasts": contrasts, "levels": levels})
+        fit.info |= _spreads(fit, own) | ({"coding": {"contrasts": contrasts, "levels": levels}} if contrasts or levels else {})
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):
             fit = _fitted(formula, stats, data, reml, start, options, method, plan_)
+            fit.info |= _spreads(fit, stats)
             if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
@@ -279,6 +281,13 @@ def _fitted(
     fit = LMMFit.from_solution(formula, parsed, again, residual, *_solved(residual, start, options, again), data, options)
     fit.recipe, fit.beta, fit.gamma = stats.recipe, fit.beta + reduced.beta(first), fit.gamma + reduced.linear_predictor(first)
     return fit
+
+
+def _spreads(fit: LMMFit, stats: SuffStats) -> dict[str, float]:
+    """What R² needs, from the sums; with precision weights these are not those of the rows."""
+    from .variance import spreads
+
+    return {} if stats.recipe.weights else spreads(fit, stats.gram, stats.n)
 
 
 def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, stats: SuffStats) -> tuple[LMMSolution, np.ndarray]:

@@ -98,18 +98,13 @@ class GeneralizedFit(MixedFit):
         value = math.exp(power * self.tau)
         return [("Residual", name, value, abs(power) * value * math.sqrt(max(self.tau_variance, 0.0)))]
 
-    def r2(self) -> dict[str, float]:
-        """Marginal and conditional R² on the latent scale (Nakagawa, Johnson and Schielzeth 2017)."""
-        return marginal.r2(self)
-
-    def icc(self) -> dict[str, float]:
-        """Intraclass correlation per grouping factor on the latent scale."""
-        return marginal.icc(self)
-
 
 @dataclass(kw_only=True, repr=False)
 class GLMMFit(GeneralizedFit):
-    """A fitted generalized linear mixed model; see MixedFit."""
+    """A fitted generalized linear mixed model; see MixedFit. `joint_covariance`: of beta, the solver's theta and tau together."""
+
+    more = (*GeneralizedFit.more, "joint_covariance")
+    joint_covariance: list[list[float]] | None = None
 
     @classmethod
     def from_solution(cls, text: str, model: Model, solution: GLMMSolution, data: Any, options: Options) -> GLMMFit:
@@ -137,6 +132,7 @@ class GLMMFit(GeneralizedFit):
             tau_variance=float(solution.vcov[-1, -1]) if shape else math.nan,
         )
         fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
+        fit.joint_covariance = joint_covariance(solution.vcov, model.fixed.R)
         fit.info |= {"evaluations": solution.evaluations, "score": solution.score, "information": solution.information}
         fit.effects_table = _modes(fit, model, solution)
         return fit
@@ -194,6 +190,14 @@ def common(text: str, model: Model, beta: Array, covariance: Array, data: Any, o
         "n_blocks": rows.spool.n_blocks if recipe.groups else 0, "info": info, "source": data if info["rescannable"] else None,
         "options": options, "family": model.density.family.name, "link": model.density.link.name,
     }  # fmt: skip
+
+
+def joint_covariance(covariance: Array, R: Array) -> list[list[float]]:
+    """The covariance of all parameters with beta in the user's coordinates, as it is written."""
+    p, out = len(R), np.array(covariance)
+    out[:p] = np.linalg.solve(R, out[:p])
+    out[:, :p] = np.linalg.solve(R, out[:, :p].T).T
+    return [list(map(float, row)) for row in out]
 
 
 def _message(model: Model, solution: GLMMSolution) -> str:

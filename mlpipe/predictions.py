@@ -11,6 +11,7 @@ from . import expr
 from .design import Variable
 from .features import Recipe
 from .formula import parse_expression
+from .outcome import TRIALS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +45,13 @@ def value_names(recipe: Recipe, response: bool) -> list[str]:
     return list(dict.fromkeys(name for node in nodes for name in expr.columns(node)))
 
 
+def size_names(recipe: Recipe) -> list[str]:
+    """The columns that a row's precision weight, or its number of trials, is made of."""
+    nodes = [parse_expression(recipe.weights)] if recipe.weights else []
+    nodes += [recipe.variables[TRIALS].expression] if TRIALS in recipe.variables else []
+    return list(dict.fromkeys(name for node in nodes for name in expr.columns(node)))
+
+
 def _key(group: str, recipe: Recipe, names: Names, keys: pa.DataType) -> exp.Expr:
     """A grouping column of the source as it is compared with the modes' keys of type `keys`."""
     import pyarrow as pa
@@ -72,7 +80,7 @@ def statement_of(
     fixed = combination(fit.gamma.tolist(), recipe, names, inside=False)
     for offset in _offsets(recipe):
         fixed = plus(fixed, numeric(offset, names))
-    usable = both([*_known_levels(recipe, names), *(names.present(name) for name in value_names(recipe, False))])
+    usable = scorable(recipe, names)
     every = {"population": fixed}
     if joined is not None:
         every["conditional"] = plus(fixed.copy(), _random_part(recipe, names))
@@ -83,6 +91,8 @@ def statement_of(
             every[f"z{k}"] = feature(recipe.features[i], recipe, names) if recipe.features[i] else number(1)
     if "variance" in parts:
         every["variance"] = _variance(fit, names)
+    if "size" in parts:
+        every["size"] = _size(recipe, names)
     if "observed" in parts:
         every["observed"] = _observed(recipe, names)
     columns: list[exp.Expr] = [exp.column(f"r{i}", table="src") for i in shown.values()]
@@ -105,6 +115,13 @@ def statement_of(
 def random_features(recipe: Recipe) -> list[str]:
     """The names of the random features among the parts of a scoring statement."""
     return [f"z{k}" for k in range(len(recipe.z))]
+
+
+def scorable(recipe: Recipe, names: Names) -> exp.Expr:
+    """True where a row has all covariates, and of each factor a level that the fit knows."""
+    from .sql import both
+
+    return both([*_known_levels(recipe, names), *(names.present(name) for name in value_names(recipe, False))])
 
 
 def _known_levels(recipe: Recipe, names: Names) -> Iterator[exp.Expr]:
@@ -141,9 +158,17 @@ def _residual(fit: MixedFit, names: Names, fitted: exp.Expr) -> exp.Expr:
     return minus(response, fitted.copy())
 
 
+def _size(recipe: Recipe, names: Names) -> exp.Expr:
+    """What divides a row's variance: its precision weight, or the trials of a proportion; NaN where it is not above 0."""
+    from .sql import case, number, numeric
+
+    node = parse_expression(recipe.weights) if recipe.weights else recipe.variables[TRIALS].expression
+    value = numeric(node, names)
+    return case([(_positive(value), value.copy())], number(float("nan")))
+
+
 def _observed(recipe: Recipe, names: Names) -> exp.Expr:
     """The response of a generalized model as it is modelled: with trials, the proportion of successes."""
-    from .outcome import TRIALS
     from .sql import case, number, numeric, ratio
 
     response = numeric(recipe.variables[recipe.responses[0]].expression, names)

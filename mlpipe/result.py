@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from .options import Options
+    from .plot import Plots
     from .predictions import Output
     from .solve.lmm import LMMSolution
 
@@ -84,6 +85,7 @@ class MixedFit:
     effects_tables: dict[str, pa.Table] = field(default_factory=dict)
 
     family = "gaussian"
+    link = "identity"
     more: ClassVar[tuple[str, ...]] = ()  # further fields that are written with the fit
     residual_scaled = True  # whether Λ is relative to sigma, as in a linear mixed model
 
@@ -167,9 +169,57 @@ class MixedFit:
             "seconds": self.seconds,
         }
 
-    def icc(self) -> dict[str, float]:
-        """Intraclass correlation per grouping factor: the share of the intercept variance (random slopes at zero)."""
-        return variance.icc(self)
+    def icc(self, at: Mapping[str, Any] | None = None, level: float | None = None) -> dict[str, Any]:
+        """Intraclass correlation per grouping factor: the share of the intercept variance (random slopes at zero), or, where `at` gives
+        values of all columns of the random part, of z'Ψz there (a list for lists). Generalized: on the latent scale.
+
+        `level`: (share, low, high) in place of a share, by the delta method on the logit scale.
+        """
+        from . import quality
+
+        return quality.icc(self, at, level)
+
+    def r2(self, data: Any = None, *, options: Options | None = None) -> dict[str, float]:
+        """Marginal and conditional R² (Nakagawa and Schielzeth 2013; with random slopes Johnson 2014; generalized: on the latent scale,
+        Nakagawa, Johnson and Schielzeth 2017). From the fit's sums; with precision weights, or for other `data`, by one scan."""
+        from . import quality
+
+        return quality.r2(self, data, options)
+
+    def residuals(self, data: Any = None, *, options: Options | None = None) -> pa.Table:
+        """Response and Pearson residuals given the random effects in summary: n, moments (excess kurtosis), quartiles; one scan.
+
+        Quartiles are exact up to 16,384 rows, then from a sketch whose ranks are good to 0.1 % of the rows.
+        """
+        from . import quality
+
+        return quality.residuals(self, data, options)
+
+    def influence(self, top: int = 20, data: Any = None, *, options: Options | None = None) -> pa.Table:
+        """The blocks whose deletion moves the fixed effects most, variances held: keys, `rows`, `leverage`, `cooks_distance` and, per
+        coefficient, `dfbetas_<term>` (Cook 1977; Belsley, Kuh and Welsch 1980; for mixed models Christensen, Pearson and Johnson 1992).
+
+        By decreasing distance; before all others, with nulls, blocks without which a coefficient is not determined. One scan; none
+        over statistics of collect="blocks+xx".
+        """
+        from . import influence
+
+        return influence.influence(self, top, data, options)
+
+    def normality(self) -> pa.Table:
+        """Per random coefficient the standardized conditional modes in summary, and their correlation with normal quantiles.
+
+        Standardized is b / sqrt(Var(b) - Var(b | y)), of variance 1 where the model holds (Lange and Ryan 1989).
+        """
+        from . import quality
+
+        return quality.normality(self)
+
+    def qq(self, of: str = "residuals", *, points: int = 200, data: Any = None, options: Options | None = None) -> pa.Table:
+        """Sample against normal quantiles of Pearson residuals (one scan), or of a group's standardized conditional modes."""
+        from . import quality
+
+        return quality.qq(self, of, points, data, options)
 
     @property
     def groups(self) -> list[str]:
@@ -231,6 +281,64 @@ class MixedFit:
         from . import scoring
 
         return scoring.augment(self, data, columns=columns, prefix=prefix, options=options)
+
+    @property
+    def plot(self) -> Plots:
+        """`coefficients()`, `caterpillar()`, `residuals()`, `qq()`, `influence()`: each a table ready to draw, and an Altair chart."""
+        from .plot import Plots
+
+        return Plots(self)
+
+    def effects(self, data: Any = None, conf_level: float = 0.95, *, options: Options | None = None) -> pa.Table:
+        """Coefficients given the random effects ("subject_specific"), those of the means over them ("population_average"), and mean
+        effects on these means over the rows ("average_marginal"). One scan of the fit's source, or of `data`.
+
+        A numeric covariate's effect is the derivative by its column, in all terms; a factor's level is compared with the base level.
+        """
+        from . import averaged
+
+        return averaged.effects(self, data, conf_level, options)
+
+    def marginal(
+        self, data: Any, block: Any = None, *, prefix: str = "", options: Options | None = None
+    ) -> pa.Table | pa.RecordBatchReader:
+        """The rows of `data` with `mean` and `variance` of the response, the random effects integrated out; or, of the rows of one block,
+        `covariance` and `correlation`, a row each pair (`row1`, `row2` from 1 in the source's order; up to 1,000 rows).
+
+        `block`: the value of the grouping column (a tuple of several), or a dict of grouping columns to values.
+        """
+        from . import implied
+
+        return implied.rows(self, data, prefix, options) if block is None else implied.block(self, data, block, options)
+
+    def means(
+        self, term: str | Sequence[str], *, kind: str = "response", effects: str = "population",
+        at: Mapping[str, Any] | None = None, data: Any = None, conf_level: float = 0.95, options: Options | None = None,
+    ) -> pa.Table:  # fmt: skip
+        """Marginal means over the levels of a factor, or of combinations of factors (Searle, Speed and Milliken 1980), as R's emmeans.
+
+        Over a grid of all factors' levels, equally weighted, with numeric covariates at their means over the rows (one scan, kept with
+        the fit) or as in `at`. Averages are of linear predictors; kind="response" transforms them back. effects="marginal" integrates
+        the random effects out and averages means.
+        """
+        from . import means
+
+        return means.means(self, term, kind=kind, effects=effects, at=at, data=data, conf_level=conf_level, options=options)
+
+    def contrasts(
+        self, term: str | Sequence[str], method: str | Mapping[str, Sequence[float]] = "pairwise", *, adjust: str | None = None,
+        kind: str = "response", effects: str = "population", at: Mapping[str, Any] | None = None, data: Any = None,
+        conf_level: float = 0.95, options: Options | None = None,
+    ) -> pa.Table:  # fmt: skip
+        """Contrasts of `means`: differences of all pairs, of each level from the first ("reference"), or named coefficients.
+
+        `adjust`: "tukey" (the default for pairs), "bonferroni", "holm" (intervals by Bonferroni's) or "none" (the default else).
+        """
+        from . import means
+
+        return means.contrasts(
+            self, term, method, adjust=adjust, kind=kind, effects=effects, at=at, data=data, conf_level=conf_level, options=options
+        )
 
     def write(
         self, target: Any, *, prefix: str = "mlpipe", mode: str = "error", run_id: str | None = None, ranef: bool = True

@@ -11,7 +11,7 @@ from . import effects as modes
 from .arrays import column
 from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Recipe
-from .predictions import Output, made, statement_of, value_names
+from .predictions import Output, made, size_names, statement_of, value_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -52,6 +52,14 @@ def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: 
     return _scored(fit, data, outputs, fit.groups, "population", True, columns, options)
 
 
+def scored(
+    fit: MixedFit, data: Any, outputs: dict[str, Output], conditional: Sequence[str], options: Options | None, *,
+    columns: Sequence[str] | None,
+) -> pa.RecordBatchReader:  # fmt: skip
+    """The columns `columns` of the source (None: all, and in its order) with `outputs`, null where a level is not known to the fit."""
+    return _scored(fit, data, outputs, conditional, "null", columns is None, columns, options)
+
+
 def _wanted(fit: MixedFit, effects: str | Sequence[str]) -> str:
     """Which prediction `effects` asks for."""
     if isinstance(effects, str):
@@ -84,7 +92,8 @@ def _scored(
         engine = stack.enter_context(_engine(fit, data, options))
         parts = list(dict.fromkeys(part for output in outputs.values() for part in output.parts))
         observed = "residual" in parts or "observed" in parts
-        names = located(engine, fit.recipe, observed, bool(conditional))
+        sizes = size_names(fit.recipe) if "size" in parts else []
+        names = located(engine, fit.recipe, observed, bool(conditional), sizes)
         shown = _shown(engine, columns, list(outputs))
         if fit.recipe.factors and conditional:
             from . import several_scoring
@@ -95,7 +104,7 @@ def _scored(
         from .engines.base import Columns
 
         groups = fit.recipe.groups if conditional else ()
-        values = frozenset(names.positions[name] for name in value_names(fit.recipe, observed))
+        values = frozenset(names.positions[name] for name in (*value_names(fit.recipe, observed), *sizes))
         values |= {names.positions[name] for name in groups if fit.recipe.kinds[name] in ("number", "text")}
         wanted = Columns(values, frozenset(names.positions[name] for name in groups), everything=True, row_number=ordered)
         reader = engine.query(statement, wanted, joined=joined)
@@ -113,16 +122,20 @@ def _engine(fit: MixedFit, data: Any, options: Options | None) -> Any:
     return modes.reopened(fit, options) if data is None else closing(open_source(data, options=options))
 
 
-def located(engine: Engine, recipe: Recipe, observed: bool, conditional: bool) -> Names:
+def located(engine: Engine, recipe: Recipe, observed: bool, conditional: bool, more: Sequence[str] = ()) -> Names:
     """Where the columns that scoring needs stand in a source. Raises where one is missing or of another kind."""
+    return found(engine, recipe, [*value_names(recipe, observed), *(recipe.groups if conditional else ()), *more])
+
+
+def found(engine: Engine, recipe: Recipe, wanted: Sequence[str]) -> Names:
+    """Where all columns of a source stand. Raises where one that is wanted is missing or of another kind than the fit's."""
     from .sql import Names
 
     schema = engine.schema()
-    values = value_names(recipe, observed)
-    for name in [*values, *(recipe.groups if conditional else ())]:
+    for name in wanted:
         if name not in schema:
             raise ColumnNotFoundError(f"there is no column {name!r}", column=name, hint=did_you_mean(name, list(schema)))
-    for name in [*values, *(recipe.groups if conditional else ())]:
+    for name in wanted:
         if schema[name].kind != recipe.kinds[name]:
             raise DataError(
                 f"the column {name!r} is of kind {schema[name].kind} ({schema[name].name}), the fit had {recipe.kinds[name]}",

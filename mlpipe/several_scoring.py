@@ -13,7 +13,7 @@ from .effects import coefficient_names
 from .engines.base import Columns
 from .errors import DataError
 from .levels import Levels
-from .predictions import Output, made, random_features, statement_of, value_names
+from .predictions import Output, made, random_features, size_names, statement_of, value_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,10 +57,11 @@ def scored(
     modes = [Modes(fit, ":".join(groups), groups) for groups in recipe.factors if ":".join(groups) in factors]
     parts = ["population", *random_features(recipe)]
     wanted = {part for output in outputs.values() for part in output.parts}
-    parts += [part for part in ("residual", "observed", "variance") if part in wanted]
+    parts += [part for part in ("residual", "observed", "variance", "size") if part in wanted]
     keys = list(dict.fromkeys(name for mode in modes for name in mode.levels.columns))
     statement = statement_of(fit, names, shown, parts, None, ordered).select(*(names.key(name) for name in keys), copy=False)
-    values = frozenset(names.positions[name] for name in value_names(recipe, bool({"residual", "observed"} & wanted)))
+    used = [*value_names(recipe, bool({"residual", "observed"} & wanted)), *(size_names(recipe) if "size" in wanted else ())]
+    values = frozenset(names.positions[name] for name in used)
     read = Columns(values, frozenset(names.positions[name] for name in keys), everything=True, row_number=ordered)
     reader = engine.query(statement, read)
     first, place = len(shown), {name: len(shown) + len(parts) + i for i, name in enumerate(keys)}

@@ -54,15 +54,18 @@ def _variance(group: str, term1: str | None, term2: str | None, variance: float,
     return {"group": group, "term1": term1, "term2": term2, "variance": float(variance), "sd": float(sd)}
 
 
-def icc(fit: MixedFit) -> dict[str, float]:
-    """Var(intercept) / (all intercept variances + sigma²) per grouping factor."""
-    share: dict[str, float] = {}
-    for term, psi in zip(fit.terms, covariances(fit), strict=True):
-        for i, name in enumerate(term.names):
-            if name == "(Intercept)":
-                share[term.group] = share.get(term.group, 0.0) + float(psi[i, i])
-    total = sum(share.values()) + fit.sigma**2
-    return {group: value / total for group, value in share.items()}
+def spreads(fit: MixedFit, gram: np.ndarray, n: float) -> dict[str, float]:
+    """The variance (n - 1) over n rows of the fixed part, and the mean of z'Ψz, from the features' cross-products; nothing where these
+    lack the constant."""
+    recipe = fit.recipe
+    m, z = recipe.n_covariates, list(recipe.z)
+    if () not in recipe.features[:m]:
+        return {}
+    g, total = fit.gamma[:m], gram[:m, :m]
+    average = float(g @ total[recipe.features.index(())]) / n
+    half = fit.effect_scale * np.hstack([term.Q @ term.star for term in fit.terms])
+    random = float(np.einsum("iq,ij,jq->", half, total[np.ix_(z, z)], half)) / n
+    return {"fixed_variance": max(float(g @ total @ g) - n * average**2, 0.0) / max(n - 1.0, 1.0), "random_variance": random}
 
 
 def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:
@@ -138,12 +141,12 @@ def random_errors(fit: MixedFit) -> np.ndarray:
             values += _sd_cor(scale * raw @ raw.T)
         return np.array(values)
 
-    J = _jacobian(parameters, at)
+    J = jacobian(parameters, at)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.sqrt(np.einsum("ij,jk,ik->i", J, fit.theta_covariance, J)))
 
 
-def _jacobian(function: Callable[[np.ndarray], np.ndarray], at: np.ndarray) -> np.ndarray:
+def jacobian(function: Callable[[np.ndarray], np.ndarray], at: np.ndarray) -> np.ndarray:
     """Central differences with steps of 1e-6 of each coordinate's size."""
     columns = []
     for i in range(len(at)):
