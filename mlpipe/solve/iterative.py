@@ -207,10 +207,11 @@ class IterativeSolution:
 
 
 def solve_iterative(
-    problem: CrossedProblem, start: Array, draw: Callable[[np.random.Generator], Array], *, tol: float, max_evaluations: int, seed: int,
-    threads: int,
+    problem: CrossedProblem, start: Array, draw: Callable[[np.random.Generator], Array] | None, *, tol: float, max_evaluations: int,
+    seed: int, threads: int,
 ) -> IterativeSolution:  # fmt: skip
-    """The root of the score from θ `start` (entries of Λ); `draw` gives Z'w^½ε over single effects, ε ~ N(0, I)."""
+    """The root of the score from θ `start` (entries of Λ); `draw` gives Z'w^½ε over single effects, ε ~ N(0, I),
+    where the cells tell it."""
     inside, orders = by_size(problem)
     places = over_effects(orders, [f.q for f in problem.factors])
     solver = Iterative(inside, seed, threads)
@@ -218,7 +219,7 @@ def solve_iterative(
     theta, at = root.theta, root.at
     lambda_ = _lambda(problem, theta)
     loglik, loglik_error = solver.loglik(lambda_)
-    blocks = solver.variances(lambda_, lambda rng: draw(rng)[places])
+    blocks = solver.variances(lambda_, None if draw is None else lambda rng: draw(rng)[places])
     inverses = [part[:, :, np.argsort(order)] for part, order in zip(blocks, orders, strict=True)]
     u = np.empty_like(at.u)
     u[places] = at.u

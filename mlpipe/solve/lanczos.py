@@ -33,10 +33,10 @@ def normal(M: Operator, rng: np.random.Generator, samples: int) -> Array:
 def _across(M: Operator, x: Array, ends: Array) -> Array:
     """The part of M x between factors."""
     out = np.zeros_like(x)
-    for (k, h), a in M.crosses.of.items():
+    for k, h in M.crosses.patterns:
         rows, columns = slice(ends[k], ends[k + 1]), slice(ends[h], ends[h + 1])
-        out[rows] += _mapped(M.lams[k].T, a @ _mapped(M.lams[h], x[columns]))
-        out[columns] += _mapped(M.lams[h].T, M.crosses.turned[k, h] @ _mapped(M.lams[k], x[rows]))
+        out[rows] += _mapped(M.lams[k].T, M.crosses.times(k, h, _mapped(M.lams[h], x[columns])))
+        out[columns] += _mapped(M.lams[h].T, M.crosses.times(h, k, _mapped(M.lams[k], x[rows])))
     return out
 
 
