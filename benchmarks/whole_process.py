@@ -41,17 +41,12 @@ reader = con.sql(
 ).to_arrow_reader(65536)
 print(sum(batch.num_rows for batch in reader))
 """
-PANDAS = "import pandas as pd\nframe = pd.read_parquet('{data}')\n"
 CASES = {
     "scan": SCAN,
     "intercept": FIT.replace("{random}", "1"),
     "slope": FIT.replace("{random}", "1 + x1"),
     "logit": LOGIT,
     "grouped": GROUPED,
-    "statsmodels": PANDAS + """
-import statsmodels.formula.api as smf
-print(smf.mixedlm("y ~ {fixed}", frame, groups=frame["g"]).fit().summary())
-""",
 }
 
 

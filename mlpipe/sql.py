@@ -80,7 +80,7 @@ def total(node: Expression, name: str, comment: str | None = None) -> Expression
 
 def named(node: Expression, name: str, comment: str | None = None) -> Expression:
     """node as name, with the true name in a comment."""
-    alias = exp.alias_(node, name, quoted=False)
+    alias = exp.Alias(this=node, alias=exp.to_identifier(name, quoted=False))
     if comment:
         alias.comments = [comment]
     return alias

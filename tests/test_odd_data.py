@@ -10,7 +10,9 @@ import pyarrow as pa
 import pytest
 
 import mlpipe as mp
+from mlpipe import collect
 from mlpipe.engines.dialects import render
+from mlpipe.planning import Plan
 from mlpipe.sql import number, summed
 
 from .conftest import as_data
@@ -123,3 +125,22 @@ def test_a_factor_with_many_levels() -> None:
     assert len(fit.fixef()) == 151 and fit.ranef().num_rows == 12
     scored = fit.augment(columns=["y"]).read_all()
     np.testing.assert_allclose(np.add(scored["fitted"], scored["resid"]), scored["y"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("column", ["x", "y", "g"])
+@pytest.mark.parametrize("value", ["null", "'nan'::double", "'inf'::double"])
+def test_a_value_that_goes_missing_between_the_passes_is_noticed(column: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of the second pass tell."""
+    con = duckdb.connect()
+    frame = data().with_columns(pl.col("g").cast(pl.Float64)).to_arrow()  # noqa: F841 - read by name
+    con.execute("create table t as from frame")
+    untouched = collect._blocks
+
+    def later(plan: Plan, parts: object) -> object:
+        con.execute(f"update t set {column} = {value} where rowid = 17")
+        return untouched(plan, parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(collect, "_blocks", later)
+    with pytest.raises(mp.DataError) as caught:
+        mp.lmm(FORMULA, mp.table("t", con))
+    assert caught.value.code == "source_changed"
