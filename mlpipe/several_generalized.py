@@ -18,7 +18,7 @@ from .reduction import lower_factor
 from .result import RandomTerm
 from .solve.glmm import GLMMProblem, solve_glmm
 from .solve.joint import Exactly, Joint, JointProblem, Part
-from .solve.joint_iterative import SAMPLES, JointSolution, probes_for, solve_joint, work_of
+from .solve.joint_iterative import SAMPLES, JointSolution, chosen, filling, probes_for, solve_joint
 from .solve.kernel import Chunk, Kernel, Point, Rows
 from .solve.meetings import Pairs, Pattern, stays_sparse
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
-MOST_WORK = 1e10  # operations of one factoring above which conjugate gradients are faster
 SPARSE = 6.0  # trials per level below which the Laplace approximation of 0/1 data is worth a note
 
 
@@ -116,12 +115,12 @@ class JointModel:
         """
         if stays_sparse(self.problem.pairs):
             return "iterative" if method == "iterative" else "exact"
-        rest, work = work_of(self.problem)
-        fits = 3 * 8 * rest**2 <= limit // 2
-        if method == "exact" and not fits:
+        rest = self.problem.ends[-1] - self.problem.ends[1]
+        path = chosen(method, rest, filling(self.problem), limit)
+        if path == "too large":
             message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
             raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
-        return "exact" if method == "exact" or (method == "auto" and fits and work < MOST_WORK) else "iterative"
+        return path
 
     def theta_star(self, theta: Sequence[float]) -> Array:
         """The solver's theta for one in the user's coordinates and lme4's order. Raises ConfigError where it is none."""

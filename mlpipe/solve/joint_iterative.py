@@ -461,11 +461,23 @@ class _Root:
         return out
 
 
-def work_of(problem: JointProblem) -> tuple[int, float]:
-    """The order of the dense rest that elimination leaves, and the operations that filling and factoring it take."""
-    rest = problem.ends[-1] - problem.ends[1]
-    filling = sum(float((np.bincount(pattern.rows) ** 2.0).sum()) for (k, _), pattern in problem.pairs.items() if k == 0)
-    return rest, 2.0 * rest**3 + 600.0 * filling
+MOST_WORK = 1e10  # operations of one factoring above which conjugate gradients are faster
+
+
+def chosen(method: str, rest: int, filling: float, limit: int) -> str:
+    """"exact", "iterative", or "too large" where the exact path was asked for and does not fit.
+
+    `rest`: the order of the dense matrix that elimination leaves; `filling`: Σ (cells of a level)² over the first factor; `limit`: bytes.
+    """
+    fits = 3 * 8 * rest**2 <= limit // 2
+    if method == "exact":
+        return "exact" if fits else "too large"
+    return "exact" if method == "auto" and fits and 2.0 * rest**3 + 600.0 * filling < MOST_WORK else "iterative"
+
+
+def filling(problem: JointProblem) -> float:
+    """Σ (cells of a level)² over the first factor and all others."""
+    return sum(float((np.bincount(pattern.rows) ** 2.0).sum()) for (k, _), pattern in problem.pairs.items() if k == 0)
 
 
 def probes_for(problem: JointProblem, seed: int, threads: int) -> Probed:
