@@ -112,6 +112,17 @@ def test_every_engine_and_order_of_rows_gives_one_fit(kind: str, tmp_path: Path)
     assert np.allclose(other.beta, fitted.beta, atol=1e-7) and np.allclose(other.theta, fitted.theta, atol=1e-7)
 
 
+def test_a_mapped_spool_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpipe import gather, spool
+
+    monkeypatch.setattr(spool, "CHUNK_ROWS", 64)
+    monkeypatch.setattr(gather, "build", lambda *a, budget, **k: spool.build(*a, budget=1_000, **k))
+    other = mp.glmm(MODEL, FRAME, family="binomial")
+    assert other.info["spool"]["mapped"]
+    assert other.loglik == pytest.approx(fit().loglik, abs=1e-9)
+    assert np.allclose(other.theta, fit().theta, atol=1e-8)
+
+
 def test_cells_are_rows() -> None:
     """Rows of one combination and design row are held as one; a frequency is so many rows."""
     frame = FRAME.select("a", "b", "g", "count")

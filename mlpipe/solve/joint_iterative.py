@@ -32,7 +32,7 @@ ENOUGH = 1e-3  # scaled score that ends the search: far below the Monte Carlo er
 DIFFERENCE = 1e-2  # step of the differences in standard errors
 LEAST = 0.03  # diagonal of Λ, in units of what a level tells, that stands for zero on the way
 SAMPLES = 32  # for conditional variances, which are then good to about 9 %
-PAIRS = 4
+PAIRS, MOST_SHRINKS = 4, 4
 
 
 class Iterated:
@@ -184,7 +184,7 @@ def solve_joint(
     joint: Joint, solver: Probed, start: Array, typical: Array, *, tol: float, max_evaluations: int, tau_bound: float,
     saved: Callable[[Array], None] | None = None,
 ) -> JointSolution:  # fmt: skip
-    """The root of the score from psi = (beta*, theta, tau)."""
+    """The root of the score from psi = (beta*, theta, tau). Raises LinAlgError where the start has no mode."""
     with np.errstate(all="ignore"):
         return _Root(joint, solver, start, typical, saved).run(max(tol, ENOUGH), max_evaluations, tau_bound)
 
@@ -235,9 +235,7 @@ class _Root:
     def run(self, tol: float, max_evaluations: int, tau_bound: float) -> JointSolution:
         """Steps until the score is small and the Monte Carlo error too."""
         message, converged, length, last = "out of evaluations", False, math.inf, math.inf
-        found = self.look(self.psi, outer=True)
-        if found is None:
-            raise np.linalg.LinAlgError("no mode at the start")
+        found = self._first()
         at, share, error = found, 1.0, np.zeros(len(self.psi))
         while self.evaluations < max_evaluations:
             self.joint.u = at.state.u
@@ -271,6 +269,16 @@ class _Root:
             if self.saved is not None:
                 self.saved(at.psi)
         return self._ended(at, self._held(at), error, converged, message, length)
+
+    def _first(self) -> _At:
+        """The start, or one with less spread where there is no mode. Raises LinAlgError where there is none either."""
+        for _ in range(MOST_SHRINKS):
+            found = self.look(self.psi, outer=True)
+            if found is not None:
+                return found
+            at = slice(self.first, self.first + len(self.problem.entries))
+            self.psi[at] *= 0.3
+        raise np.linalg.LinAlgError("no mode at the start")
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
