@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import cast
 
 import numpy as np
+import scipy.sparse as sp
 
 from . import small
-from .conjugate import Crosses, Operator, Solves, dots
-from .crossed import Cells, CrossedProblem, Factor
+from .conjugate import Operator, Solves, dots
+from .crossed import CrossedProblem, Factor
+from .crosses import Cross, Crosses
 from .glm import TAU_STEP, newton_step
 from .glmm import ZERO, GLMMSolution
 from .joint import Factored, Joint, JointProblem, Part, Spread, State, Weights, add_levels, spread_of
@@ -35,16 +38,25 @@ SAMPLES = 32  # for conditional variances, which are then good to about 9 %
 PAIRS, MOST_SHRINKS = 4, 4
 
 
+class _Weighted(Crosses):
+    """The products of the operator, at some weights."""
+
+    def __init__(self, problem: JointProblem, weights: Weights, pool: ThreadPoolExecutor | None, threads: int) -> None:
+        whole = {pair: pattern.matrix(weights.cells[pair]) for pair, pattern in problem.pairs.items()}
+        self.pool, self.values = pool, weights.cells
+        self.patterns = {pair: pattern.over_levels for pair, pattern in problem.pairs.items()}
+        self.forward = {pair: Cross.of(a, threads) for pair, a in whole.items()}
+        self.backward = {pair: Cross.of(sp.csr_matrix(a.T), threads) for pair, a in whole.items()}
+
+
 class Iterated:
     """M at some weights, applied and never formed, with the probes' solutions: x = S⁻¹Rp and g = R⁻ᵀp over the other factors."""
 
     def __init__(self, solver: Probed, problem: JointProblem, lambda_: Array, weights: Weights) -> None:
-        nothing = np.zeros((1, 1))
         factors = tuple(Factor(S, np.zeros((len(S), 1, S.shape[2]))) for S in weights.S)
-        cells = {pair: Cells(problem.pairs[pair].rows, problem.pairs[pair].columns, v) for pair, v in weights.cells.items()}
-        crossed = CrossedProblem(factors, cells, nothing, 1.0, 0.0, False, problem.terms)
-        plain = {pair: problem.pairs[pair].matrix(values) for pair, values in weights.cells.items()}
-        self.operator, self.solver = Operator(crossed, lambda_, Crosses(plain, np.float64), solver.threads), solver
+        levels = CrossedProblem(factors, {}, np.zeros((1, 1)), 1.0, 0.0, False, problem.terms)
+        self.operator = Operator(levels, lambda_, _Weighted(problem, weights, solver.pool, solver.threads))
+        self.solver, self.pairs, self.weights = solver, problem.pairs, weights
         if not all(np.isfinite(part).all() for part in (self.operator.L, *self.operator.R)):
             raise np.linalg.LinAlgError("not positive definite")
 
@@ -76,19 +88,18 @@ class Iterated:
         W = small.inverse_factor(M.L)
         inner, blocks, cells = np.eye(len(W))[:, :, None] + np.zeros_like(W), [], {}
         for h, R in enumerate(M.R, start=1):
-            at = M.problem.cells[0, h]
+            at = self.pairs[0, h]
+            mapped = np.einsum("ia,ijc,jb->abc", M.lams[0], self.weights.cells[0, h], M.lams[h], optimize=True)
+            V = small.forward(M.L[:, :, at.rows], mapped)
             inverse = small.inverse_factor(R)
             own = np.einsum("kam,kbm->abm", inverse, inverse)
-            VB = np.einsum("iac,abc->ibc", M.cells[h], own[:, :, at.columns])
+            VB = np.einsum("iac,abc->ibc", V, own[:, :, at.columns])
             for a in range(len(W)):
                 for b in range(len(W)):
-                    product = np.einsum("ac,ac->c", M.cells[h][a], VB[b])
-                    inner[a, b] += np.bincount(at.rows, product, minlength=W.shape[2])
+                    inner[a, b] += np.bincount(at.rows, np.einsum("ac,ac->c", V[a], VB[b]), minlength=W.shape[2])
             blocks.append(own)
             cells[0, h] = -small.backward(M.L[:, :, at.rows], VB)
-        for (k, h), at in M.problem.cells.items():
-            if k > 0:
-                cells[k, h] = np.zeros_like(at.values)
+        cells |= {(k, h): np.zeros_like(values) for (k, h), values in self.weights.cells.items() if k > 0}
         return Inverse([np.einsum("kib,klb,ljb->ijb", W, inner, W), *blocks], cells)
 
     def lanczos(self) -> tuple[float, float]:
@@ -114,10 +125,12 @@ class Probed:
     tol: float = CG_LOOSE
     warm: Array | None = None
     probes: Array = field(init=False)
+    pool: ThreadPoolExecutor | None = field(init=False)
     rng: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
+        self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self.probes = np.zeros((self.size, 0))
         self.add(PROBES)
 
