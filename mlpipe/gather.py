@@ -88,7 +88,7 @@ def expected(plan: Plan, *, compress: bool) -> Expected:
 
 def _joint(plan: Plan, rows: int) -> Joint:
     """How several factors will be solved, from about how many levels and combinations of levels there are."""
-    from .solve.joint_iterative import PROBES, chosen
+    from .solve.probes import PROBES, chosen
 
     recipe, formula = plan.recipe, plan.recipe.formula
     levels = {columns: _distinct(plan, columns) for columns in recipe.factors}

@@ -10,17 +10,19 @@ import numpy as np
 
 from .arrays import arrow
 from .errors import ConfigError, DataError, ResourceError
-from .generalized_result import GLMMFit, common, stacked
+from .generalized_result import GLMMFit, common, joint_covariance, stacked
 from .levels import Levels, levels_of
 from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Model, plain, tau_bound
 from .progress import stage
 from .reduction import lower_factor
 from .result import RandomTerm
+from .solve.coded_rows import Exactly, JointProblem, Part
 from .solve.glmm import GLMMProblem, solve_glmm
-from .solve.joint import Exactly, Joint, JointProblem, Part
-from .solve.joint_iterative import SAMPLES, JointSolution, Probed, chosen, filling, probes_for, solve_joint
+from .solve.joint import Joint
+from .solve.joint_iterative import SAMPLES, JointSolution, solve_joint
 from .solve.kernel import Chunk, Kernel, Point, Rows
 from .solve.meetings import Pairs, Pattern, stays_sparse
+from .solve.probes import Probed, chosen, filling, probes_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -256,6 +258,8 @@ def _result(text: str, joint: JointModel, found: JointSolution, data: Any, optio
         tau_variance=float(solution.vcov[-1, -1]) if shape else math.nan,
     )
     assert r == len(order)
+    every = [*range(p), *order, *range(p + r, p + r + shape)]
+    fit.joint_covariance = joint_covariance(solution.vcov[np.ix_(every, every)], model.fixed.R)
     fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
     levels = {factor.group: len(factor) for factor in joint.levels}
     fit.n_blocks = max(levels.values())

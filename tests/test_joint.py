@@ -4,10 +4,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlpipe.solve.joint import Exactly, Joint
-from mlpipe.solve.joint_iterative import Iterated, Probed
+from mlpipe.solve.coded_rows import Exactly
+from mlpipe.solve.joint import Joint
 from mlpipe.solve.kernel import Look, Point
 from mlpipe.solve.link import Array
+from mlpipe.solve.probes import Iterated, Probed
 
 from .dense_glmm import PAIRS, difference
 from .dense_joint import DenseJoint, crossed_codes, simulate_joint
