@@ -30,7 +30,7 @@ def noted(fit: Any, model: Model, nagq: int) -> None:
         fit.info["per_block"] = round(per_block, 2)
     if one_factor and model.density.family.name == "binomial":
         fit.info["blocks_without_variation"] = rows.flat
-    if model.random and nagq == 1 and (sparse := _sparse(model, per_block)):
+    if one_factor and nagq == 1 and (sparse := _sparse(model, per_block)):
         notes.append(f"blocks have {sparse} on average: the Laplace approximation may be biased, compare nagq=7 or more")
     fit.info |= spreads(model, fit.gamma, fit.terms)
     fit.info["separation"] = separated(fit, model)
@@ -51,7 +51,7 @@ def separated(fit: Any, model: Model) -> list[str]:
     Anderson 1984); or the grouping factor, whose variance does where no block varies."""
     p = len(fit.names)
     information = fit.info.pop("information")[:p, :p]
-    if model.random and model.rows.flat == model.rows.spool.n_blocks:
+    if model.random and not model.plan.recipe.factors and model.rows.flat == model.rows.spool.n_blocks:
         return [":".join(model.plan.recipe.groups)]
     if not fit.score < SETTLED:  # far from any optimum the information says nothing
         return []

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy as np
 from . import cells, expr, statements
 from .arrays import column
 from .collect import dropped_rows, not_finite, row_count
+from .design import code
 from .engines.base import Columns
 from .errors import DataError
 from .options import Options
 from .outcome import TRIALS
-from .planning import Expected, Plan
+from .planning import Expected, Joint, Plan
 from .progress import stage
 from .solve.kernel import Chunk
 from .spool import Layout, Spool, build
@@ -81,7 +82,35 @@ def expected(plan: Plan, *, compress: bool) -> Expected:
     ratio = _compression(plan, rows) if compress else 1.0
     ratio = ratio if ratio >= WORTHWHILE else 1.0
     stored = _stored(plan, compressed=ratio > 1.0)
-    return Expected(rows, ratio, round(rows / ratio) * len(stored) * 8)
+    joint = _joint(plan, rows) if plan.recipe.factors and compress else None
+    return Expected(rows, ratio, round(rows / ratio) * len(stored) * 8, joint)
+
+
+def _joint(plan: Plan, rows: int) -> Joint:
+    """How several factors will be solved, from about how many levels and combinations of levels there are."""
+    from .solve.probes import PROBES, chosen
+
+    recipe, formula = plan.recipe, plan.recipe.formula
+    levels = {columns: _distinct(plan, columns) for columns in recipe.factors}
+    q = dict.fromkeys(recipe.factors, 0)
+    for bar in formula.random:
+        q[bar.groups] += len(code(bar.terms, recipe.variables))
+    sizes = sorted((levels[columns] * q[columns] for columns in recipe.factors), reverse=True)
+    combinations, most = min(rows, _distinct(plan, recipe.groups)), max(levels.values())
+    rest, met = sum(sizes[1:]), combinations * len(q) * (len(q) - 1) // 2
+    nested = combinations <= 1.02 * most
+    path = "exact" if nested else chosen("auto", rest, combinations**2 / most, plan.request.options.memory_bytes)
+    dense = 0 if nested else 3 * 8 * rest**2 if path == "exact" else 8 * 8 * PROBES * sum(sizes)
+    parameters = len(code(formula.fixed, recipe.variables)) + sum(n * (n + 1) // 2 for n in q.values()) + cells.family_of(recipe).shape
+    evaluations = 10 + (2 if path == "exact" else 1) * parameters
+    return Joint({":".join(columns): n for columns, n in levels.items()}, path, 48 * met + dense, evaluations)
+
+
+def _distinct(plan: Plan, columns: tuple[str, ...]) -> int:
+    """About how many combinations of some keys there are."""
+    statement = cells.block_count(replace(plan.recipe, groups=columns), plan.names, approximate=plan.engine.dialect == "duckdb")
+    keys = Columns(keys=frozenset(plan.names.positions[name] for name in columns))
+    return max(int(plan.engine.query(statement, keys).read_all().column("blocks")[0].as_py()), 1)
 
 
 def _stored(plan: Plan, *, compressed: bool) -> tuple[str, ...]:
@@ -169,10 +198,7 @@ def _compression(plan: Plan, rows: int) -> float:
     counts = column(sample, "row_count").astype(float)
     if not recipe.groups or not len(counts) or len(counts) > REPEATING * counts.sum():
         return 1.0
-    approximate = plan.engine.dialect == "duckdb"
-    keys = Columns(keys=plan.columns.keys)
-    found = plan.engine.query(cells.block_count(recipe, names, approximate=approximate), keys).read_all()
-    per_block = rows / max(int(found.column("blocks")[0].as_py()), 1)
+    per_block = rows / _distinct(plan, recipe.groups)
     share = counts / counts.sum()
     distinct = -np.expm1(per_block * np.log1p(-np.minimum(share, 1.0 - 1e-15))).sum()
     return float(per_block / max(distinct, 1e-300)) if per_block > 1 else 1.0

@@ -170,7 +170,7 @@ def levels_of(columns: tuple[str, ...], keys: pa.Table) -> tuple[Levels, np.ndar
     import pyarrow as pa
 
     own = keys.select(list(columns)).unify_dictionaries().combine_chunks()
-    codes = np.zeros(len(own), dtype=np.int64)
+    codes: np.ndarray = np.zeros(len(own), dtype=np.int64)
     for name in columns:
         values = _bare(own.column(name).combine_chunks()).dictionary_encode()
         codes = codes * len(values.dictionary) + np.from_dlpack(values.indices)

@@ -51,6 +51,17 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """What a generalized model of several factors will take: about so many `levels` of each, the `path` ("exact", "iterative"), `nbytes`
+    of the solver, `evaluations` of the likelihood."""
+
+    levels: dict[str, int]
+    path: str
+    nbytes: int
+    evaluations: int
+
+
+@dataclass(frozen=True)
 class Expected:
     """What the spool of an iterative fit will hold, as far as counts and a sample tell: at most so many `rows`, `ratio` of them a
     cell (1 where rows are not compressed), `nbytes` in all."""
@@ -58,6 +69,7 @@ class Expected:
     rows: int
     ratio: float
     nbytes: int
+    joint: Joint | None = None
 
 
 @dataclass
@@ -179,7 +191,8 @@ class Plan:
         if sizes:
             effects = "1 random effect" if sum(sizes) == 1 else f"{sum(sizes)} random effects"
             rule = "the mode alone (Laplace)" if request.nagq == 1 else f"{request.nagq ** sum(sizes):,} nodes"
-            lines.append(f"nagq:    {request.nagq} with {effects} a block: {rule}")
+            where = "over all grouping factors, jointly" if self.recipe.factors else "a block"
+            lines.append(f"nagq:    {request.nagq} with {effects} {where}: {rule}")
         return [*lines, f"params:  {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
 
     def _spool(self) -> list[str]:
@@ -195,7 +208,21 @@ class Plan:
                 f"spool:   at most {rows:,} rows, {order}{held}",
                 f"memory:  about {nbytes / 1e6:,.1f} MB of spool {place}, a quarter of the limit being {limit / 4e6:,.0f} MB",
             ]
+            lines += self._joint(self.expected.joint) if self.expected.joint is not None else []
         return lines
+
+    def _joint(self, expected: Joint) -> list[str]:
+        """How several factors are solved."""
+        levels = ", ".join(f"about {n:,} of {group}" for group, n in expected.levels.items())
+        how = {
+            "exact": "all random effects jointly, exactly: elimination, and a dense matrix of what is crossed",
+            "iterative": "all random effects jointly, by conjugate gradients and probes, with a stated Monte Carlo error",
+        }[expected.path]
+        return [
+            f"levels:  {levels}",
+            f"solver:  {expected.path}: {how}; about {expected.nbytes / 1e6:,.1f} MB",
+            f"passes:  about {expected.evaluations} evaluations of the likelihood, each a few passes over the spool",
+        ]
 
 
 def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Plan:

@@ -10,17 +10,19 @@ import numpy as np
 
 from .arrays import arrow
 from .errors import ConfigError, DataError, ResourceError
-from .generalized_result import GLMMFit, common, stacked
+from .generalized_result import GLMMFit, common, joint_covariance, stacked
 from .levels import Levels, levels_of
 from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Model, plain, tau_bound
 from .progress import stage
 from .reduction import lower_factor
 from .result import RandomTerm
+from .solve.coded_rows import Exactly, JointProblem, Part
 from .solve.glmm import GLMMProblem, solve_glmm
-from .solve.joint import Exactly, Joint, JointProblem, Part
-from .solve.joint_iterative import SAMPLES, JointSolution, probes_for, solve_joint, work_of
+from .solve.joint import Joint
+from .solve.joint_iterative import SAMPLES, JointSolution, solve_joint
 from .solve.kernel import Chunk, Kernel, Point, Rows
 from .solve.meetings import Pairs, Pattern, stays_sparse
+from .solve.probes import Probed, chosen, filling, probes_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
-MOST_WORK = 1e10  # operations of one factoring above which conjugate gradients are faster
+CELL_BYTES = 64  # of a combination of levels, per pair of factors: its codes, cell, weights and their place in sparse matrices
 SPARSE = 6.0  # trials per level below which the Laplace approximation of 0/1 data is worth a note
 
 
@@ -49,6 +51,8 @@ class JointModel:
         for levels in self.levels:
             if len(levels) < 2:
                 raise DataError(f"the grouping factor {levels.group} has fewer than two levels", code="one_level", column=levels.columns[0])
+            self._check_separable(levels)
+        self._check_memory()
         bars = recipe.formula.random
         self.bars = [[i for i, bar in enumerate(bars) if bar.groups == columns] for columns in recipe.factors]
         self.order = np.argsort([-self._size(k) for k in range(len(self.bars))], kind="stable").tolist()
@@ -60,6 +64,26 @@ class JointModel:
         pairs, self.cells = self._cells(sizes, [kernel.q for kernel in kernels])
         terms = tuple(tuple(len(model.random[i].names) for i in self.bars[k]) for k in self.order)
         self.problem = JointProblem(model.density, model.Q, kernels, tuple(sizes), terms, pairs, self.scan)
+
+    def _check_separable(self, levels: Levels) -> None:
+        rows, density = self.model.rows.rows, self.model.density
+        if (density.family.name, density.link.name) != ("gaussian", "identity") or self.model.plan.recipe.weights is not None:
+            return
+        if len(levels) >= rows:
+            raise DataError(
+                f"the grouping factor {levels.group} has as many levels as there are rows ({rows:,}): "
+                "its variance and the residual one are not separable", code="unidentified", column=levels.columns[0],
+            )  # fmt: skip
+
+    def _check_memory(self) -> None:
+        factors, limit = len(self.levels), self.model.plan.request.options.memory_bytes
+        combinations, pairs = self.model.rows.spool.n_blocks, factors * (factors - 1) // 2
+        needed = combinations * (4 * factors + CELL_BYTES * pairs)
+        if needed > limit * 3 // 4:
+            raise ResourceError(
+                f"{combinations:,} combinations of levels of {factors} grouping factors need {needed / 1e6:,.0f} MB, "
+                f"the memory limit is {limit / 1e6:,.0f} MB", code="memory_limit", hint="raise memory_limit",
+            )  # fmt: skip
 
     def _size(self, k: int) -> int:
         return len(self.levels[k]) * sum(len(self.model.random[i].names) for i in self.bars[k])
@@ -116,12 +140,12 @@ class JointModel:
         """
         if stays_sparse(self.problem.pairs):
             return "iterative" if method == "iterative" else "exact"
-        rest, work = work_of(self.problem)
-        fits = 3 * 8 * rest**2 <= limit // 2
-        if method == "exact" and not fits:
+        rest = self.problem.ends[-1] - self.problem.ends[1]
+        path = chosen(method, rest, filling(self.problem), limit)
+        if path == "too large":
             message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
             raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
-        return "exact" if method == "exact" or (method == "auto" and fits and work < MOST_WORK) else "iterative"
+        return path
 
     def theta_star(self, theta: Sequence[float]) -> Array:
         """The solver's theta for one in the user's coordinates and lme4's order. Raises ConfigError where it is none."""
@@ -160,9 +184,7 @@ def fitted(
         if probed is None:
             found = _exactly(joint, solver, first, typical, options, saved)
         else:
-            found = solve_joint(
-                solver, probed, first, typical, tol=options.tol, max_evaluations=options.max_passes, tau_bound=tau_bound(model), saved=saved
-            )
+            found = _iterated(joint, solver, probed, first, typical, options, saved)
         fields |= {"evaluations": found.solution.evaluations, "score": found.solution.score}
     return _result(text, joint, found, data, options)
 
@@ -180,6 +202,20 @@ def _exactly(
     tau = float(solution.psi[-1]) if search.shape else 0.0
     u, covariances = solver.posterior(Point(solution.psi[: problem.p], solution.lambda_, tau))
     return JointSolution(solution, None, 0.0, 0, u, covariances)
+
+
+def _iterated(
+    joint: JointModel, solver: Joint, probed: Probed, first: Array, typical: Array, options: Options, saved: Callable[[Array], None] | None
+) -> JointSolution:
+    bound = tau_bound(joint.model)
+    try:
+        return solve_joint(
+            solver, probed, first, typical, tol=options.tol, max_evaluations=options.max_passes, tau_bound=bound, saved=saved
+        )
+    except np.linalg.LinAlgError as error:
+        link, family = joint.model.density.link.name, joint.model.density.family.name
+        message = f"there is no mode of the random effects to start from, for family {family!r} with link {link!r}"
+        raise DataError(message, code="no_mode", hint="give start=, or use another link") from error
 
 
 def _started(joint: JointModel, solver: Joint, psi: Array | None, options: Options) -> tuple[Array, Array]:
@@ -222,6 +258,8 @@ def _result(text: str, joint: JointModel, found: JointSolution, data: Any, optio
         tau_variance=float(solution.vcov[-1, -1]) if shape else math.nan,
     )
     assert r == len(order)
+    every = [*range(p), *order, *range(p + r, p + r + shape)]
+    fit.joint_covariance = joint_covariance(solution.vcov[np.ix_(every, every)], model.fixed.R)
     fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
     levels = {factor.group: len(factor) for factor in joint.levels}
     fit.n_blocks = max(levels.values())

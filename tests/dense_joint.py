@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.linalg as la
 
+from mlpipe.solve.coded_rows import JointProblem, Part
 from mlpipe.solve.density import density
 from mlpipe.solve.family import Cells
-from mlpipe.solve.joint import JointProblem, Part
 from mlpipe.solve.kernel import Kernel, Point, Rows
 from mlpipe.solve.link import Array
 from mlpipe.solve.meetings import Pattern

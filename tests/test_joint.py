@@ -4,12 +4,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlpipe.solve.joint import Exactly, Joint
-from mlpipe.solve.joint_iterative import Iterated, Probed
+from mlpipe.solve.coded_rows import Exactly
+from mlpipe.solve.joint import Joint
 from mlpipe.solve.kernel import Look, Point
 from mlpipe.solve.link import Array
+from mlpipe.solve.probes import Iterated, Probed
 
-from .dense_glmm import PAIRS, gradient
+from .dense_glmm import PAIRS, difference
 from .dense_joint import DenseJoint, crossed_codes, simulate_joint
 
 CANONICAL = {("binomial", "logit"), ("poisson", "log"), ("gamma", "inverse"), ("gaussian", "identity")}
@@ -57,11 +58,13 @@ def back(joint: Joint, psi: Array) -> Point:
     return Point(psi[:p], lambda_, float(psi[-1]) if joint.problem.density.family.shape else 0.0)
 
 
-def differences(joint: Joint, point: Point) -> Array:
-    """The score by differences of the log-likelihood."""
-    psi = coordinates(joint, point)
-    u = joint.look(point, joint.u, outer=False)[1]
-    return np.asarray(gradient(lambda x: look(joint, back(joint, x), u=u).loglik, psi, 1e-3 * np.maximum(np.abs(psi), 0.05)))
+def along(joint: Joint, point: Point, directions: int = 2) -> tuple[Array, Array]:
+    """The score along some directions, and the same by differences of the log-likelihood."""
+    psi, u = coordinates(joint, point), joint.look(point, joint.u, outer=False)[1]
+    rng, score = np.random.default_rng(0), look(joint, point).score
+    steps = rng.uniform(0.5, 1.0, (directions, len(psi))) * rng.choice([-1.0, 1.0], (directions, len(psi))) * np.maximum(np.abs(psi), 0.05)
+    slopes = [difference(lambda t, v=v: look(joint, back(joint, psi + t * v), u=u).loglik, 1e-3) for v in steps]  # type: ignore[misc]
+    return steps @ score, np.array(slopes)
 
 
 @pytest.mark.parametrize(("family", "link", "expected"), CASES)
@@ -69,7 +72,7 @@ def test_value_and_score(family: str, link: str, expected: bool) -> None:
     model, point, joint = made("slopes", family, link, expected=expected)
     found = look(joint, point, outer=True)
     assert found.loglik == pytest.approx(model.loglik(point), abs=1e-6)
-    assert np.allclose(found.score, differences(joint, point), rtol=2e-7, atol=1e-6)
+    assert np.allclose(*along(joint, point), rtol=2e-7, atol=1e-6)
     assert np.linalg.eigvalsh(found.outer)[0] > 0.0
     assert not found.rough
 
@@ -80,7 +83,7 @@ def test_any_structure(name: str, family: str, link: str) -> None:
     model, point, joint = made(name, family, link)
     found = look(joint, point)
     assert found.loglik == pytest.approx(model.loglik(point), abs=1e-7)
-    assert np.allclose(found.score, differences(joint, point), rtol=1e-7, atol=1e-7)
+    assert np.allclose(*along(joint, point, 3), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("zero", [[0], [2], [0, 1], [1]])
@@ -89,7 +92,7 @@ def test_score_where_lambda_is_singular(zero: list[int]) -> None:
     point.lambda_[:, zero] = 0.0
     found = look(joint, point)
     assert found.loglik == pytest.approx(model.loglik(point), abs=1e-7)
-    assert np.allclose(found.score, differences(joint, point), rtol=1e-7, atol=1e-7)
+    assert np.allclose(*along(joint, point, 3), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["slopes", "nested", "three"])
@@ -170,7 +173,7 @@ def test_the_stated_error_is_the_true_one() -> None:
     _, point, joint = made("three", "binomial", "probit")
     exact = look(joint, point).score
     off, said = [], []
-    for seed in range(40):
+    for seed in range(24):
         own = probed(joint, seed, 16)
         assert isinstance(own.solver, Probed)
         psi = coordinates(own, point)
@@ -180,7 +183,7 @@ def test_the_stated_error_is_the_true_one() -> None:
         off.append(at.score - exact)
         said.append(each.std(axis=1, ddof=1) / np.sqrt(each.shape[1]))
     ratio = np.sqrt(np.mean(np.square(off), axis=0) / np.mean(np.square(said), axis=0))
-    assert (ratio > 0.6).all() and (ratio < 1.6).all()
+    assert (ratio > 0.55).all() and (ratio < 1.7).all()
 
 
 def test_parts_and_order_of_rows_do_not_matter() -> None:

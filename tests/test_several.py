@@ -581,15 +581,6 @@ def test_a_level_a_row_with_weights_is_fitted() -> None:
     assert fitted.levels == {"row": 180, "a": 10}
 
 
-def test_generalized_models_take_one_factor_so_far_or_fit() -> None:
-    """Whatever they do with several, it is no crash."""
-    frame = FRAME.with_columns(k=(pl.col("y") > 6.0).cast(int))
-    try:
-        assert mp.glmm("k ~ x + (1 | a) + (1 | b)", frame, family="binomial").converged
-    except mp.MlpipeError as error:
-        assert error.code == "several_factors"
-
-
 # ---- statistics, plans, the command line
 
 

@@ -1,170 +1,34 @@
-"""GLMMs with crossed factors too large to factor: the joint mode by conjugate gradients, leverages and traces from fixed probes, and a
-root of the score (FORMULAS R5 to R8; Hutchinson 1990; Ubaru, Chen and Saad 2017).
+"""GLMMs with crossed factors too large to factor: the root of a score whose leverages and traces come from probes (FORMULAS R5 to R8).
 
-The inverse of the rest S = M_22 - V'V is B⁻¹, its diagonal blocks', and what probes show of S⁻¹ - B⁻¹: only that has Monte Carlo error.
 With fixed probes the score is a smooth function of the parameters, but not the gradient of the stochastic likelihood.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 from typing import cast
 
 import numpy as np
 
 from . import small
-from .conjugate import Crosses, Operator, Solves, dots
-from .crossed import Cells, CrossedProblem, Factor
+from .coded_rows import Part, add_levels
 from .glm import TAU_STEP, newton_step
 from .glmm import ZERO, GLMMSolution
-from .joint import Factored, Joint, JointProblem, Part, Spread, State, Weights, add_levels, spread_of
+from .joint import Joint, State
 from .kernel import Point
 from .link import Array
-from .meetings import Inverse
+from .probes import CG_TIGHT, Iterated, Probed
 
-PROBES, MOST_PROBES = 16, 256
+MOST_PROBES = 256
 ERROR = 0.05  # Monte Carlo error of a parameter, as a share of its standard error, that is good enough
-CG_TIGHT, CG_LOOSE = 1e-8, 1e-4  # residual over right-hand side: of modes and, near the solution, of probes; on the way
 NEAR = 0.1  # scaled score from which probes are solved tightly and the score's own derivatives are found by differences
 ENOUGH = 1e-3  # scaled score that ends the search: far below the Monte Carlo error
 DIFFERENCE = 1e-2  # step of the differences in standard errors
 LEAST = 0.03  # diagonal of Λ, in units of what a level tells, that stands for zero on the way
 SAMPLES = 32  # for conditional variances, which are then good to about 9 %
-PAIRS = 4
-
-
-class Iterated:
-    """M at some weights, applied and never formed, with the probes' solutions: x = S⁻¹Rp and g = R⁻ᵀp over the other factors."""
-
-    def __init__(self, solver: Probed, problem: JointProblem, lambda_: Array, weights: Weights) -> None:
-        nothing = np.zeros((1, 1))
-        factors = tuple(Factor(S, np.zeros((len(S), 1, S.shape[2]))) for S in weights.S)
-        cells = {pair: Cells(problem.pairs[pair].rows, problem.pairs[pair].columns, v) for pair, v in weights.cells.items()}
-        crossed = CrossedProblem(factors, cells, nothing, 1.0, 0.0, False, problem.terms)
-        plain = {pair: problem.pairs[pair].matrix(values) for pair, values in weights.cells.items()}
-        self.operator, self.solver = Operator(crossed, lambda_, Crosses(plain, np.float64), solver.threads), solver
-        if not all(np.isfinite(part).all() for part in (self.operator.L, *self.operator.R)):
-            raise np.linalg.LinAlgError("not positive definite")
-
-    @property
-    def logdet(self) -> float:
-        """log|M| by Lanczos quadrature."""
-        return self.lanczos()[0]
-
-    def solve(self, b: Array) -> Array:
-        """M⁻¹b."""
-        return self.operator.solve(b, CG_TIGHT)
-
-    def full(self, x: Array) -> Array:
-        """[-L⁻ᵀVx; x], for x over the other factors."""
-        M = self.operator
-        return np.concatenate([-M.up(M.times(x)), x])
-
-    def probed(self, tol: float) -> tuple[Array, Array]:
-        """g, and x - g, over all factors."""
-        M, solver = self.operator, self.solver
-        g = M.by_blocks(small.backward, solver.probes)
-        x = M.solve_rest(M.by_blocks(_lower, solver.probes), tol, solver.warm).x
-        solver.warm = x
-        return self.full(g), self.full(x - g)
-
-    def known(self) -> Inverse:
-        """M⁻¹ with B⁻¹ in the place of S⁻¹, on diagonal blocks and cells."""
-        M = self.operator
-        W = small.inverse_factor(M.L)
-        inner, blocks, cells = np.eye(len(W))[:, :, None] + np.zeros_like(W), [], {}
-        for h, R in enumerate(M.R, start=1):
-            at = M.problem.cells[0, h]
-            inverse = small.inverse_factor(R)
-            own = np.einsum("kam,kbm->abm", inverse, inverse)
-            VB = np.einsum("iac,abc->ibc", M.cells[h], own[:, :, at.columns])
-            for a in range(len(W)):
-                for b in range(len(W)):
-                    product = np.einsum("ac,ac->c", M.cells[h][a], VB[b])
-                    inner[a, b] += np.bincount(at.rows, product, minlength=W.shape[2])
-            blocks.append(own)
-            cells[0, h] = -small.backward(M.L[:, :, at.rows], VB)
-        for (k, h), at in M.problem.cells.items():
-            if k > 0:
-                cells[k, h] = np.zeros_like(at.values)
-        return Inverse([np.einsum("kib,klb,ljb->ijb", W, inner, W), *blocks], cells)
-
-    def lanczos(self) -> tuple[float, float]:
-        """log|M| and its Monte Carlo error, with p'S̃p as control variate."""
-        M, probes = self.operator, self.solver.probes
-        solved = M.solve_rest(M.by_blocks(_lower, probes), CG_TIGHT, keep=True)
-        scaled = M.by_blocks(small.forward, M.rest(M.by_blocks(small.backward, probes)))
-        excess = dots(scaled, probes) - len(probes)
-        logs = np.array([len(probes) * _quadrature(solved, k) for k in range(probes.shape[1])])
-        slope = float(logs @ excess / max(excess @ excess, 1e-300))
-        values = logs - slope * excess
-        known = float(small.logdet(M.L).sum()) + sum(float(small.logdet(R).sum()) for R in M.R)
-        return known + float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-@dataclass
-class Probed:
-    """A `Solver` by conjugate gradients and Rademacher probes (all of the other factors' effects, k)."""
-
-    size: int
-    seed: int
-    threads: int
-    tol: float = CG_LOOSE
-    warm: Array | None = None
-    probes: Array = field(init=False)
-    rng: np.random.Generator = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.rng = np.random.default_rng(self.seed)
-        self.probes = np.zeros((self.size, 0))
-        self.add(PROBES)
-
-    def add(self, count: int) -> None:
-        """Further probes."""
-        more = self.rng.integers(0, 2, (self.size, count), dtype=np.int8) * 2.0 - 1.0
-        self.probes, self.warm = np.hstack([self.probes, more]), None
-
-    def factored(self, problem: JointProblem, lambda_: Array, weights: Weights) -> Factored:
-        """See joint.Solver."""
-        return Iterated(self, problem, lambda_, weights)
-
-    def roughly(self, M: Factored, b: Array) -> Array:
-        """See joint.Solver."""
-        return cast(Iterated, M).operator.solve(b, CG_LOOSE)
-
-    def spread(self, problem: JointProblem, lambda_: Array, weights: Weights, M: Factored) -> Spread:
-        """See joint.Solver."""
-        made = cast(Iterated, M)
-        out = spread_of(problem, lambda_, weights, made.known())
-        g, gap = made.probed(self.tol)
-        left, right = problem.scaled(lambda_, gap), problem.scaled(lambda_, g)
-        return Spread(out.blocks, out.cells, out.traces, (left, right), self._traces(problem, weights, left, g))
-
-    def _traces(self, problem: JointProblem, weights: Weights, scaled: Array, g: Array) -> list[Array]:
-        """Σ_i (Z'WZΛ(x - g))_ki g_ki' per probe (q_k, q_k, k)."""
-        sides = zip(problem.split(weights.times(problem, scaled)), problem.split(g), strict=True)
-        return [np.einsum("akm,bkm->abk", left, right) for left, right in sides]
-
-
-def _lower(R: Array, x: Array) -> Array:
-    """R x for lower R (q, q, …) and x (q, …)."""
-    return np.stack([sum((R[i, j] * x[j] for j in range(i + 1)), small.ZERO) for i in range(len(R))])
-
-
-def _quadrature(solved: Solves, k: int) -> float:
-    """Σ τ² log λ of the Lanczos matrix of column k's conjugate gradients (R6)."""
-    alphas = np.array([a[k] for a in solved.alphas])
-    used = int((alphas > 0.0).sum())
-    if used == 0:
-        return 0.0
-    alphas, betas = alphas[:used], np.array([b[k] for b in solved.betas])[:used]
-    diagonal = 1.0 / alphas
-    diagonal[1:] += betas[:-1] / alphas[:-1]
-    off = np.sqrt(np.maximum(betas[:-1], 0.0)) / alphas[:-1]
-    values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
-    return float((vectors[0] ** 2) @ np.log(np.maximum(values, 1e-300)))
+PAIRS, MOST_SHRINKS = 4, 4
 
 
 @dataclass
@@ -184,7 +48,7 @@ def solve_joint(
     joint: Joint, solver: Probed, start: Array, typical: Array, *, tol: float, max_evaluations: int, tau_bound: float,
     saved: Callable[[Array], None] | None = None,
 ) -> JointSolution:  # fmt: skip
-    """The root of the score from psi = (beta*, theta, tau)."""
+    """The root of the score from psi = (beta*, theta, tau). Raises LinAlgError where the start has no mode."""
     with np.errstate(all="ignore"):
         return _Root(joint, solver, start, typical, saved).run(max(tol, ENOUGH), max_evaluations, tau_bound)
 
@@ -235,9 +99,7 @@ class _Root:
     def run(self, tol: float, max_evaluations: int, tau_bound: float) -> JointSolution:
         """Steps until the score is small and the Monte Carlo error too."""
         message, converged, length, last = "out of evaluations", False, math.inf, math.inf
-        found = self.look(self.psi, outer=True)
-        if found is None:
-            raise np.linalg.LinAlgError("no mode at the start")
+        found = self._first()
         at, share, error = found, 1.0, np.zeros(len(self.psi))
         while self.evaluations < max_evaluations:
             self.joint.u = at.state.u
@@ -271,6 +133,16 @@ class _Root:
             if self.saved is not None:
                 self.saved(at.psi)
         return self._ended(at, self._held(at), error, converged, message, length)
+
+    def _first(self) -> _At:
+        """The start, or one with less spread where there is no mode. Raises LinAlgError where there is none either."""
+        for _ in range(MOST_SHRINKS):
+            found = self.look(self.psi, outer=True)
+            if found is not None:
+                return found
+            at = slice(self.first, self.first + len(self.problem.entries))
+            self.psi[at] *= 0.3
+        raise np.linalg.LinAlgError("no mode at the start")
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -459,16 +331,3 @@ class _Root:
             block = np.einsum("kam,kbm->abm", inverse, inverse) + np.einsum("ikm,jkm->ijm", shifted, shifted) / SAMPLES
             out.append(np.einsum("ia,abm,jb->ijm", lam, block, lam))
         return out
-
-
-def work_of(problem: JointProblem) -> tuple[int, float]:
-    """The order of the dense rest that elimination leaves, and the operations that filling and factoring it take."""
-    rest = problem.ends[-1] - problem.ends[1]
-    filling = sum(float((np.bincount(pattern.rows) ** 2.0).sum()) for (k, _), pattern in problem.pairs.items() if k == 0)
-    return rest, 2.0 * rest**3 + 600.0 * filling
-
-
-def probes_for(problem: JointProblem, seed: int, threads: int) -> Probed:
-    """The solver by iterations of a problem."""
-    return Probed(problem.ends[-1] - problem.ends[1], seed, threads)
-

@@ -36,6 +36,12 @@ class Pattern:
         starts = np.concatenate([[0], np.cumsum(np.bincount(i, minlength=n))])
         return starts, j if order is None else j[order], order
 
+    @cached_property
+    def over_levels(self) -> sp.csr_matrix:
+        """Ones where levels meet."""
+        starts = np.concatenate([[0], np.cumsum(np.bincount(self.rows, minlength=self.levels[0]))])
+        return sp.csr_matrix((np.ones(len(self.rows)), self.columns, starts), shape=self.levels)
+
     def matrix(self, values: Array) -> sp.csr_matrix:
         """The blocks (q_k, q_h, c) as a matrix over single effects."""
         starts, columns, order = self._places
