@@ -18,6 +18,7 @@ from .stats import SuffStats
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .held import Held
     from .options import Options
     from .plot import Plots
     from .predictions import Output
@@ -139,7 +140,11 @@ class MixedFit:
         return variance.varcorr(self)
 
     def tidy(self, conf_level: float = 0.95, ddf: str = "wald") -> pa.Table:
-        """Estimates, standard errors, Wald tests and intervals of fixed effects and of variance parameters."""
+        """Estimates, standard errors, tests and intervals of fixed effects and of variance parameters.
+
+        `ddf`: "wald" (z), "satterthwaite" (Giesbrecht and Burns 1985) or "kenward-roger" (1997, standard errors adjusted too; needs
+        REML), which give `df` and t tests of the fixed effects of linear mixed models, from the statistics that the fit keeps.
+        """
         return variance.tidy(self, conf_level, ddf)
 
     def glance(self) -> pa.Table:
@@ -372,7 +377,9 @@ class MixedFit:
 
 @dataclass(repr=False)
 class LMMFit(MixedFit):
-    """A fitted linear mixed model; see MixedFit."""
+    """A fitted linear mixed model; see MixedFit. `held`: its statistics, while they are in memory or mapped."""
+
+    held: Held | None = None
 
     @classmethod
     def from_solution(
@@ -385,6 +392,7 @@ class LMMFit(MixedFit):
         theta_covariance: Array,
         data: Any,
         options: Options | None = None,
+        held: Held | None = None,
     ) -> LMMFit:
         """The fit from a solver's solution, in the user's coordinates."""
         factors, stars = reduced.factors(solution.lambda_), reduced.split(solution.lambda_)
@@ -417,6 +425,7 @@ class LMMFit(MixedFit):
             info={**stats.info, "evaluations": solution.evaluations, "score": solution.score},
             source=data,
             options=options,
+            held=held,
         )
 
 

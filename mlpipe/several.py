@@ -13,6 +13,7 @@ import numpy as np
 from .arrays import arrow
 from .errors import ConfigError, DataError, ResourceError
 from .formula import Formula
+from .held import Held
 from .progress import stage
 from .reduction import Coded, Random, coded, lower_factor
 from .result import LMMFit, RandomTerm
@@ -224,10 +225,10 @@ def fitted(
     with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
         solved = model.solved(None if start is None else model.theta_star(start), options, method)
         fields |= {"evaluations": solved.solution.evaluations, "score": solved.solution.score}
-    return _result(text, model, solved, data, options)
+    return _result(text, model, solved, data, options, coding)
 
 
-def _result(text: str, model: Several, solved: Solved, data: Any, options: Options) -> LMMFit:
+def _result(text: str, model: Several, solved: Solved, data: Any, options: Options, coding: dict[str, Any]) -> LMMFit:
     stats, parts, problem, solution, at = model.stats, model.parts, model.problem, solved.solution, solved.at
     terms, places = [], model.places()
     for term, row in ((parts.random[i], places[i][1]) for i in model.sequence):
@@ -251,10 +252,19 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
         gamma=parts.fixed.Q @ beta_star, terms=tuple(terms), sigma=math.sqrt(at.s2) * scale, loglik=loglik, nobs=stats.n, rows=stats.rows,
         n_blocks=max(info["levels"].values()), converged=solution.converged, singular=solution.singular, score=solution.score,
         evaluations=solution.evaluations, message=solution.message, theta_covariance=_theta_covariance(model, solved), info=info,
-        source=data if stats.info.get("rescannable", True) else None, options=options,
+        source=data if stats.info.get("rescannable", True) else None, options=options, held=_held(model, coding),
     )  # fmt: skip
     fit.effects_tables = _modes(model, solution.lambda_, at.u * scale, fit.sigma, solved.inverses)
     return fit
+
+
+def _held(model: Several, coding: dict[str, Any]) -> Held:
+    """The statistics for later questions."""
+    parts, bars = model.parts, [i for k in model.order for i in model.bars[k]]
+    order = tuple(bars.index(i) for i in model.sequence)
+    random = tuple(parts.random[i] for i in bars)
+    base = np.zeros(len(parts.fixed.names))
+    return Held(model.stats, model.problem, parts.fixed, random, order, parts.scale, parts.offset, base, coding)
 
 
 def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
