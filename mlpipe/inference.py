@@ -13,6 +13,7 @@ from .held import Held
 from .solve import degrees
 from .solve.crossed import CrossedProblem, Exact
 from .solve.degrees import Derivatives, KenwardRoger
+from .solve.likelihood import LMMProblem
 
 if TYPE_CHECKING:
     from .result import LMMFit, MixedFit
@@ -75,10 +76,9 @@ class Tests:
     def _derivatives(self) -> Derivatives:
         kept, second = self._held, self.ddf == "kenward-roger"
         lambda_, s2 = self._lambda, (self.fit.sigma / kept.scale) ** 2
+        check_size(self.fit, kept.problem, second)  # type: ignore[arg-type]
         if isinstance(kept.problem, CrossedProblem):
-            exact = Exact(kept.problem)
-            _check_size(self.fit, exact, second)
-            return degrees.of_levels(exact, lambda_, s2, second=second)
+            return degrees.of_levels(Exact(kept.problem), lambda_, s2, second=second)
         return degrees.of_blocks(kept.problem, lambda_, s2, second=second)
 
     @cached_property
@@ -127,18 +127,20 @@ class Tests:
         return FTest(statistic, k, df, f_tail(statistic, k, df))
 
 
-def _check_size(fit: MixedFit, exact: Exact, second: bool) -> None:
-    """Raises ResourceError where the matrices of several factors do not fit the memory limit."""
+def check_size(fit: LMMFit, problem: LMMProblem | CrossedProblem, second: bool) -> None:
+    """Raises ResourceError where the matrices of several factors do not fit the memory limit; `second` as in `degrees.of_levels`."""
+    if isinstance(problem, LMMProblem):
+        return
     from .options import Options
 
     limit = (fit.options or Options()).memory_bytes
-    rest = sum(f.size for f in exact.problem.factors[1:])
-    needed = degrees.dense_bytes(exact.problem) if second else 0 if exact.stays_sparse() else 3 * 8 * rest**2
+    rest = sum(f.size for f in problem.factors[1:])
+    needed = degrees.dense_bytes(problem) if second else 0 if problem.stays_sparse else 3 * 8 * rest**2
     if needed > limit // 2:
-        effects, levels = sum(f.size for f in exact.problem.factors), min(fit.levels.values())
+        effects, levels = sum(f.size for f in problem.factors), min(fit.levels.values())
         other = 'ddf="satterthwaite" or "wald"' if second else 'ddf="wald"'
         raise ResourceError(
-            f"these degrees of freedom need {needed / 1e6:,.0f} MB of dense matrices over {effects:,} random effects, more than half the "
+            f"this needs {needed / 1e6:,.0f} MB of dense matrices over {effects:,} random effects, more than half the "
             f"memory limit of {limit / 1e6:,.0f} MB", code="memory_limit",
             hint=f"{other}, or raise memory_limit; with {levels:,} levels or more a factor 95 % quantiles of t and z differ by about "
             f"{T_EXCESS / levels:.1g}",

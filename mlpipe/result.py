@@ -147,6 +147,18 @@ class MixedFit:
         """
         return variance.tidy(self, conf_level, ddf)
 
+    def confint(self, method: str = "wald", level: float = 0.95, *, draws: int = 1000) -> pa.Table:
+        """Confidence intervals `term`, `conf_low`, `conf_high` of the fixed effects and, with R's names, the variance parameters.
+
+        `method`: "wald"; "profile", where the signed root of the (ML or Laplace/AGQ) deviance is a normal quantile (Bates et al. 2015,
+        section 5.1), from the statistics that a linear fit keeps, by passes over a spool made once for a generalized one; "boot",
+        percentiles of `draws` parametric bootstrap fits (Efron and Tibshirani 1993; `options.seed`).
+        Raises ConvergenceError where a profile has no limit, DataError where what is needed is gone.
+        """
+        from . import intervals
+
+        return intervals.confint(self, method, level, draws)
+
     def glance(self) -> pa.Table:
         """One row: nobs, likelihood, information criteria, status."""
         import pyarrow as pa
