@@ -159,6 +159,25 @@ class MixedFit:
 
         return intervals.confint(self, method, level, draws)
 
+    def test(self, hypothesis: Any, ddf: str = "wald") -> pa.Table:
+        """Wald test of linear hypotheses on the fixed effects: `statistic` is χ² with `df`, or F with `df` and `df_denominator`.
+
+        `hypothesis`: text such as "x1 = x2 = 0" or "x1 - 2 * x2 = 1, x3 = 0", or a matrix (k, p) of contrasts that are zero.
+        `ddf`: as in `tidy`; Satterthwaite's joint degrees of freedom are Fai and Cornelius's (1996).
+        Raises ConfigError for what cannot be read or names no coefficient.
+        """
+        from . import hypotheses
+
+        return hypotheses.test(self, hypothesis, ddf)
+
+    def drop1(self) -> pa.Table:
+        """Likelihood-ratio tests of the fixed terms that marginality lets go, each dropped alone: `term`, `n_params`, `loglik`, `aic`,
+        `statistic`, `df`, `p_value`. Linear models by ML from their statistics, generalized ones by one more fit a term.
+        """
+        from . import hypotheses
+
+        return hypotheses.drop1(self)
+
     def glance(self) -> pa.Table:
         """One row: nobs, likelihood, information criteria, status."""
         import pyarrow as pa
