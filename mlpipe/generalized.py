@@ -144,7 +144,7 @@ def glm(
 
 
 @contextmanager
-def respooled(fit: GLMMFit) -> Iterator[tuple[GLMMProblem, GLMMSolution, Model]]:
+def respooled(fit: GLMMFit, *, compress: bool = True) -> Iterator[tuple[GLMMProblem, GLMMSolution, Model]]:
     """The rows of a fit once more: its problem over a new spool, its optimum there, and the model; noted in `info`.
 
     Raises DataError where the source is gone or has changed.
@@ -157,7 +157,7 @@ def respooled(fit: GLMMFit) -> Iterator[tuple[GLMMProblem, GLMMSolution, Model]]
         fit.formula, weights=recipe.weights, freq=recipe.freq, offset=recipe.offset, levels=levels, contrasts=recipe.contrasts,
         family=recipe.family, link=fit.link, trials=recipe.trials, nagq=fit.nagq, options=options,
     )  # fmt: skip
-    plan, rows = _rows(fit.source, request, options, compress=True)
+    plan, rows = _rows(fit.source, request, options, compress=compress)
     with rows.spool:
         if rows.rows != fit.rows:
             raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")

@@ -11,6 +11,8 @@ import pytest
 import mlpipe as mp
 from mlpipe.solve.blocks import Array, BlockChunk, pseudo_blocks
 from mlpipe.solve.crossed import CrossedProblem
+from mlpipe.solve.density import density
+from mlpipe.solve.draws import responses
 from mlpipe.solve.likelihood import LMMProblem, evaluate
 from mlpipe.solve.simulate import BlockSimulator, LevelSimulator
 
@@ -126,3 +128,26 @@ def test_draws_must_be_a_number() -> None:
     fit = mp.lmm("Reaction ~ Days + (1 | Subject)", SLEEP)
     with pytest.raises(mp.ConfigError, match="draws"):
         fit.confint(method="boot", draws=1)
+
+
+@pytest.mark.parametrize("family", ["binomial", "poisson", "negbinomial", "negbinomial1", "gamma", "inverse_gaussian", "gaussian", "beta"])
+def test_simulated_responses_have_the_family_s_moments(family: str) -> None:
+    made, n, tau = density(family, "logit" if family in ("binomial", "beta") else "log"), 40_000, 0.7
+    mu, scale = (0.3 if family in ("binomial", "beta") else 1.8), np.exp(tau)
+    size = np.full(n, 4.0) if family == "binomial" else None
+    y = responses(made, np.full(n, mu), tau, size, None, np.random.default_rng(1))
+    variance = {
+        "binomial": mu * (1 - mu) / 4, "poisson": mu, "negbinomial": mu + mu**2 / scale, "negbinomial1": mu * (1 + scale),
+        "gamma": mu**2 / scale, "inverse_gaussian": mu**3 / scale, "gaussian": 1 / scale, "beta": mu * (1 - mu) / (1 + scale),
+    }[family]  # fmt: skip
+    assert abs(y.mean() - mu) < 5 * np.sqrt(variance / n)
+    assert y.var() == pytest.approx(variance, rel=0.1)
+
+
+def test_bootstrap_of_a_generalized_fit() -> None:
+    fit = mp.glmm("cbind(incidence, size - incidence) ~ period + (1 | herd)", SLEEP.parent / "cbpp.parquet", family="binomial")
+    found = intervals(fit, 100)
+    assert found == intervals(fit, 100)
+    for row in fit.confint(method="profile").to_pylist():
+        width, (low, high) = row["conf_high"] - row["conf_low"], found[row["term"]]
+        assert abs(low - row["conf_low"]) < 0.35 * width and abs(high - row["conf_high"]) < 0.35 * width, row["term"]
