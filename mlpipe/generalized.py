@@ -150,6 +150,10 @@ def respooled(fit: GLMMFit, *, compress: bool = True) -> Iterator[tuple[GLMMProb
     Raises DataError where the source is gone or has changed.
     """
     recipe, options = fit.recipe, fit.options or Options()
+    if recipe.factors:
+        raise ConfigError(
+            "profiles and bootstraps of generalized models are for one grouping factor", code="several_factors", hint='method="wald"'
+        )
     if fit.source is None:
         raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
     levels = {v.label: [level_label(level) for level in v.levels] for v in recipe.variables.values() if v.kind == "category"}

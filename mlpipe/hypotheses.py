@@ -344,8 +344,8 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
             "freq": recipe.freq, "offset": recipe.offset, "contrasts": _of(recipe.contrasts, text),
         }  # fmt: skip
         if fit.terms:
-            settings["nagq"] = fit.nagq  # type: ignore[attr-defined]
-        return fitted("glmm" if fit.terms else "glm", text, fit.source, options, settings)  # type: ignore[arg-type]
+            settings["nagq"] = getattr(fit, "nagq", 1)
+        return fitted("glmm" if fit.terms else "glm", text, fit.source, options, settings)
 
 
 def _of(contrasts: Any, text: str) -> Any:

@@ -294,6 +294,8 @@ class MixedFit:
         *,
         effects: str | Sequence[str] = "conditional",
         kind: str = "response",
+        interval: str | None = None,
+        level: float = 0.95,
         new_levels: str = "population",
         ordered: bool = True,
         prefix: str = "",
@@ -303,12 +305,18 @@ class MixedFit:
 
         `effects`: "conditional" on the random effects, "population" (random effects zero), "marginal" (the mean over them), or a list of
         factors. `kind`: "response" or "link". `new_levels`: "population", "null" or "raise" where the fit has not seen a level.
+
+        `interval` adds `lower` and `upper`: "confidence" from the covariance of the fixed effects, and for conditional predictions the
+        conditional variances of the random effects given theta (their covariance with the fixed effects left out; factors with several
+        coefficients a level have none); on the link scale, then transformed. "prediction" (linear models) adds the residual variance
+        (over the weight), and without a known level the variance of the random part. theta and sigma are taken as known.
         """
         from . import scoring
 
         return scoring.predict(
-            self, data, effects=effects, kind=kind, new_levels=new_levels, ordered=ordered, prefix=prefix, options=options
-        )
+            self, data, effects=effects, kind=kind, interval=interval, level=level, new_levels=new_levels, ordered=ordered, prefix=prefix,
+            options=options,
+        )  # fmt: skip
 
     def augment(
         self, data: Any = None, columns: Sequence[str] | None = None, prefix: str = "", *, options: Options | None = None
@@ -375,6 +383,16 @@ class MixedFit:
         return means.contrasts(
             self, term, method, adjust=adjust, kind=kind, effects=effects, at=at, data=data, conf_level=conf_level, options=options
         )
+
+    def simulate(self, n: int = 1, seed: int | None = None, *, prefix: str = "") -> pa.RecordBatchReader:
+        """The rows of the fit's own source, in their order, with n simulated responses `sim_1`, `sim_2`, …: new random effects and new
+        residuals at the estimates. Where there are trials, numbers of successes; null where a row was not used.
+
+        `seed`: `options.seed` if None. Raises DataError where the source is gone or changed.
+        """
+        from . import simulation
+
+        return simulation.simulate(self, n, seed, prefix)
 
     def write(
         self, target: Any, *, prefix: str = "mlpipe", mode: str = "error", run_id: str | None = None, ranef: bool = True
