@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .design import level_label
 from .errors import ConfigError, ConvergenceError, ConvergenceWarning, DataError, RankWarning, SingularFitWarning, did_you_mean
 from .options import METHODS, Options
 from .progress import stage
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from .engines.base import Engine
+    from .held import Held
     from .planning import Plan
     from .reduction import Reduced
     from .result import LMMFit, MixedFit
@@ -253,6 +255,7 @@ def _fitted(
     `coding`: contrasts and level orders other than those the statistics were collected with.
     """
     from .formula import parse
+    from .held import of_reduced
     from .reduction import reduce
     from .result import LMMFit
 
@@ -266,20 +269,23 @@ def _fitted(
     if method == "iterative":
         raise ConfigError("one grouping factor is solved exactly", hint='method="auto"')
     _check_sizes(stats)
-    reduced = reduce(stats, parsed, reml=reml, **(coding or {}))
+    coding = coding or {}
+    reduced = reduce(stats, parsed, reml=reml, **coding)
     first = reduced.least_squares()
-    if reduced.unexplained(first) > EXPLAINED:
-        return LMMFit.from_solution(formula, parsed, stats, reduced, *_solved(reduced, start, options, stats), data, options)
-    if plan is None:
-        note = "the fixed effects explain nearly all of the response: fit from the rows for more digits"
-        stats.info["notes"] = [*stats.info.get("notes", []), note]
-        return LMMFit.from_solution(formula, parsed, stats, reduced, *_solved(reduced, start, options, stats), data, options)
+    if reduced.unexplained(first) > EXPLAINED or plan is None:
+        if reduced.unexplained(first) <= EXPLAINED:
+            note = "the fixed effects explain nearly all of the response: fit from the rows for more digits"
+            stats.info["notes"] = [*stats.info.get("notes", []), note]
+        found = _solved(reduced, start, options, stats)
+        return LMMFit.from_solution(formula, parsed, stats, reduced, *found, data, options, of_reduced(stats, reduced, coding))
     again = _residual_statistics(stats, plan, reduced, first)
     residual = reduce(again, parsed, reml=reml)
     if residual.scale < ROUNDING * reduced.scale:
         raise DataError("the response is fitted exactly by the fixed effects", code="no_residual")
-    fit = LMMFit.from_solution(formula, parsed, again, residual, *_solved(residual, start, options, again), data, options)
-    fit.recipe, fit.beta, fit.gamma = stats.recipe, fit.beta + reduced.beta(first), fit.gamma + reduced.linear_predictor(first)
+    base = reduced.beta(first)
+    found = _solved(residual, start, options, again)
+    fit = LMMFit.from_solution(formula, parsed, again, residual, *found, data, options, of_reduced(again, residual, coding, base))
+    fit.recipe, fit.beta, fit.gamma = stats.recipe, fit.beta + base, fit.gamma + reduced.linear_predictor(first)
     return fit
 
 
@@ -300,6 +306,26 @@ def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, s
         covariance = information(reduced.problem, solution).vcov
         fields |= {"evaluations": solution.evaluations, "score": solution.score}
     return solution, covariance
+
+
+def recollected(fit: LMMFit) -> Held:
+    """The statistics of a fit again, by one more scan of its source. Raises DataError where the source has changed since."""
+    recipe = fit.recipe
+    levels = {v.label: [level_label(level) for level in v.levels] for v in recipe.variables.values() if v.kind == "category"}
+    own: dict[str, Any] = {"weights": recipe.weights, "freq": recipe.freq, "offset": recipe.offset, "contrasts": recipe.contrasts}
+    if _given(fit.source, dict.fromkeys(("weights", "freq", "offset", "na"))):
+        own = {}
+    else:
+        own["levels"] = levels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = lmm(fit.formula, fit.source, reml=fit.reml, start=fit.theta.tolist(), options=fit.options, **own)
+    if again.rows != fit.rows or not math.isclose(again.loglik, fit.loglik, rel_tol=1e-6, abs_tol=1e-4) or again.held is None:
+        raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")
+    note = "the statistics were gone: the rows were read once more for inference"
+    fit.info["notes"] = [*fit.info.get("notes", []), note]
+    fit.info["passes"] = fit.info.get("passes", 0) + again.info.get("passes", 0)
+    return again.held
 
 
 def _residual_statistics(stats: SuffStats, plan: Plan, reduced: Reduced, beta: np.ndarray) -> SuffStats:

@@ -226,6 +226,19 @@ def solved(model: Model, start: Sequence[float] | None, options: Options, state:
     return solution
 
 
+def resumed(
+    model: Model, beta: np.ndarray, factors: Sequence[np.ndarray], tau: float, options: Options
+) -> tuple[GLMMProblem, GLMMSolution]:
+    """The problem over all rows and its optimum, from estimates in the user's coordinates."""
+    theta = [lower_factor(term.R @ factor) for term, factor in zip(model.random, factors, strict=True)]
+    elements = [star[i, j] for star in theta for j in range(len(star)) for i in range(j, len(star))]
+    psi = np.concatenate([model.fixed.R @ beta, elements, [tau] if model.density.family.shape else []])
+    u = np.zeros((model.kernel.q, model.rows.spool.n_blocks))
+    typical = _moments(model, psi, model.rows.spool.some(START_SHARE, START_CHUNKS))[1]
+    problem = _problem(model, _Passes(model, None, u), typical)
+    return problem, solve_glmm(problem, psi, tol=options.tol, max_evaluations=options.max_passes)
+
+
 def _problem(model: Model, scan: _Passes, typical: np.ndarray) -> GLMMProblem:
     central = model.rows.spool.n_rows <= CENTRAL_ROWS
     shape, bound = model.density.family.shape, tau_bound(model)

@@ -95,6 +95,9 @@ def statement_of(
         every["size"] = _size(recipe, names)
     if "observed" in parts:
         every["observed"] = _observed(recipe, names)
+    for i, monomial in enumerate(recipe.features):
+        if f"f{i}" in parts:
+            every[f"f{i}"] = feature(monomial, recipe, names) if monomial else number(1)
     columns: list[exp.Expr] = [exp.column(f"r{i}", table="src") for i in shown.values()]
     for k, part in enumerate(parts):
         value = every[part].copy()

@@ -18,6 +18,7 @@ from .stats import SuffStats
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .held import Held
     from .options import Options
     from .plot import Plots
     from .predictions import Output
@@ -139,8 +140,43 @@ class MixedFit:
         return variance.varcorr(self)
 
     def tidy(self, conf_level: float = 0.95, ddf: str = "wald") -> pa.Table:
-        """Estimates, standard errors, Wald tests and intervals of fixed effects and of variance parameters."""
+        """Estimates, standard errors, tests and intervals of fixed effects and of variance parameters.
+
+        `ddf`: "wald" (z), "satterthwaite" (Giesbrecht and Burns 1985) or "kenward-roger" (1997, standard errors adjusted too; needs
+        REML), which give `df` and t tests of the fixed effects of linear mixed models, from the statistics that the fit keeps.
+        """
         return variance.tidy(self, conf_level, ddf)
+
+    def confint(self, method: str = "wald", level: float = 0.95, *, draws: int = 1000) -> pa.Table:
+        """Confidence intervals `term`, `conf_low`, `conf_high` of the fixed effects and, with R's names, the variance parameters.
+
+        `method`: "wald"; "profile", where the signed root of the (ML or Laplace/AGQ) deviance is a normal quantile (Bates et al. 2015,
+        section 5.1), from the statistics that a linear fit keeps, by passes over a spool made once for a generalized one; "boot",
+        percentiles of `draws` parametric bootstrap fits (Efron and Tibshirani 1993; `options.seed`).
+        Raises ConvergenceError where a profile has no limit, DataError where what is needed is gone.
+        """
+        from . import intervals
+
+        return intervals.confint(self, method, level, draws)
+
+    def test(self, hypothesis: Any, ddf: str = "wald") -> pa.Table:
+        """Wald test of linear hypotheses on the fixed effects: `statistic` is χ² with `df`, or F with `df` and `df_denominator`.
+
+        `hypothesis`: text such as "x1 = x2 = 0" or "x1 - 2 * x2 = 1, x3 = 0", or a matrix (k, p) of contrasts that are zero.
+        `ddf`: as in `tidy`; Satterthwaite's joint degrees of freedom are Fai and Cornelius's (1996).
+        Raises ConfigError for what cannot be read or names no coefficient.
+        """
+        from . import hypotheses
+
+        return hypotheses.test(self, hypothesis, ddf)
+
+    def drop1(self) -> pa.Table:
+        """Likelihood-ratio tests of the fixed terms that marginality lets go, each dropped alone: `term`, `n_params`, `loglik`, `aic`,
+        `statistic`, `df`, `p_value`. Linear models by ML from their statistics, generalized ones by one more fit a term.
+        """
+        from . import hypotheses
+
+        return hypotheses.drop1(self)
 
     def glance(self) -> pa.Table:
         """One row: nobs, likelihood, information criteria, status."""
@@ -258,6 +294,8 @@ class MixedFit:
         *,
         effects: str | Sequence[str] = "conditional",
         kind: str = "response",
+        interval: str | None = None,
+        level: float = 0.95,
         new_levels: str = "population",
         ordered: bool = True,
         prefix: str = "",
@@ -267,12 +305,18 @@ class MixedFit:
 
         `effects`: "conditional" on the random effects, "population" (random effects zero), "marginal" (the mean over them), or a list of
         factors. `kind`: "response" or "link". `new_levels`: "population", "null" or "raise" where the fit has not seen a level.
+
+        `interval` adds `lower` and `upper`: "confidence" from the covariance of the fixed effects, and for conditional predictions the
+        conditional variances of the random effects given theta (their covariance with the fixed effects left out; factors with several
+        coefficients a level have none); on the link scale, then transformed. "prediction" (linear models) adds the residual variance
+        (over the weight), and without a known level the variance of the random part. theta and sigma are taken as known.
         """
         from . import scoring
 
         return scoring.predict(
-            self, data, effects=effects, kind=kind, new_levels=new_levels, ordered=ordered, prefix=prefix, options=options
-        )
+            self, data, effects=effects, kind=kind, interval=interval, level=level, new_levels=new_levels, ordered=ordered, prefix=prefix,
+            options=options,
+        )  # fmt: skip
 
     def augment(
         self, data: Any = None, columns: Sequence[str] | None = None, prefix: str = "", *, options: Options | None = None
@@ -340,6 +384,16 @@ class MixedFit:
             self, term, method, adjust=adjust, kind=kind, effects=effects, at=at, data=data, conf_level=conf_level, options=options
         )
 
+    def simulate(self, n: int = 1, seed: int | None = None, *, prefix: str = "") -> pa.RecordBatchReader:
+        """The rows of the fit's own source, in their order, with n simulated responses `sim_1`, `sim_2`, …: new random effects and new
+        residuals at the estimates. Where there are trials, numbers of successes; null where a row was not used.
+
+        `seed`: `options.seed` if None. Raises DataError where the source is gone or changed.
+        """
+        from . import simulation
+
+        return simulation.simulate(self, n, seed, prefix)
+
     def write(
         self, target: Any, *, prefix: str = "mlpipe", mode: str = "error", run_id: str | None = None, ranef: bool = True
     ) -> None:
@@ -372,7 +426,9 @@ class MixedFit:
 
 @dataclass(repr=False)
 class LMMFit(MixedFit):
-    """A fitted linear mixed model; see MixedFit."""
+    """A fitted linear mixed model; see MixedFit. `held`: its statistics, while they are in memory or mapped."""
+
+    held: Held | None = None
 
     @classmethod
     def from_solution(
@@ -385,6 +441,7 @@ class LMMFit(MixedFit):
         theta_covariance: Array,
         data: Any,
         options: Options | None = None,
+        held: Held | None = None,
     ) -> LMMFit:
         """The fit from a solver's solution, in the user's coordinates."""
         factors, stars = reduced.factors(solution.lambda_), reduced.split(solution.lambda_)
@@ -417,6 +474,7 @@ class LMMFit(MixedFit):
             info={**stats.info, "evaluations": solution.evaluations, "score": solution.score},
             source=data,
             options=options,
+            held=held,
         )
 
 

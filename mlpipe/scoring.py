@@ -28,6 +28,8 @@ def predict(
     *,
     effects: str | Sequence[str],
     kind: str,
+    interval: str | None,
+    level: float,
     new_levels: str,
     ordered: bool,
     prefix: str,
@@ -41,7 +43,13 @@ def predict(
         raise ConfigError("a mean over the random effects has no linear predictor", hint='kind="response", or effects="population"')
     output = Output((wanted,)) if kind == "link" and wanted != "marginal" else fit.output(wanted)
     factors = [] if wanted != "conditional" else fit.groups if isinstance(effects, str) else list(effects)
-    return _scored(fit, data, {f"{prefix}predicted": output}, factors, new_levels, ordered, None, options)
+    outputs = {f"{prefix}predicted": output}
+    if interval is not None:
+        from .bands import bands
+
+        lower, upper = bands(fit, wanted, kind, interval, level, factors)
+        outputs |= {f"{prefix}lower": lower, f"{prefix}upper": upper}
+    return _scored(fit, data, outputs, factors, new_levels, ordered, None, options)
 
 
 def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: str, options: Options | None) -> pa.RecordBatchReader:
@@ -94,9 +102,10 @@ def _scored(
         observed = "residual" in parts or "observed" in parts
         sizes = size_names(fit.recipe) if "size" in parts else []
         names = located(engine, fit.recipe, observed, bool(conditional), sizes)
-        shown = _shown(engine, columns, list(outputs))
-        if fit.recipe.factors and conditional:
-            from . import several_scoring
+        shown = shown_columns(engine, columns, list(outputs))
+        from . import several_scoring
+
+        if conditional and (fit.recipe.factors or several_scoring.MODE_VARIANCE in parts):
 
             return several_scoring.scored(fit, engine, names, shown, outputs, conditional, new_levels, ordered, stack)
         joined = _joined(fit, engine, names) if conditional else None
@@ -145,7 +154,7 @@ def found(engine: Engine, recipe: Recipe, wanted: Sequence[str]) -> Names:
     return Names({name: i for i, name in enumerate(schema)}, recipe.kinds)
 
 
-def _shown(engine: Engine, columns: Sequence[str] | None, outputs: Sequence[str]) -> dict[str, int]:
+def shown_columns(engine: Engine, columns: Sequence[str] | None, outputs: Sequence[str]) -> dict[str, int]:
     """The source's columns that are handed on, with their positions."""
     positions = {name: i for i, name in enumerate(engine.schema())}
     for name in columns or ():

@@ -13,11 +13,13 @@ import numpy as np
 from .arrays import arrow
 from .errors import ConfigError, DataError, ResourceError
 from .formula import Formula
+from .held import Held
 from .progress import stage
 from .reduction import Coded, Random, coded, lower_factor
 from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
+from .solve.refit import with_log_sigma
 from .stats import SuffStats, full_map
 
 if TYPE_CHECKING:
@@ -101,7 +103,7 @@ class Several:
         Raises ResourceError where the exact one was asked for and its rest exceeds half the memory limit.
         """
         problem, rest = self.problem, sum(f.size for f in self.problem.factors[1:])
-        if method == "iterative" or Exact(problem).stays_sparse():
+        if method == "iterative" or problem.stays_sparse:
             return "iterative" if method == "iterative" and len(problem.factors) > 1 else "exact"
         fits = 3 * 8 * rest**2 <= limit // 2
         if method == "exact" and not fits:
@@ -126,7 +128,7 @@ class Several:
         from .solve.iterative import BLUP_SAMPLES, solve_iterative
 
         found = solve_iterative(
-            self.problem, start, self._draws(), tol=options.tol, max_evaluations=options.max_passes, seed=options.seed,
+            self.problem, start, self.draws(), tol=options.tol, max_evaluations=options.max_passes, seed=options.seed,
             threads=options.threads or os.cpu_count() or 1,
         )  # fmt: skip
         carlo = {
@@ -135,8 +137,9 @@ class Several:
         }  # fmt: skip
         return Solved(found.solution, found.at, found.along, found.inverses, carlo)
 
-    def _draws(self) -> Callable[[np.random.Generator], Array] | None:
-        """A function that draws Z'w^½ε over single effects, from the cells; None for more than two factors, where pairs do not tell it."""
+    def draws(self, *, normal: bool = False) -> Callable[[np.random.Generator], Array] | None:
+        """A function that draws Z'w^½ε over single effects, from the cells, ε of random signs (only second moments matter) or normal; None
+        for more than two factors, where pairs do not tell it."""
         if len(self.order) != 2:
             return None
         held, cells, nz = self.pairs[0, 1], self.problem.cells[0, 1], len(self.stats.recipe.z)
@@ -148,8 +151,7 @@ class Several:
             root = (vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]).transpose(1, 2, 0)
 
         def draw(rng: np.random.Generator) -> Array:
-            signs = np.unpackbits(np.frombuffer(rng.bytes(nz * (n // 8 + 1)), dtype=np.uint8)).reshape(nz, -1)[:, :n] * 2.0 - 1.0
-            e = np.einsum("abn,bn->an", root, signs)  # only second moments matter
+            e = np.einsum("abn,bn->an", root, rng.normal(size=(nz, n)) if normal else _signs(rng, nz, n))
             out = []
             for code, Z, m in zip((cells.rows, cells.columns), maps, sizes, strict=True):
                 out.append(np.stack([np.bincount(code, row, minlength=m) for row in Z.T @ e], axis=1).ravel())
@@ -203,6 +205,11 @@ class Several:
         return [out[i] for i in range(len(out))]
 
 
+def _signs(rng: np.random.Generator, rows: int, n: int) -> Array:
+    bits = np.unpackbits(np.frombuffer(rng.bytes(rows * (n // 8 + 1)), dtype=np.uint8))
+    return np.asarray(bits.reshape(rows, -1)[:, :n] * 2.0 - 1.0)
+
+
 def fitted(
     text: str, formula: Formula, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options, method: str,
     coding: dict[str, Any] | None = None,
@@ -224,10 +231,10 @@ def fitted(
     with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
         solved = model.solved(None if start is None else model.theta_star(start), options, method)
         fields |= {"evaluations": solved.solution.evaluations, "score": solved.solution.score}
-    return _result(text, model, solved, data, options)
+    return _result(text, model, solved, data, options, coding)
 
 
-def _result(text: str, model: Several, solved: Solved, data: Any, options: Options) -> LMMFit:
+def _result(text: str, model: Several, solved: Solved, data: Any, options: Options, coding: dict[str, Any]) -> LMMFit:
     stats, parts, problem, solution, at = model.stats, model.parts, model.problem, solved.solution, solved.at
     terms, places = [], model.places()
     for term, row in ((parts.random[i], places[i][1]) for i in model.sequence):
@@ -251,10 +258,19 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
         gamma=parts.fixed.Q @ beta_star, terms=tuple(terms), sigma=math.sqrt(at.s2) * scale, loglik=loglik, nobs=stats.n, rows=stats.rows,
         n_blocks=max(info["levels"].values()), converged=solution.converged, singular=solution.singular, score=solution.score,
         evaluations=solution.evaluations, message=solution.message, theta_covariance=_theta_covariance(model, solved), info=info,
-        source=data if stats.info.get("rescannable", True) else None, options=options,
+        source=data if stats.info.get("rescannable", True) else None, options=options, held=_held(model, coding),
     )  # fmt: skip
     fit.effects_tables = _modes(model, solution.lambda_, at.u * scale, fit.sigma, solved.inverses)
     return fit
+
+
+def _held(model: Several, coding: dict[str, Any]) -> Held:
+    """The statistics for later questions."""
+    parts, bars = model.parts, [i for k in model.order for i in model.bars[k]]
+    order = tuple(bars.index(i) for i in model.sequence)
+    random = tuple(parts.random[i] for i in bars)
+    base = np.zeros(len(parts.fixed.names))
+    return Held(model.stats, model.problem, parts.fixed, random, order, parts.scale, parts.offset, base, coding)
 
 
 def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
@@ -268,22 +284,15 @@ def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[
 
 
 def _theta_covariance(model: Several, solved: Solved) -> Array:
-    """The covariance of (theta*, log sigma), terms in the fit's order; log sigma moves along the profile and has 1 / (2 dof) of its own."""
+    """The covariance of (theta*, log sigma), terms in the fit's order."""
     sizes = [len(term.names) * (len(term.names) + 1) // 2 for term in model.parts.random]
     first, at = {}, 0
     for i in (i for k in model.order for i in model.bars[k]):
         first[i] = at
         at += sizes[i]
-    order = np.concatenate([first[i] + np.arange(sizes[i]) for i in model.sequence])
-    out = np.zeros((len(order) + 1,) * 2)
-    out[:-1, :-1] = solved.solution.vcov[np.ix_(order, order)]
-    slope = solved.along[order]
-    inside = np.flatnonzero(np.isfinite(np.diag(out)[:-1]))  # theta on the boundary is taken as known
-    along = out[np.ix_(inside, inside)] @ slope[inside]
-    out[-1, :-1] = out[:-1, -1] = math.nan
-    out[-1, inside] = out[inside, -1] = along
-    out[-1, -1] = slope[inside] @ along + 1.0 / (2.0 * model.problem.degrees)
-    return out
+    whole = with_log_sigma(solved.solution.vcov, solved.along, model.problem.degrees)
+    order = np.concatenate([*(first[i] + np.arange(sizes[i]) for i in model.sequence), [at]]).astype(np.intp)
+    return whole[np.ix_(order, order)]
 
 
 def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: list[Array]) -> dict[str, pa.Table]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError
 from .reduction import lower_factor
 
 if TYPE_CHECKING:
@@ -69,24 +69,39 @@ def spreads(fit: MixedFit, gram: np.ndarray, n: float) -> dict[str, float]:
 
 
 def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:
-    """See `LMMFit.tidy`. Raises ConfigError for a confidence level outside (0, 1) or unknown degrees of freedom."""
+    """See `LMMFit.tidy`. Raises ConfigError for a confidence level outside (0, 1) or degrees of freedom that the fit has not."""
     import pyarrow as pa
 
     if not 0 < conf_level < 1:
         raise ConfigError(f"conf_level = {conf_level!r} is not between 0 and 1")
-    if ddf != "wald":
-        raise ConfigError(f"ddf = {ddf!r} is not available in this version", hint=did_you_mean(ddf, ["wald"]))
-    normal = NormalDist()
-    z = normal.inv_cdf(0.5 + conf_level / 2)
+    z = NormalDist().inv_cdf(0.5 + conf_level / 2)
+    rows = _wald(fit, z) if ddf == "wald" else _with_degrees(fit, conf_level, ddf)
+    for (group, name, estimate), se in zip(random_parameters(fit), random_errors(fit), strict=True):
+        rows.append(_estimate("ran_pars", group, name, estimate, se, z))
+    rows += [_estimate("ran_pars", *parameter, z) for parameter in fit.family_parameters()]
+    return pa.Table.from_pylist(rows, schema=_tidy_schema())
+
+
+def _wald(fit: MixedFit, z: float) -> list[Row]:
     rows = []
     for name, estimate, se in zip(fit.names, fit.beta, standard_errors(fit), strict=True):
         statistic = float(estimate / se) if se > 0 else math.nan
         p_value = math.erfc(abs(statistic) / math.sqrt(2))
         rows.append(_estimate("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})
-    for (group, name, estimate), se in zip(random_parameters(fit), random_errors(fit), strict=True):
-        rows.append(_estimate("ran_pars", group, name, estimate, se, z))
-    rows += [_estimate("ran_pars", *parameter, z) for parameter in fit.family_parameters()]
-    return pa.Table.from_pylist(rows, schema=_tidy_schema())
+    return rows
+
+
+def _with_degrees(fit: MixedFit, conf_level: float, ddf: str) -> list[Row]:
+    """Fixed effects by t tests; the standard errors are the adjusted ones of Kenward and Roger's method."""
+    from .inference import Tests, t_quantile, t_tail
+
+    tests, rows = Tests(fit, ddf), []
+    found = tests.each(np.eye(len(fit.names)))
+    for name, estimate, se, df in zip(fit.names, fit.beta, np.sqrt(np.diag(tests.covariance)), found, strict=True):
+        statistic, df = float(estimate / se), float(df)
+        row = _estimate("fixed", None, name, estimate, se, t_quantile(conf_level, df))
+        rows.append(row | {"statistic": statistic, "df": df, "p_value": t_tail(statistic, df)})
+    return rows
 
 
 def _tidy_schema() -> pa.Schema:

@@ -211,7 +211,7 @@ def test_inner_products_with_the_inverse(name: str, kind: str) -> None:
 def test_nested_designs_stay_sparse(name: str) -> None:
     truth = model(name, True)
     exact, rest = Exact(truth.problem()), Exact(truth.problem()).factored(lambda_of(truth, "regular")).rest
-    assert exact.stays_sparse() == (name in SPARSE)
+    assert exact.problem.stays_sparse == (name in SPARSE)
     seen = []
     while rest is not None:
         seen.append(type(rest))

@@ -114,6 +114,11 @@ class CrossedProblem:
             out[a:b, a:b] = f.S.mean(axis=2)
         return out
 
+    @cached_property
+    def stays_sparse(self) -> bool:
+        """Whether elimination meets no dense rest: each level of a factor meets at most one of each later factor (nested designs)."""
+        return all(len(cells.rows) == self.factors[k].levels for (k, _), cells in self.cells.items())
+
     def lambdas(self, lambda_: Array) -> list[Array]:
         """Λ of each factor."""
         return [lambda_[a:b, a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
@@ -203,7 +208,7 @@ class Exact:
     def __init__(self, problem: CrossedProblem) -> None:
         self.problem = problem
         self.identity = [np.eye(f.q) for f in problem.factors]
-        self.tree = _Tree(problem) if self.stays_sparse() else None
+        self.tree = _Tree(problem) if problem.stays_sparse else None
         self.plain = {pair: problem.cross(pair, self.identity[pair[0]], self.identity[pair[1]]) for pair in problem.cells}
 
     def __call__(self, points: Sequence[Point], main: bool) -> list[Look]:
@@ -218,10 +223,6 @@ class Exact:
         if self.tree is not None:
             return self.tree.factored(diagonals, lams)
         return eliminate(diagonals, {(k, h): problem.cross((k, h), lams[k], lams[h]) for k, h in problem.cells})
-
-    def stays_sparse(self) -> bool:
-        """Whether elimination meets no dense rest: each level of a factor meets at most one of each later factor (nested designs)."""
-        return all(len(cells.rows) == self.problem.factors[k].levels for (k, _), cells in self.problem.cells.items())
 
     def spherical(self, lambda_: Array) -> Array:
         """Λ'Z'w[X y] over single effects."""
