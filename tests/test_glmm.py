@@ -5,6 +5,9 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import date
@@ -709,6 +712,33 @@ def test_a_fit_goes_on(steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     same(fit, whole, 1e-6)
     assert fit.converged and fit.evaluations <= whole.evaluations
     assert os.listdir(tmp_path) == ["state"]
+
+
+KILLED = """
+import os, signal, sys
+import mlpipe as mp
+from mlpipe.checkpoint import Checkpoint
+save = Checkpoint.save
+
+def dying(self, psi):
+    save(self, psi)
+    if self.steps == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Checkpoint.save = dying
+mp.glmm("p ~ x + (1 + x | g)", sys.argv[1], family="poisson", checkpoint=sys.argv[2])
+"""
+
+
+def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
+    data, state = tmp_path / "data.parquet", tmp_path / "state"
+    simulated("poisson", "log", q=2, blocks=30).write_parquet(data)
+    died = subprocess.run([sys.executable, "-c", KILLED, str(data), str(state)], check=False)
+    assert died.returncode == -signal.SIGKILL and json.loads(state.read_text())["steps"] == 2
+    whole = mp.glmm("p ~ x + (1 + x | g)", data, family="poisson")
+    fit = mp.glmm("p ~ x + (1 + x | g)", data, family="poisson", checkpoint=state)
+    same(fit, whole, 1e-6)
+    assert fit.evaluations < whole.evaluations
 
 
 OTHERS = {
