@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
+OBSERVED = 1e-7  # scaled score from which the observed information replaces the average one, which is good enough to come that far
 MOST_WORK = 1e10  # operations of one evaluation above which conjugate gradients are faster
 
 
@@ -116,7 +117,7 @@ class Several:
         start = self._start() if start is None else start
         if self.path(method, options.memory_bytes) == "exact":
             exact = Exact(problem)
-            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical)
+            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical, observe=OBSERVED)
             solution = solve_glmm(search, start, tol=options.tol, max_evaluations=options.max_passes)
             at, _ = exact.evaluate(solution.lambda_)
             return Solved(solution, at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
