@@ -160,7 +160,7 @@ class Several:
 
     def _start(self) -> Array:
         """Relative standard deviations by moments of the least-squares residuals' sums per level, E c² = s²(S + ψ Σz⁴), one
-        factor at a time."""
+        factor at a time; a few times what a level can tell for several effects a level, whose moments also hold their covariances."""
         problem, p = self.problem, self.problem.p
         beta = np.linalg.solve(problem.WW[:p, :p], problem.WW[:p, p]) if p else np.zeros(0)
         s2 = float(problem.WW[p, p] - problem.WW[p, :p] @ beta) / problem.degrees
@@ -170,6 +170,9 @@ class Several:
             S = np.einsum("aam->am", f.S)
             psi = (c**2 / s2 - S).sum(axis=1) / np.maximum((S**2).sum(axis=1), 1e-300)
             typical = np.maximum(S.mean(axis=1), 1e-300)
+            if f.q > 1:
+                sds += np.minimum(1.0, 3.0 / np.sqrt(typical)).tolist()
+                continue
             sds += np.sqrt(np.clip(psi, 0.1 / typical, np.maximum(100.0 / typical, 4.0))).tolist()
         return np.array([sds[i] if i == j else 0.0 for i, j in problem.entries])
 

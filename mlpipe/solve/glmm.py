@@ -43,9 +43,9 @@ class GLMMProblem:
     shape: bool
     typical: Array
     central: bool = True
-    observe: float | None = None
     tau_bound: float = math.inf
     second: Callable[[Point], Array] | None = None
+    observe: float | None = None
 
     @property
     def p(self) -> int:
