@@ -87,6 +87,11 @@ class CrossedProblem:
         return len(self.WW) - 1
 
     @property
+    def nested(self) -> bool:
+        """Whether each level of a factor meets but one of each later factor."""
+        return all(len(cells.rows) == self.factors[k].levels for (k, _), cells in self.cells.items())
+
+    @property
     def offsets(self) -> list[int]:
         """Where each factor's part of Λ starts, and their end."""
         return [0, *np.cumsum([f.q for f in self.factors]).tolist()]
@@ -221,7 +226,7 @@ class Exact:
 
     def stays_sparse(self) -> bool:
         """Whether elimination meets no dense rest: each level of a factor meets at most one of each later factor (nested designs)."""
-        return all(len(cells.rows) == self.problem.factors[k].levels for (k, _), cells in self.problem.cells.items())
+        return self.problem.nested
 
     def spherical(self, lambda_: Array) -> Array:
         """Λ'Z'w[X y] over single effects."""
