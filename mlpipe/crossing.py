@@ -37,14 +37,14 @@ def crossed(plan: Plan, rows: int) -> Crossed:
     Raises ResourceError where the sums of the levels exceed the memory limit.
     """
     recipe, options = plan.recipe, plan.request.options
-    combinations = _combinations(plan)
-    grouped = combinations * REPEATED < rows
+    found = combinations(plan, recipe.groups)
+    grouped = found * REPEATED < rows
     statement = statements.used_rows(recipe, plan.names, keys=True)
     held: pa.Table | None = None
     if grouped:
         keys = [plan.names.key(group) for group in recipe.groups]
         statement = statements.block_sums(recipe, plan.names).order_by(*keys, copy=False)
-        if combinations * 8 * (len(keys) + 1 + len(recipe.pairs())) < options.memory_bytes // HELD:
+        if found * 8 * (len(keys) + 1 + len(recipe.pairs())) < options.memory_bytes // HELD:
             held = plan.engine.query(statement, plan.columns).read_all()
     levels = _levels(plan, held, rows)
     most = len(held) if held is not None else rows
@@ -121,11 +121,11 @@ def _present(groups: Sequence[str], names: Names) -> exp.Expr:
     return both(conditions)
 
 
-def _combinations(plan: Plan) -> float:
-    """About how many combinations of all keys there are."""
-    recipe, names = plan.recipe, plan.names
-    keys: list[exp.Expr] = [names.key(group) for group in recipe.groups]
-    columns = Columns(keys=plan.columns.keys)
+def combinations(plan: Plan, groups: Sequence[str]) -> float:
+    """About how many combinations of these keys there are."""
+    names = plan.names
+    keys: list[exp.Expr] = [names.key(group) for group in groups]
+    columns = Columns(keys=frozenset(names.positions[group] for group in groups))
     if plan.engine.dialect == "duckdb":
         hashed = exp.Anonymous(this="hash", expressions=keys)
         statement = skeleton("rows").select(named(exp.ApproxDistinct(this=hashed), "found"), append=False, copy=False)

@@ -163,6 +163,10 @@ def plan(
     request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
     with closing(open_source(data, options=options)) as engine:
         prepared = prepare(engine, request)
+        if prepared.path == "crossed":
+            from .several import expected as of_several
+
+            prepared.several = of_several(prepared)
         if prepared.path == "spool":
             from .gather import expected
 

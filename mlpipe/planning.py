@@ -77,7 +77,8 @@ class Plan:
     """What a fit will do. `print(plan)` explains it; `plan.sql` holds the statements that will run.
 
     Attributes: `recipe`, what is summed; `path`, how the blocks are summed ("second level", "blocks", "none"), or "spool" for iterative
-    fits; `names`, where the columns stand; `notes`, choices made and why; `expected`, of the spool, where it was asked for.
+    fits; `names`, where the columns stand; `notes`, choices made and why; `expected`, of the spool, where it was asked for;
+    `several`, lines on several factors.
     """
 
     engine: Engine
@@ -87,6 +88,7 @@ class Plan:
     path: str
     notes: list[str] = field(default_factory=list)
     expected: Expected | None = None
+    several: Sequence[str] = ()
 
     @property
     def columns(self) -> Columns:
@@ -166,8 +168,9 @@ class Plan:
         return self._explained([
             f"reads:   {read} of {len(self.names.positions)} columns, {passes} full passes",
             f"sums:    {len(recipe.features)} features {'by BLAS on streamed rows' if self.wide else 'in SQL'}; {summed}",
-            f"memory:  at least {self.bytes_needed() / 1e6:,.0f} MB of {limit / 1e6:,.0f} MB; "
-            "per-block sums above a quarter of the limit go to a mapped file",
+            *self.several,
+            f"memory:  at least {self.bytes_needed() / 1e6:,.0f} MB of {limit / 1e6:,.0f} MB"
+            + ("" if self.several else "; per-block sums above a quarter of the limit go to a mapped file"),
         ])  # fmt: skip
 
     def _explained(self, what: list[str]) -> str:

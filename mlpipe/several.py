@@ -27,11 +27,51 @@ if TYPE_CHECKING:
 
     from .factors import Crossed
     from .options import Options
+    from .planning import Plan
 
 Array = np.ndarray
 
 
+OBSERVED = 1e-7  # scaled score from which the observed information replaces the average one, which is good enough to come that far
 MOST_WORK = 1e10  # operations of one evaluation above which conjugate gradients are faster
+
+
+def _fits(rest: int, limit: int) -> bool:
+    """Whether the dense matrix of the factors but the largest, with two more of its size, takes at most half the memory limit."""
+    return 3 * 8 * rest**2 <= limit // 2
+
+
+def _work(rest: int, filling: float) -> float:
+    """Operations of one exact evaluation; `filling`: the squared number of cells of each level of the largest factor, added up."""
+    return 2.0 * rest**3 + 600.0 * filling
+
+
+def expected(plan: Plan) -> list[str]:
+    """What a fit of several factors will do, as lines of its plan, from about how many levels and combinations of keys there are."""
+    from .collect import row_count
+    from .crossing import combinations as count
+    from .design import code
+
+    recipe, limit = plan.recipe, plan.request.options.memory_bytes
+    bars = recipe.formula.random
+    q = {f: sum(len(code(bar.terms, recipe.variables)) for bar in bars if bar.groups == f) for f in recipe.factors}
+    levels = {f: max(round(count(plan, f)), 1) for f in recipe.factors}
+    order = sorted(recipe.factors, key=lambda f: -levels[f] * q[f])
+    cells = min(round(count(plan, recipe.groups)), row_count(plan))
+    pairs, products = len(order) * (len(order) - 1) // 2, len(recipe.z) * (len(recipe.z) + 1) // 2
+    rest, filling = sum(levels[f] * q[f] for f in order[1:]), cells**2 / levels[order[0]] * (len(order) - 1)
+    if all(set(outer) <= set(inner) for inner, outer in zip(order[:-1], order[1:], strict=True)):
+        solver = "exact, factor by factor: nested"
+    elif _fits(rest, limit) and _work(rest, filling) < MOST_WORK:
+        solver = f"exact, with a dense matrix of {rest:,} rows at most"
+    else:
+        solver = f"conjugate gradients, unless nested: a dense matrix of {rest:,} rows is too much work or too large"
+    held = 8 * sum(levels.values()) * (1 + len(recipe.pairs())) + cells * pairs * (4 + 8 * products)
+    return [
+        f"levels:  about {', '.join(f'{levels[f]:,} of ' + ':'.join(f) for f in order)}; about {cells:,} combinations",
+        f"solver:  {solver}; about ten evaluations",
+        f"cells:   up to {held / 1e6:,.1f} MB of sums; cells above a quarter of the limit go to a mapped file",
+    ]
 
 
 @dataclass
@@ -103,14 +143,18 @@ class Several:
         Raises ResourceError where the exact one was asked for and its rest exceeds half the memory limit.
         """
         problem, rest = self.problem, sum(f.size for f in self.problem.factors[1:])
+<<<<<<< HEAD
         if method == "iterative" or problem.stays_sparse:
+=======
+        if method == "iterative" or problem.nested:
+>>>>>>> several-stats
             return "iterative" if method == "iterative" and len(problem.factors) > 1 else "exact"
-        fits = 3 * 8 * rest**2 <= limit // 2
+        fits = _fits(rest, limit)
         if method == "exact" and not fits:
             message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
             raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
         filling = sum(float((np.bincount(cells.rows) ** 2.0).sum()) for (k, _), cells in problem.cells.items() if k == 0)
-        return "exact" if method == "exact" or (fits and 2.0 * rest**3 + 600.0 * filling < MOST_WORK) else "iterative"
+        return "exact" if method == "exact" or (fits and _work(rest, filling) < MOST_WORK) else "iterative"
 
     def solved(self, start: Array | None, options: Options, method: str) -> Solved:
         """The optimum, by the path that `method` and the sizes call for."""
@@ -118,7 +162,7 @@ class Several:
         start = self._start() if start is None else start
         if self.path(method, options.memory_bytes) == "exact":
             exact = Exact(problem)
-            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical)
+            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical, observe=OBSERVED)
             solution = solve_glmm(search, start, tol=options.tol, max_evaluations=options.max_passes)
             at, _ = exact.evaluate(solution.lambda_)
             return Solved(solution, at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
@@ -161,7 +205,7 @@ class Several:
 
     def _start(self) -> Array:
         """Relative standard deviations by moments of the least-squares residuals' sums per level, E c² = s²(S + ψ Σz⁴), one
-        factor at a time."""
+        factor at a time; a few times what a level can tell for several effects a level, whose moments also hold their covariances."""
         problem, p = self.problem, self.problem.p
         beta = np.linalg.solve(problem.WW[:p, :p], problem.WW[:p, p]) if p else np.zeros(0)
         s2 = float(problem.WW[p, p] - problem.WW[p, :p] @ beta) / problem.degrees
@@ -171,6 +215,9 @@ class Several:
             S = np.einsum("aam->am", f.S)
             psi = (c**2 / s2 - S).sum(axis=1) / np.maximum((S**2).sum(axis=1), 1e-300)
             typical = np.maximum(S.mean(axis=1), 1e-300)
+            if f.q > 1:
+                sds += np.minimum(1.0, 3.0 / np.sqrt(typical)).tolist()
+                continue
             sds += np.sqrt(np.clip(psi, 0.1 / typical, np.maximum(100.0 / typical, 4.0))).tolist()
         return np.array([sds[i] if i == j else 0.0 for i, j in problem.entries])
 

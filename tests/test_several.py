@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -609,6 +610,8 @@ def test_the_plan_tells_what_is_summed(duckdb_: bool) -> None:
     text = str(plan)
     assert "reads:   4 of 11 columns, 2 full passes" in text
     assert "2 grouping factors, and the cells of levels that meet" in text
+    assert re.search(r"levels:  about \d+ of a, \d of b; about \d\d combinations", text)
+    assert re.search(r"solver:  exact, with a dense matrix of \d rows at most; about ten evaluations", text)
     assert plan.path == "crossed"
     assert "cross_products" in plan.sql
 

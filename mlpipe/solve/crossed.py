@@ -87,6 +87,11 @@ class CrossedProblem:
         return len(self.WW) - 1
 
     @property
+    def nested(self) -> bool:
+        """Whether each level of a factor meets but one of each later factor."""
+        return all(len(cells.rows) == self.factors[k].levels for (k, _), cells in self.cells.items())
+
+    @property
     def offsets(self) -> list[int]:
         """Where each factor's part of Λ starts, and their end."""
         return [0, *np.cumsum([f.q for f in self.factors]).tolist()]
@@ -224,6 +229,13 @@ class Exact:
             return self.tree.factored(diagonals, lams)
         return eliminate(diagonals, {(k, h): problem.cross((k, h), lams[k], lams[h]) for k, h in problem.cells})
 
+<<<<<<< HEAD
+=======
+    def stays_sparse(self) -> bool:
+        """Whether elimination meets no dense rest: each level of a factor meets at most one of each later factor (nested designs)."""
+        return self.problem.nested
+
+>>>>>>> several-stats
     def spherical(self, lambda_: Array) -> Array:
         """Λ'Z'w[X y] over single effects."""
         lams = self.problem.lambdas(lambda_)
@@ -272,10 +284,10 @@ class Exact:
         problem = self.problem
         ends = np.concatenate([[0], np.cumsum([f.size for f in problem.factors])])
         parts = [b[a:e] for a, e in zip(ends[:-1], ends[1:], strict=True)]
-        out = [flat(np.einsum("ijm,jkm->ikm", f.S, per_level(part, f.q))) for f, part in zip(problem.factors, parts, strict=True)]
+        out = [_own(f, part) for f, part in zip(problem.factors, parts, strict=True)]
         for k, h in problem.cells:
-            out[k] = out[k] + self.cross_times(k, h, parts[h])
-            out[h] = out[h] + self.cross_times(h, k, parts[k])
+            out[k] += self.cross_times(k, h, parts[h])
+            out[h] += self.cross_times(h, k, parts[k])
         return np.concatenate(out)
 
     def cross_times(self, k: int, h: int, x: Array) -> Array:
@@ -296,8 +308,8 @@ class Exact:
             tk, uk = t[rows].reshape(-1, f.q), at.u[rows].reshape(-1, f.q)
             G = traces[k] - tk.T @ uk / at.s2
             if problem.reml and p:
-                Hk, Uk = H[rows].reshape(-1, f.q, p), U[rows, :p].reshape(-1, f.q, p)
-                G = G - np.einsum("iap,pr,ibr->ab", Hk, at.C, Uk)
+                HC, Uk = (H[rows] @ at.C).reshape(-1, f.q, p), U[rows, :p].reshape(-1, f.q, p)
+                G = G - np.einsum("iap,ibp->ab", HC, Uk)
             out.append(-G)
         return self.entries_of(out)
 
@@ -372,6 +384,11 @@ class Exact:
         return np.column_stack(columns) if columns else np.zeros((int(starts[-1]), 0))
 
 
+def _own(f: Factor, x: Array) -> Array:
+    """Z_k'wZ_k x for x over single effects."""
+    return x * f.S[0, 0][:, None] if f.q == 1 else flat(np.einsum("ijm,jkm->ikm", f.S, per_level(x, f.q)))
+
+
 def _apply(problem: CrossedProblem, lambda_: Array, b: Array, *, transpose: bool = False) -> Array:
     """Λb (or Λ'b) over single effects."""
     out, place = np.empty_like(b), 0
@@ -379,5 +396,8 @@ def _apply(problem: CrossedProblem, lambda_: Array, b: Array, *, transpose: bool
         rows = slice(place, place + f.size)
         place += f.size
         map_ = lam.T if transpose else lam
-        out[rows] = np.einsum("ab,mbk->mak", map_, b[rows].reshape(f.levels, f.q, -1)).reshape(f.size, -1)
+        if f.q == 1:
+            np.multiply(b[rows], map_[0, 0], out=out[rows])
+        else:
+            out[rows] = np.einsum("ab,mbk->mak", map_, b[rows].reshape(f.levels, f.q, -1)).reshape(f.size, -1)
     return out

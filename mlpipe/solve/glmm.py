@@ -31,8 +31,9 @@ class GLMMProblem:
     next pass starts if `keep`.
 
     `Q` (m, p): gamma = Q beta*. `entries`: free elements of Λ (q, q). `shape`: whether tau is a parameter. `typical` (q, q): the mean of
-    Z'WZ over blocks, which makes Λ dimensionless. `central`: whether the information may take two looks a parameter. `second`: the second
-    derivatives by gamma, Λ's elements and tau in one pass, where they are known; else the information comes from differences of scores.
+    Z'WZ over blocks, which makes Λ dimensionless. `central`: whether the information may take two looks a parameter. `observe`: scaled
+    score from which the information is observed, None for what suits outer products. `second`: the second derivatives by gamma, Λ's
+    elements and tau in one pass, where they are known; else the information comes from differences of scores.
     """
 
     scan: Callable[[Sequence[Point], bool], list[Look]]
@@ -44,6 +45,7 @@ class GLMMProblem:
     central: bool = True
     tau_bound: float = math.inf
     second: Callable[[Point], Array] | None = None
+    observe: float | None = None
 
     @property
     def p(self) -> int:
@@ -182,7 +184,7 @@ class _Search:
             self.psi = start = start * np.where(problem.of_lambda, 0.3, 1.0)
             self.look = problem.look(start)
         self.curvature, self.trace = _Curvature(), list[Step]()
-        self.observed_at, self.near = start, NEAR if problem.central else NEAR_LARGE
+        self.observed_at, self.near = start, problem.observe or (NEAR if problem.central else NEAR_LARGE)
         self.evaluations, self.damping, self.slow, self.best = 1, 0.0, 0, math.inf
         self.zero = {j for j in range(problem.q) if not np.any(start[problem.column(j)])}
         self.kept: dict[int, float] = {}  # columns that were tried at zero in vain, and their size then

@@ -70,7 +70,7 @@ class Nested:
         return np.concatenate([flat(x) for x in self._solved(self._split(b))])
 
     def _split(self, b: Array) -> list[Array]:
-        own = per_level(b[: self.size], self.q)
+        own = np.ascontiguousarray(per_level(b[: self.size], self.q))
         return [own, *self.rest._split(b[self.size :])] if self.rest is not None else [own]
 
     def _solved(self, b: list[Array]) -> list[Array]:
@@ -78,27 +78,34 @@ class Nested:
         y = small.forward(self.L, b[0])
         if self.rest is None:
             return [small.backward(self.L, y)]
-        met = (self._children(h).sums(np.einsum("iam,ikm->akm", self.V[h], y)) for h in self.ancestors)
+        met = (self._children(h).sums(_transposed_times(self.V[h], y)) for h in self.ancestors)
         x = self.rest._solved([part - own for part, own in zip(b[1:], met, strict=True)])
         for h, part in zip(self.ancestors, x, strict=True):
-            y = y - np.einsum("iam,akm->ikm", self.V[h], part[:, :, self._children(h).parent])
+            y -= _times(self.V[h], part[:, :, self._children(h).parent])
         return [small.backward(self.L, y), *x]
+
+    @cached_property
+    def _line(self) -> tuple[Array, Array, Array]:
+        """M⁻¹ by levels: of a level's own effects (q, q, m), with its ancestors' (q, Q - q, m), and of these alone."""
+        W = small.inverse_factor(self.L)
+        own = np.einsum("kim,kjm->ijm", W, W) if self.q > 1 else W * W
+        if self.rest is None:
+            return own, np.zeros((self.q, 0, self.levels)), np.zeros((0, 0, self.levels))
+        above = self.rest.lines[:, :, self._children(self.first + 1).parent]
+        V = np.concatenate([self.V[h] for h in self.ancestors], axis=1)
+        V = np.einsum("kim,kam->iam", W, V) if self.q > 1 else W * V  # L⁻ᵀV
+        across = -np.einsum("iam,abm->ibm", V, above)
+        return own - np.einsum("iam,jam->ijm", across, V), across, above
 
     @cached_property
     def lines(self) -> Array:
         """M⁻¹ over each level and its ancestors together (Q, Q, m), the level's own effects first."""
-        W = small.inverse_factor(self.L)
-        if self.rest is None:
-            return np.asarray(np.einsum("kim,kjm->ijm", W, W))
-        above = self.rest.lines[:, :, self._children(self.first + 1).parent]
-        V = np.einsum("kim,kam->iam", W, np.concatenate([self.V[h] for h in self.ancestors], axis=1))  # L⁻ᵀV
-        across = -np.einsum("iam,abm->ibm", V, above)
-        own = np.einsum("kim,kjm->ijm", W, W) - np.einsum("iam,jam->ijm", across, V)
+        own, across, above = self._line
         return np.concatenate([np.concatenate([own, across], axis=1), np.concatenate([across.transpose(1, 0, 2), above], axis=1)])
 
     def inverse_blocks(self) -> list[Array]:
         """The diagonal blocks (q_k, q_k, m_k) of M⁻¹ of every factor."""
-        own = self.lines[: self.q, : self.q]
+        own = self._line[0]
         return [own, *self.rest.inverse_blocks()] if self.rest is not None else [own]
 
     def sums(self, k: int) -> Array:
@@ -112,14 +119,24 @@ class Nested:
     def inner_blocks(self, blocks: dict[int, Array], cross: dict[tuple[int, int], sp.csr_matrix]) -> float:
         """tr(M⁻¹P) for symmetric P with diagonal blocks (q_k, q_k, m_k) of some factors and `cross` blocks of pairs."""
         own = blocks.get(self.first)
-        total = float(np.einsum("abm,abm->", own, self.lines[: self.q, : self.q])) if own is not None else 0.0
+        total = float(np.einsum("abm,abm->", own, self._line[0])) if own is not None else 0.0
         for h in self.ancestors:
             if (self.first, h) in cross:
                 at, width = self._place(h), self.V[h].shape[1]
                 P = cross[self.first, h].data.reshape(self.levels, self.q, width)
-                total += 2.0 * float(np.einsum("mab,abm->", P, self.lines[: self.q, at : at + width]))
+                total += 2.0 * float(np.einsum("mab,abm->", P, self._line[1][:, at : at + width]))
         return total + (self.rest.inner_blocks(blocks, cross) if self.rest is not None else 0.0)
 
     def _place(self, h: int) -> int:
-        """Where ancestor h begins in `lines`."""
-        return self.q + sum(int(self.V[g].shape[1]) for g in self.ancestors if g < h)
+        """Where ancestor h begins among all ancestors."""
+        return sum(int(self.V[g].shape[1]) for g in self.ancestors if g < h)
+
+
+def _times(V: Array, x: Array) -> Array:
+    """V x by levels: V (i, a, m), x (a, k, m)."""
+    return np.asarray(V * x if V.shape[:2] == (1, 1) else np.einsum("iam,akm->ikm", V, x))
+
+
+def _transposed_times(V: Array, y: Array) -> Array:
+    """V'y by levels: V (i, a, m), y (i, k, m)."""
+    return np.asarray(V * y if V.shape[:2] == (1, 1) else np.einsum("iam,ikm->akm", V, y))
