@@ -10,7 +10,7 @@ import numpy as np
 
 from .arrays import arrow
 from .errors import ConfigError, DataError, ResourceError
-from .generalized_result import GLMMFit, common, stacked
+from .generalized_result import GLMMFit, common, joint_covariance, stacked
 from .levels import Levels, levels_of
 from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Model, plain, tau_bound
 from .progress import stage
@@ -222,6 +222,8 @@ def _result(text: str, joint: JointModel, found: JointSolution, data: Any, optio
         tau_variance=float(solution.vcov[-1, -1]) if shape else math.nan,
     )
     assert r == len(order)
+    every = [*range(p), *order, *([len(solution.psi) - 1] if shape else [])]
+    fit.joint_covariance = joint_covariance(solution.vcov[np.ix_(every, every)], model.fixed.R)
     fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
     levels = {factor.group: len(factor) for factor in joint.levels}
     fit.n_blocks = max(levels.values())

@@ -240,3 +240,27 @@ def test_interpolated_means_are_those_of_the_quadrature(link: str, sd: float) ->
         assert np.nanmax(np.abs(getattr(got, name) - getattr(want, name)) / scale) < tolerance, name
     assert np.isnan(got.mu[-1])
     assert _cells(link, eta, variance + np.arange(len(eta))) is None and _cells("cloglog", eta, variance) is None
+
+
+def test_crossed_factors_add_their_variances() -> None:
+    rng = np.random.default_rng(5)
+    n = 800
+    frame = pl.DataFrame({"x": rng.normal(size=n), "a": rng.integers(0, 30, n), "b": rng.integers(0, 12, n), "o": np.zeros(n)})
+    eta = 0.3 + 0.6 * frame["x"].to_numpy() + rng.normal(size=30)[frame["a"]] + 0.8 * rng.normal(size=12)[frame["b"]]
+    frame = frame.with_columns(y=(rng.uniform(size=n) < MEANS["logit"](eta)).astype(float))
+    fit = mp.glmm("y ~ x + (1 | a) + (1 | b)", frame, family="binomial")
+    V, X = np.array(fit.joint_covariance), np.column_stack([np.ones(n), frame["x"]])
+    np.testing.assert_allclose(V[:2, :2], fit.covariance, rtol=1e-9)
+    np.testing.assert_allclose(V[2:, 2:], fit.theta_covariance, rtol=1e-9)
+    R = np.array([float(term.R[0, 0]) for term in fit.terms])
+
+    def projected(psi: np.ndarray) -> np.ndarray:
+        sd = np.linalg.norm(psi[2:] / R)
+        target = LINK["logit"](MEANS["logit"]((X @ psi[:2])[:, None] + sd * Z) @ PHI)
+        return np.asarray(np.linalg.lstsq(X, target, rcond=None)[0])
+
+    psi = np.array([*fit.beta, *(float(term.star[0, 0]) for term in fit.terms)])
+    J = np.column_stack([(projected(psi + 1e-5 * e) - projected(psi - 1e-5 * e)) / 2e-5 for e in np.eye(4)])
+    got = rows_of(fit, "population_average")
+    np.testing.assert_allclose([got[name]["estimate"] for name in fit.names], projected(psi), rtol=1e-7)
+    np.testing.assert_allclose([got[name]["std_error"] for name in fit.names], np.sqrt(np.diag(J @ V @ J.T)), rtol=1e-5)
