@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Array = np.ndarray
 
 STEP = 1e-4  # of the linear predictor, in the central difference along a covariate
+APART = "delta-method errors of means over the random effects take coefficients and covariance parameters as independent"
 KINDS = ("subject_specific", "population_average", "average_marginal")
 
 
@@ -58,6 +59,8 @@ class Means:
         """Of (beta*, theta*); theta on the boundary is taken as known."""
         p = len(self.fit.names)
         k = sum(len(t.names) * (len(t.names) + 1) // 2 for t in self.terms)
+        if k and _apart(self.fit) and APART not in self.fit.info.get("notes", []):
+            self.fit.info["notes"] = [*self.fit.info.get("notes", []), APART]
         V = parameter_covariance(self.fit)[: p + k, : p + k]
         V[:p] = self.R @ V[:p]
         V[:, :p] = V[:, :p] @ self.R.T
@@ -96,7 +99,7 @@ class Means:
 def parameter_covariance(fit: MixedFit) -> Array:
     """The covariance of (beta, theta*, …) in the fit's coordinates: the joint one where the fit has it, else beta (by its robust covariance
     where it has one) and theta apart; what is on the boundary counts as known."""
-    joint = getattr(fit, "joint_covariance", None) if not fit.info.get("robust") else None
+    joint = None if _apart(fit) else getattr(fit, "joint_covariance", None)
     p, k = len(fit.names), len(fit.theta_covariance)
     V = np.zeros((p + k, p + k))
     if joint is not None:
@@ -108,14 +111,19 @@ def parameter_covariance(fit: MixedFit) -> Array:
     return V
 
 
+def _apart(fit: MixedFit) -> bool:
+    """Whether coefficients and covariance parameters have no joint covariance."""
+    return getattr(fit, "joint_covariance", None) is None or bool(fit.info.get("robust"))
+
+
 def effects(fit: MixedFit, data: Any, conf_level: float, options: Options | None) -> pa.Table:
     """See `MixedFit.effects`."""
     check_level(conf_level)
     means, goals = Means(fit), targets(fit.recipe, fit.parsed)
     total = _Sums(len(fit.names), len(means.covariance), len(goals))
     with scanned(fit, data, options) as scan:
-        changes = [change for goal in goals for change in goal.changes]
-        places = [touched(change, fit.recipe) for change in changes]
+        changes = list(dict.fromkeys(change for goal in goals for change in goal.changes))
+        places = {change: touched(change, fit.recipe) for change in changes}
         for rows in scan.rows(changes):
             total.add(means, rows, goals, places)
     note_scan(fit, "effects", data)
@@ -141,7 +149,7 @@ class _Sums:
         self.gram, self.rhs, self.slopes = np.zeros((p, p)), np.zeros(p), np.zeros((p, k))
         self.n, self.effect, self.gradient = 0.0, np.zeros(targets), np.zeros((targets, k))
 
-    def add(self, means: Means, rows: Rows, goals: list[Target], places: list[list[int]]) -> None:
+    def add(self, means: Means, rows: Rows, goals: list[Target], places: dict[Change, list[int]]) -> None:
         q = np.ones(rows.n) if rows.freq is None else rows.freq
         at, gradient = means.at(rows.F, rows.offset)
         X = means.Q.T @ rows.F
@@ -151,12 +159,11 @@ class _Sums:
         self.rhs += X @ (q * (target if rows.offset is None else target - rows.offset))
         self.slopes += (X * (q / unlinked)) @ gradient.T
         self.n += float(q.sum())
-        k = 0
+        changed = _Changed(means, rows, places)
         for i, goal in enumerate(goals):
-            value, slope = _effect(means, rows, goal, places, k)
+            value, slope = changed.effect(goal)
             self.effect[i] += float(q @ value)
             self.gradient[i] += slope @ q
-            k += len(goal.changes)
 
     def projected(self, means: Means, V: Array) -> tuple[Array, Array]:
         """The projected coefficients and their covariance, in the user's coordinates."""
@@ -169,20 +176,32 @@ class _Sums:
         return self.effect / self.n, J @ V @ J.T
 
 
-def _effect(means: Means, rows: Rows, goal: Target, places: list[list[int]], k: int) -> tuple[Array, Array]:
-    """One target's effect (n,) at each row and its gradient."""
-    if len(goal.changes) == 1:
-        D = np.zeros_like(rows.F)
-        D[places[k]] = rows.changed[k]
-        return means.along(rows.F, D, rows.offset)
-    sides = []
-    for j in (k, k + 1):
-        F = rows.F.copy()
-        F[places[j]] = rows.changed[j]
-        held = rows.more.get(f"offset_{j}")
-        sides.append(means.at(F, rows.offset if held is None else np.from_dlpack(held)))
-    (level, g_level), (base, g_base) = sides
-    return level.mu - base.mu, g_level - g_base
+class _Changed:
+    """Means of a batch of rows after each change; a base level's, which several targets compare with, once."""
+
+    def __init__(self, means: Means, rows: Rows, places: dict[Change, list[int]]) -> None:
+        self.means, self.rows, self.places = means, rows, places
+        self.order = {change: k for k, change in enumerate(places)}
+        self.held: dict[Change, tuple[Array, Array]] = {}
+
+    def effect(self, goal: Target) -> tuple[Array, Array]:
+        """The effect (n,) at each row and its gradient."""
+        if len(goal.changes) == 1:
+            change = goal.changes[0]
+            D = np.zeros_like(self.rows.F)
+            D[self.places[change]] = self.rows.changed[self.order[change]]
+            return self.means.along(self.rows.F, D, self.rows.offset)
+        (level, g_level), (base, g_base) = (self._after(change) for change in goal.changes)
+        return level - base, g_level - g_base
+
+    def _after(self, change: Change) -> tuple[Array, Array]:
+        if change not in self.held:
+            F, k = self.rows.F.copy(), self.order[change]
+            F[self.places[change]] = self.rows.changed[k]
+            offset = self.rows.more.get(f"offset_{k}")
+            at, gradient = self.means.at(F, self.rows.offset if offset is None else np.from_dlpack(offset))
+            self.held[change] = at.mu, gradient
+        return self.held[change]
 
 
 # -- what has an effect

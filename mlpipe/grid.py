@@ -32,8 +32,8 @@ class Grid:
             sizes = np.where(spans > 0.0, spans, np.maximum(np.abs(points).max(axis=0), 1.0))
             self.width = tuple(2.0 ** math.ceil(math.log2(size / FIRST)) for size in sizes)  # type: ignore[assignment]
         assert self.width is not None
-        while np.abs(points / self.width).max() > 2.0**60:
-            self._double(0 if np.abs(points[:, 0]).max() / self.width[0] > 2.0**60 else 1)
+        while np.abs(points / self.width).max() > 2.0**30:
+            self._double(0 if np.abs(points[:, 0]).max() / self.width[0] > 2.0**30 else 1)
         self._merge(np.floor(points / self.width).astype(np.int64), np.ones(len(points)))
         turn = 0
         while len(self.cells) > self.most:
@@ -51,6 +51,8 @@ class Grid:
 
     def _merge(self, cells: np.ndarray, count: np.ndarray) -> None:
         every = np.concatenate([self.cells, cells])
-        self.cells, inverse = np.unique(every, axis=0, return_inverse=True)
-        total = np.bincount(inverse.ravel(), np.concatenate([self.count, count]), minlength=len(self.cells))
+        one = (every[:, 0] << 32) + (every[:, 1] + 2**31)  # a rectangle as one number
+        distinct, inverse = np.unique(one, return_inverse=True)
+        self.cells = np.column_stack([distinct >> 32, (distinct & (2**32 - 1)) - 2**31])
+        total = np.bincount(inverse.ravel(), np.concatenate([self.count, count]), minlength=len(distinct))
         self.count = np.asarray(total, dtype=float)

@@ -15,6 +15,7 @@ import mlpipe as mp
 from mlpipe.derivative import derivative, substituted
 from mlpipe.expr import Column, Node, Number, label
 from mlpipe.formula import parse_expression
+from mlpipe.integrals import _cells, _quadrature, integrated
 
 from .dense_glmm import MEANS, centre, draw
 
@@ -153,6 +154,17 @@ def test_the_joint_covariance_holds_both_parts(tmp_path: Path) -> None:
     assert again.effects(frame).equals(fit.effects())
 
 
+def test_without_a_joint_covariance_the_fit_says_so() -> None:
+    fit = mp.glmm("y ~ log(x) + t + (1 + x | g)", simulated("poisson", "log"), family="poisson")
+    joint = rows_of(fit, "population_average")["tb"]["std_error"]
+    assert not fit.info["notes"]
+    fit.joint_covariance = None
+    apart = rows_of(fit, "population_average")["tb"]["std_error"]
+    assert apart == pytest.approx(joint, rel=0.1) and "independent" in fit.info["notes"][0]
+    rows_of(fit, "population_average")
+    assert len(fit.info["notes"]) == 1
+
+
 def test_a_linear_model_has_one_set_of_coefficients() -> None:
     frame = simulated("binomial", "logit").with_columns(flag=pl.col.x > 1.1)
     fit = mp.lmm("y ~ log(x) + t + flag + (1 | g)", frame)
@@ -214,3 +226,41 @@ def test_derivatives(text: str) -> None:
         assert (0.0 if slope is None else value(slope, x)) == pytest.approx(want, rel=1e-6, abs=1e-8)
     moved = substituted(node, Column("x"), Number(1.3))
     assert value(moved, 99.0) == pytest.approx(value(node, 1.3))
+
+
+@pytest.mark.parametrize("link", ["logit", "cauchit"])
+@pytest.mark.parametrize("sd", [0.0, 0.3, 4.0])
+def test_interpolated_means_are_those_of_the_quadrature(link: str, sd: float) -> None:
+    eta = np.append(np.linspace(-9.0, 8.0, 5000), np.nan)
+    variance = np.full(len(eta), sd**2)
+    assert _cells(link, eta, variance) is not None and _cells(link, eta[:2000], variance[:2000]) is not None
+    got, want = integrated(link, eta, variance), _quadrature(link, eta, np.sqrt(variance))
+    for name, tolerance in (("mu", 1e-11), ("nu", 1e-11), ("by_eta", 1e-9), ("by_variance", 1e-6)):
+        scale = np.nanmax(np.abs(getattr(want, name))) if name != "nu" else want.nu
+        assert np.nanmax(np.abs(getattr(got, name) - getattr(want, name)) / scale) < tolerance, name
+    assert np.isnan(got.mu[-1])
+    assert _cells(link, eta, variance + np.arange(len(eta))) is None and _cells("cloglog", eta, variance) is None
+
+
+def test_crossed_factors_add_their_variances() -> None:
+    rng = np.random.default_rng(5)
+    n = 800
+    frame = pl.DataFrame({"x": rng.normal(size=n), "a": rng.integers(0, 30, n), "b": rng.integers(0, 12, n), "o": np.zeros(n)})
+    eta = 0.3 + 0.6 * frame["x"].to_numpy() + rng.normal(size=30)[frame["a"]] + 0.8 * rng.normal(size=12)[frame["b"]]
+    frame = frame.with_columns(y=(rng.uniform(size=n) < MEANS["logit"](eta)).astype(float))
+    fit = mp.glmm("y ~ x + (1 | a) + (1 | b)", frame, family="binomial")
+    V, X = np.array(fit.joint_covariance), np.column_stack([np.ones(n), frame["x"]])
+    np.testing.assert_allclose(V[:2, :2], fit.covariance, rtol=1e-9)
+    np.testing.assert_allclose(V[2:, 2:], fit.theta_covariance, rtol=1e-9)
+    R = np.array([float(term.R[0, 0]) for term in fit.terms])
+
+    def projected(psi: np.ndarray) -> np.ndarray:
+        sd = np.linalg.norm(psi[2:] / R)
+        target = LINK["logit"](MEANS["logit"]((X @ psi[:2])[:, None] + sd * Z) @ PHI)
+        return np.asarray(np.linalg.lstsq(X, target, rcond=None)[0])
+
+    psi = np.array([*fit.beta, *(float(term.star[0, 0]) for term in fit.terms)])
+    J = np.column_stack([(projected(psi + 1e-5 * e) - projected(psi - 1e-5 * e)) / 2e-5 for e in np.eye(4)])
+    got = rows_of(fit, "population_average")
+    np.testing.assert_allclose([got[name]["estimate"] for name in fit.names], projected(psi), rtol=1e-7)
+    np.testing.assert_allclose([got[name]["std_error"] for name in fit.names], np.sqrt(np.diag(J @ V @ J.T)), rtol=1e-5)
