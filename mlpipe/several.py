@@ -143,11 +143,7 @@ class Several:
         Raises ResourceError where the exact one was asked for and its rest exceeds half the memory limit.
         """
         problem, rest = self.problem, sum(f.size for f in self.problem.factors[1:])
-<<<<<<< HEAD
         if method == "iterative" or problem.stays_sparse:
-=======
-        if method == "iterative" or problem.nested:
->>>>>>> several-stats
             return "iterative" if method == "iterative" and len(problem.factors) > 1 else "exact"
         fits = _fits(rest, limit)
         if method == "exact" and not fits:

@@ -87,11 +87,6 @@ class CrossedProblem:
         return len(self.WW) - 1
 
     @property
-    def nested(self) -> bool:
-        """Whether each level of a factor meets but one of each later factor."""
-        return all(len(cells.rows) == self.factors[k].levels for (k, _), cells in self.cells.items())
-
-    @property
     def offsets(self) -> list[int]:
         """Where each factor's part of Λ starts, and their end."""
         return [0, *np.cumsum([f.q for f in self.factors]).tolist()]
@@ -229,13 +224,6 @@ class Exact:
             return self.tree.factored(diagonals, lams)
         return eliminate(diagonals, {(k, h): problem.cross((k, h), lams[k], lams[h]) for k, h in problem.cells})
 
-<<<<<<< HEAD
-=======
-    def stays_sparse(self) -> bool:
-        """Whether elimination meets no dense rest: each level of a factor meets at most one of each later factor (nested designs)."""
-        return self.problem.nested
-
->>>>>>> several-stats
     def spherical(self, lambda_: Array) -> Array:
         """Λ'Z'w[X y] over single effects."""
         lams = self.problem.lambdas(lambda_)
