@@ -161,6 +161,8 @@ def test_a_factor_without_variance_is_a_singular_fit(method: str) -> None:
         fitted = mp.glmm("k ~ 1 + (1 | a) + (1 | c)", frame, family="binomial", method=method)
     assert fitted.singular and fitted.converged
     assert dict(zip(fitted.varcorr()["group"].to_pylist(), fitted.varcorr()["sd"].to_pylist(), strict=True))["c"] == 0.0
+    both = mp.glmm("k ~ 1 + (1 | a)", frame, family="binomial")
+    assert fitted.loglik == pytest.approx(both.loglik, abs=1e-6 if method == "exact" else 0.01)
 
 
 def test_nested_is_found_and_ids_may_start_anew() -> None:

@@ -295,19 +295,19 @@ class _Root:
         vcov, free = np.full_like(H, np.nan), np.flatnonzero(inside)
         vcov[np.ix_(free, free)] = np.linalg.pinv(information[np.ix_(free, free)], hermitian=True)
         singular = bool(held.any()) or bool(np.linalg.eigvalsh(lam.T @ self.typical @ lam)[0] < ZERO**2)
-        logdet, logdet_error = cast(Iterated, at.state.M).lanczos()
-        loglik = at.state.value - 0.5 * float(at.state.u @ at.state.u) - 0.5 * logdet
+        point = self.point(psi * flips)
+        u = self.joint.mode(point, np.zeros_like(at.state.u) if (flips < 0.0).any() else at.state.u)[0]
+        state = self.joint.state(point, u, outer=False)  # where an element was held at its floor, it is zero here
+        logdet, logdet_error = cast(Iterated, state.M).lanczos()
+        loglik = state.value - 0.5 * float(u @ u) - 0.5 * logdet
         solution = GLMMSolution(
             psi * flips, lam * signs, loglik, information, vcov, converged, singular, length, self.evaluations, message, at.rough
         )
-        u = self.joint.mode(self.point(psi * flips), np.zeros_like(at.state.u) if (flips < 0.0).any() else at.state.u)[0]
-        covariances = self._covariances(self.point(psi * flips), u)
-        return JointSolution(solution, error, logdet_error / 2.0, self.solver.probes.shape[1], u, covariances)
+        return JointSolution(solution, error, logdet_error / 2.0, self.solver.probes.shape[1], u, self._covariances(state))
 
-    def _covariances(self, point: Point, u: Array) -> list[Array]:
+    def _covariances(self, state: State) -> list[Array]:
         """ΛM⁻¹Λ' per level, from samples v ~ N(0, M⁻¹) (R7)."""
-        joint, problem = self.joint, self.problem
-        state = joint.state(point, u, outer=False)
+        joint, problem, point, u = self.joint, self.problem, state.point, state.u
         eta, sums, lock = joint.linear(point, u), joint.level_sums(SAMPLES), Lock()
 
         def work(part: Part) -> None:

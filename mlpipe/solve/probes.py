@@ -23,7 +23,7 @@ from .meetings import Inverse
 
 PROBES = 16
 CG_TIGHT, CG_LOOSE = 1e-8, 1e-4  # residual over right-hand side: of modes and, near the solution, of probes; on the way
-MOST_WORK = 1e10  # operations of one factoring above which conjugate gradients are faster
+MOST_WORK = 3e9  # operations of one factoring (an evaluation takes about three) above which conjugate gradients are faster
 
 
 class _Weighted(Crosses):
