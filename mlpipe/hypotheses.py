@@ -13,6 +13,7 @@ from .expr import label
 from .formula import Formula, Term
 from .inference import Tests, chi2_tail, held
 from .intervals import ml_optimum
+from .options import Options
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -340,12 +341,12 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
         if fit.source is None:
             raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
         settings: dict[str, Any] = {
-            "family": fit.family, "link": fit.link, "trials": recipe.trials, "weights": recipe.weights,  # type: ignore[attr-defined]
+            "family": fit.family, "link": fit.link, "trials": recipe.trials, "weights": recipe.weights,
             "freq": recipe.freq, "offset": recipe.offset, "contrasts": _of(recipe.contrasts, text),
         }  # fmt: skip
         if fit.terms:
             settings["nagq"] = getattr(fit, "nagq", 1)
-        return fitted("glmm" if fit.terms else "glm", text, fit.source, options, settings)
+        return fitted("glmm" if fit.terms else "glm", text, fit.source, options or Options(), settings)
 
 
 def _of(contrasts: Any, text: str) -> Any:
