@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 
 import numpy as np
-import polars as pl
 from scipy.stats import ks_2samp
 
 import mlpipe as mp
-from mlpipe.bootstrap import bootstrap
-from mlpipe.intervals import random_names
+from mlpipe.solve.blocks import BlockChunk, pseudo_blocks
+from mlpipe.solve.likelihood import LMMProblem
+from mlpipe.solve.lmm import solve
+from mlpipe.solve.simulate import BlockSimulator
 
 FIXED = "x1 + x2 + x3 + x4 + x5"
 
@@ -42,36 +42,50 @@ def speed(path: str, draws: int) -> None:
             print(f"  bootstrap, {draws} draws: {time.process_time() - began:.1f} s of CPU, {fit.info['bootstrap']['failed']} failed")
 
 
-def frame(kind: str) -> pl.DataFrame:
-    """A small unbalanced data set."""
+def rows(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """X (n, 2) and the starts of blocks of a small unbalanced data set."""
     rng = np.random.default_rng(1)
     lengths = rng.integers(2, 7, 40) if kind == "slope" else np.repeat([2, 3, 5], [20, 20, 20])
-    g = np.repeat(np.arange(len(lengths)), lengths)
-    x = rng.normal(size=len(g))
-    b = rng.normal(size=(len(lengths), 2)) * [0.8, 0.5 if kind == "slope" else 0.0]
-    return pl.DataFrame({"g": g, "x": x, "y": 1.0 + 0.5 * x + b[g, 0] + b[g, 1] * x + rng.normal(size=len(g))})
+    n = int(lengths.sum())
+    return np.column_stack([np.ones(n), rng.normal(size=n)]), np.concatenate([[0], np.cumsum(lengths)[:-1]])
+
+
+def problem(X: np.ndarray, y: np.ndarray, starts: np.ndarray, q: int, shared: bool) -> LMMProblem:
+    """Block statistics; `shared`: blocks of equal Z'Z as one."""
+    W = np.column_stack([X, y])
+    products = np.add.reduceat(W[:, :, None] * W[:, None, :], starts, axis=0)
+    S, C = (np.ascontiguousarray(part.transpose(1, 2, 0)) for part in (products[:, :q, :q], products[:, :q]))
+    chunk = BlockChunk(S, np.ones(len(starts)), C)
+    if shared:
+        sizes, where = np.unique(S[0, 0], return_inverse=True)
+        flat = C.reshape(q * 3, -1)
+        count = np.bincount(where).astype(float)
+        CC = np.stack([flat[:, where == k] @ flat[:, where == k].T for k in range(len(sizes))])
+        found, owner = pseudo_blocks(count, CC)
+        chunk = BlockChunk(sizes[None, None], count, np.ascontiguousarray(found.T).reshape(q, 3, -1), owner)
+    return LMMProblem(lambda: [chunk], W.T @ W, float(len(y)), 0.0, (q,), True)
 
 
 def distribution(draws: int) -> None:
     """Prints p-values."""
-    warnings.simplefilter("ignore")
-    for kind, formula in (("slope", "y ~ x + (1 + x | g)"), ("intercept", "y ~ x + (1 | g)")):
-        data = frame(kind)
-        fit = mp.lmm(formula, data)
-        statistics = bootstrap(fit, draws)
-        term, rng = fit.terms[0], np.random.default_rng(7)
-        X = np.column_stack([np.ones(len(data)), data["x"].to_numpy()])
-        Z, g, rows = X[:, : len(term.names)], data["g"].to_numpy(), []
+    beta, sigma = np.array([1.0, 0.5]), 1.0
+    for kind, lambda_ in (("slope", np.array([[0.8, 0.0], [0.1, 0.5]])), ("intercept", np.array([[0.8]]))):
+        X, starts = rows(kind)
+        q, rng = len(lambda_), np.random.default_rng(7)
+        lengths = np.diff(starts, append=len(X))
+        made = BlockSimulator(problem(X, rng.normal(size=len(X)), starts, q, kind == "intercept"), lambda_, sigma, beta)
+        found: list[list[np.ndarray]] = [[], []]
         for _ in range(draws):
-            b = fit.sigma * rng.normal(size=(fit.n_blocks, len(term.names))) @ term.factor.T
-            y = X @ fit.beta + (Z * b[g]).sum(axis=1) + fit.sigma * rng.normal(size=len(g))
-            again = mp.lmm(formula, data.with_columns(y=pl.Series(y)))
-            sds = [row["sd"] for row in again.varcorr().to_pylist() if row["term2"] is None]
-            rows.append([*sds[:-1], sds[-1], *again.beta])
-        names = [*random_names(fit), "sigma", *fit.names]
-        kept = [k for k, name in enumerate(names) if not name.startswith("cor_")]
-        tests = [ks_2samp(statistics[:, k], np.array(rows)[:, i]).pvalue for i, k in enumerate(kept)]
-        print(formula, f"{draws} draws each:", ", ".join(f"{names[k]} p = {p:.3f}" for k, p in zip(kept, tests, strict=True)))
+            b = np.repeat(sigma * rng.normal(size=(len(starts), q)) @ lambda_.T, lengths, axis=0)
+            y = X @ beta + (X[:, :q] * b).sum(axis=1) + sigma * rng.normal(size=len(X))
+            for out, drawn in zip(found, (made.draw(rng), problem(X, y, starts, q, False)), strict=True):
+                fit = solve(drawn)
+                psi = fit.sigma2 * fit.lambda_ @ fit.lambda_.T
+                out.append(np.concatenate([fit.beta, np.sqrt(np.diag(psi)), [psi[-1, 0], np.sqrt(fit.sigma2)]]))
+        names = ["(Intercept)", "x", *(f"sd {k}" for k in range(q)), "covariance" if q > 1 else "variance", "sigma"]
+        left, right = (np.array(part) for part in found)
+        tests = [ks_2samp(left[:, k], right[:, k]).pvalue for k in range(len(names))]
+        print(f"{kind}, {draws} draws each:", ", ".join(f"{name} p = {p:.2f}" for name, p in zip(names, tests, strict=True)))
 
 
 def main() -> None:
