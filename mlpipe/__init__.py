@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .generalized import glmm as glmm
     from .generalized_result import GLMFit as GLMFit
     from .generalized_result import GLMMFit as GLMMFit
+    from .linear import ols as ols
+    from .linear_result import OLSFit as OLSFit
     from .options import Options as Options
     from .planning import Plan as Plan
     from .result import LMMFit as LMMFit
@@ -51,6 +53,8 @@ _MODULES = {
     "fit": ("lmm", "plan", "suffstats"),
     "generalized": ("glm", "glmm"),
     "generalized_result": ("GLMFit", "GLMMFit"),
+    "linear": ("ols",),
+    "linear_result": ("OLSFit",),
     "options": ("Options",),
     "planning": ("Plan",),
     "result": ("LMMFit", "load"),

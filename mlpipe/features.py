@@ -93,7 +93,8 @@ class Recipe:
     `responses`: the variable labels of the responses, in the order of their features; `extra_responses`: the texts of those
     that are not the formula's own. `family`: of a generalized model, whose `responses` are the parts of its outcome (response or
     successes, trials, offset); `trials`: as the user wrote them; `success`: the level of a two-level response that is modelled.
-    `factors`: the key columns of each of several grouping factors; `groups` are then all of them.
+    `factors`: the key columns of each of several grouping factors; `groups` are then all of them. `clusters`: key columns of robust
+    standard errors, which must not be missing.
     """
 
     formula: Formula
@@ -113,6 +114,12 @@ class Recipe:
     trials: str | None = None
     success: str | None = None
     factors: tuple[tuple[str, ...], ...] = ()
+    clusters: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All key columns: grouping factors, then clusters."""
+        return tuple(dict.fromkeys((*self.groups, *self.clusters)))
 
     @property
     def n_covariates(self) -> int:
@@ -189,6 +196,7 @@ class Recipe:
             "trials": self.trials,
             "success": self.success,
             "factors": [list(groups) for groups in self.factors],
+            "clusters": list(self.clusters),
         }
 
     @classmethod
@@ -232,6 +240,7 @@ class Recipe:
             trials=trials,
             success=success,
             factors=tuple(tuple(groups) for groups in record.get("factors", ())),
+            clusters=tuple(record.get("clusters", ())),
         )
 
 

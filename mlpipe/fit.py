@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _OWN = {  # keywords that not every function has
     "lmm": ("reml",),
     "glmm": ("family", "link", "nagq", "trials", "checkpoint"),
-    "glm": ("family", "link", "trials", "cluster"),
+    "glm": ("family", "link", "trials", "cluster", "vcov"),
+    "ols": ("absorb", "cluster", "vcov"),
 }
 GENERALIZED = ("glmm", "glm")
 EXPLAINED = 1e-4  # share of the response's sum of squares left by X beta, below which the response is read again as a residual
@@ -120,6 +121,8 @@ def plan(
     nagq: int | None = None,
     trials: str | None = None,
     cluster: str | Sequence[str] | None = None,
+    vcov: str | None = None,
+    absorb: str | Sequence[str] | None = None,
     weights: str | None = None,
     freq: str | None = None,
     offset: str | None = None,
@@ -130,7 +133,7 @@ def plan(
 ) -> Plan:
     """What a fit would do: SQL, passes, memory. Runs nothing but the preparatory looks.
 
-    `function`: "lmm", "suffstats", "glmm" or "glm". Other arguments and errors as in the function of that name.
+    `function`: "lmm", "suffstats", "glmm", "glm" or "ols". Other arguments and errors as in the function of that name.
     """
     from .planning import prepare
     from .sources import open_source
@@ -138,10 +141,15 @@ def plan(
     if function not in (*_OWN, "suffstats"):
         raise ConfigError(f"there is no function {function!r} to plan", hint=did_you_mean(function, [*_OWN, "suffstats"]))
     arguments = _arguments(locals()) | {"collect": "blocks" if function == "suffstats" else "fit"}
-    own = {"family": family, "link": link, "nagq": nagq, "trials": trials, "cluster": cluster}
+    own = {"family": family, "link": link, "nagq": nagq, "trials": trials, "cluster": cluster, "absorb": absorb, "vcov": vcov}
     given = {name: value for name, value in own.items() if value is not None}
     check_keywords(function, given)
     options = options or Options()
+    if function == "ols":
+        from .linear import planned, request_of
+
+        with closing(open_source(data, options=options)) as engine:
+            return planned(prepare(engine, request_of(formula, absorb, cluster, arguments, options)), vcov)
     request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
     with closing(open_source(data, options=options)) as engine:
         prepared = prepare(engine, request)
@@ -157,7 +165,7 @@ def _generalized(function: str, formula: str, given: Mapping[str, Any], weights:
     from .families import check_mixed, check_plain, check_weights, checked_family
     from .formula import parse
 
-    settings = {name: value for name, value in given.items() if name != "cluster"}
+    settings = {name: value for name, value in given.items() if name not in ("cluster", "vcov")}
     family, settings["link"] = checked_family(given["family"], given.get("link"), quasi=function == "glm")
     if function == "glmm":
         check_mixed(parse(formula), given.get("nagq", 1))
@@ -174,6 +182,10 @@ def fitted(function: str, formula: str, data: Any, options: Options, settings: M
     check_keywords(function, settings)
     if function == "lmm":
         return lmm(formula, data, options=options, **settings)
+    if function == "ols":
+        from .linear import ols
+
+        return ols(formula, data, options=options, **settings)
     from . import generalized
 
     made: MixedFit = getattr(generalized, function)(formula, data, options=options, **settings)
@@ -202,14 +214,11 @@ def _request(formula: str, arguments: dict[str, Any], options: Options) -> Any:
 
 def _given(data: Any, arguments: dict[str, Any]) -> bool:
     """Whether the data are statistics; raises ConfigError for arguments that were settled when they were collected."""
-    from .stats import SuffStats
+    from .stats import SuffStats, check_settled
 
     if not isinstance(data, SuffStats):
         return False
-    for name, value in ((name, arguments[name]) for name in ("weights", "freq", "offset", "na")):
-        held = {"weights": data.recipe.weights, "freq": data.recipe.freq, "offset": data.recipe.offset}.get(name)
-        if value is not None and value not in ("drop", held):
-            raise ConfigError(f"{name} was settled when the statistics were collected", hint="leave it out")
+    check_settled(data, arguments)
     return True
 
 

@@ -28,7 +28,7 @@ RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
     ("policy",): ("max_drift",),
 }
 RESERVED_VALUES: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("model", "kind"): ("ols", "gee"),
+    ("model", "kind"): ("gee",),
 }
 _WANTED = {
     "bool_type": "true or false",
@@ -42,6 +42,7 @@ _WANTED = {
 _UNIONS = {
     "source.path": "text in quotes or a list of such",
     "model.cluster": "text in quotes or a list of such",
+    "model.absorb": "text in quotes or a list of such",
     "limits.memory_limit": "text in quotes or a whole number",
 }
 
@@ -63,16 +64,18 @@ class SourceSection(Section):
 
 
 class ModelSection(Section):
-    """The model: its formula and what `mlpipe.lmm`, `glmm` or `glm` takes."""
+    """The model: its formula and what `mlpipe.lmm`, `glmm`, `ols` or `glm` takes."""
 
-    kind: Literal["lmm", "glmm", "glm"] = "lmm"
+    kind: Literal["lmm", "glmm", "ols", "glm"] = "lmm"
     formula: str
     reml: bool = True
     family: str | None = None
     link: str | None = None
     nagq: int = 1
     trials: str | None = None
+    absorb: str | list[str] | None = None
     cluster: str | list[str] | None = None
+    vcov: str | None = None
     weights: str | None = None
     freq: str | None = None
     offset: str | None = None

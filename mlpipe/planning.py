@@ -28,7 +28,7 @@ FLOOR = 256 << 20  # bytes: interpreter, libraries and the engine's least workin
 @dataclass(frozen=True)
 class Request:
     """What the user asked for, as text and plain values; `family`, `link`, `trials` and `nagq` of a generalized model, `groups` where the
-    formula has none."""
+    formula has none, `clusters` of robust standard errors."""
 
     formula: str
     weights: str | None = None
@@ -44,6 +44,7 @@ class Request:
     trials: str | None = None
     nagq: int = 1
     groups: tuple[str, ...] = ()
+    clusters: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
 
 
@@ -246,7 +247,7 @@ def _second_level(
 
 
 def _check_request(request: Request) -> None:
-    for name, allowed in (("na", ("drop", "raise")), ("collect", ("fit", "blocks"))):
+    for name, allowed in (("na", ("drop", "raise")), ("collect", ("fit", "blocks", "blocks+xx"))):
         value = getattr(request, name)
         if value not in allowed:
             hint = did_you_mean(str(value), list(allowed))
@@ -258,7 +259,7 @@ def _names(engine: Engine, formula: Formula, request: Request) -> tuple[Names, l
     from .sql import Names
 
     schema = engine.schema()
-    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups]
+    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups, *request.clusters]
     values = [name for node in _nodes(formula, request) for name in expr.columns(node)]
     for name in (*values, *keys):
         if name not in schema:
@@ -283,7 +284,7 @@ def _nodes(formula: Formula, request: Request) -> list[expr.Node]:
 
 
 def _used_names(formula: Formula, request: Request) -> tuple[str, ...]:
-    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups]
+    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups, *request.clusters]
     return tuple(dict.fromkeys([*(name for node in _nodes(formula, request) for name in expr.columns(node)), *keys]))
 
 
@@ -312,6 +313,7 @@ def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[
         z=(),
         family=request.family,
         trials=request.trials,
+        clusters=request.clusters,
     )
 
 
@@ -326,9 +328,11 @@ def settle(
     covariates, z = needed([*fixed, *random], coordinates), needed(random, coordinates)
     atoms = [feature for feature in needed(outcome, coordinates) if feature]
     extra = [()] if any(coordinates.scalings[a][0] for feature in atoms for a in feature) else []
-    if collect == "blocks":
+    if collect != "fit":
         covariates, z = closure(covariates), closure(z) if z else []
     covariates = sorted(dict.fromkeys([*extra, *covariates]), key=len)
+    if collect == "blocks+xx" and random:
+        z = covariates
     return replace(
         shell,
         variables={**variables, **responses},

@@ -36,7 +36,7 @@ class SuffStats:
         sum_log_w: sum of the logarithms of the precision weights.
         gram: (features, features) cross-products over all rows, weighted.
         blocks: per-block sums in the order of `recipe.pairs()`; None without a grouping factor.
-        collect: "fit" (second level; does not merge), "blocks".
+        collect: "fit" (second level; does not merge), "blocks", "blocks+xx" (each block's X'X too).
         info: rows read, dropped by cause, passes, seconds by stage, choices made.
         crossed: sums and cells of several grouping factors, in place of blocks; these do not merge.
     """
@@ -86,6 +86,14 @@ class SuffStats:
     def load(cls, path: str | Path) -> SuffStats:
         """Reads what `save` wrote. Raises DataError where the file is something else."""
         return load(Path(path))
+
+
+def check_settled(stats: SuffStats, arguments: Mapping[str, Any]) -> None:
+    """Raises ConfigError for arguments that were settled when the statistics were collected."""
+    for name in ("weights", "freq", "offset", "na"):
+        held = {"weights": stats.recipe.weights, "freq": stats.recipe.freq, "offset": stats.recipe.offset}.get(name)
+        if arguments[name] is not None and arguments[name] not in ("drop", held):
+            raise ConfigError(f"{name} was settled when the statistics were collected", hint="leave it out")
 
 
 def change(source: Recipe, target: Recipe) -> np.ndarray:

@@ -329,8 +329,9 @@ def _kind(name: str) -> type[MixedFit]:
     if name == LMMFit.__name__:
         return LMMFit
     from .generalized_result import GLMFit, GLMMFit
+    from .linear_result import OLSFit
 
-    return {GLMFit.__name__: GLMFit, GLMMFit.__name__: GLMMFit}[name]
+    return {kind.__name__: kind for kind in (GLMFit, GLMMFit, OLSFit)}[name]
 
 
 def _keep(fit: MixedFit, names: list[str], read: Callable[[str], pa.Table]) -> None:

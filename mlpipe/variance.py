@@ -79,14 +79,15 @@ def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:
     for name, estimate, se in zip(fit.names, fit.beta, standard_errors(fit), strict=True):
         statistic = float(estimate / se) if se > 0 else math.nan
         p_value = math.erfc(abs(statistic) / math.sqrt(2))
-        rows.append(_estimate("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})
+        rows.append(estimate_row("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})
     for (group, name, estimate), se in zip(random_parameters(fit), random_errors(fit), strict=True):
-        rows.append(_estimate("ran_pars", group, name, estimate, se, z))
-    rows += [_estimate("ran_pars", *parameter, z) for parameter in fit.family_parameters()]
-    return pa.Table.from_pylist(rows, schema=_tidy_schema())
+        rows.append(estimate_row("ran_pars", group, name, estimate, se, z))
+    rows += [estimate_row("ran_pars", *parameter, z) for parameter in fit.family_parameters()]
+    return pa.Table.from_pylist(rows, schema=tidy_schema())
 
 
-def _tidy_schema() -> pa.Schema:
+def tidy_schema() -> pa.Schema:
+    """The columns of `tidy`."""
     import pyarrow as pa
 
     texts = ("effect", "group", "term")
@@ -94,7 +95,8 @@ def _tidy_schema() -> pa.Schema:
     return pa.schema([(name, pa.string()) for name in texts] + [(name, pa.float64()) for name in reals])
 
 
-def _estimate(effect: str, group: str | None, term: str, estimate: float, se: float, z: float) -> Row:
+def estimate_row(effect: str, group: str | None, term: str, estimate: float, se: float, z: float) -> Row:
+    """One row of `tidy`; an interval of `z` standard errors where these are known."""
     known = se is not None and math.isfinite(se)
     row: Row = {"effect": effect, "group": group, "term": term, "estimate": float(estimate), "std_error": float(se) if known else None}
     return row | ({"conf_low": float(estimate - z * se), "conf_high": float(estimate + z * se)} if known else {})
