@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .stats import SuffStats
 
 _OWN = {  # keywords that not every function has
-    "lmm": ("reml",),
-    "glmm": ("family", "link", "nagq", "trials", "checkpoint"),
+    "lmm": ("reml", "cluster", "vcov"),
+    "glmm": ("family", "link", "nagq", "trials", "cluster", "vcov", "checkpoint"),
     "glm": ("family", "link", "trials", "cluster", "vcov"),
     "ols": ("absorb", "cluster", "vcov"),
 }
@@ -48,6 +48,8 @@ def lmm(
     levels: Mapping[str, Sequence[Any]] | None = None,
     contrasts: Mapping[str, str] | None = None,
     na: str = "drop",
+    cluster: str | Sequence[str] | None = None,
+    vcov: str | None = None,
     method: str = "auto",
     start: Sequence[float] | None = None,
     options: Options | None = None,
@@ -63,6 +65,8 @@ def lmm(
         offset: added to the linear predictor with coefficient 1.
         levels: level orders of factors. contrasts: "treatment", "sum", "helmert" or "poly" per factor.
         na: "drop" rows with missing values and count them, or "raise".
+        cluster: a column, the grouping factor or one that it lies within, for cluster-robust errors of the fixed effects: "CR0", "CR1"
+            (the default) or "CR2" by `vcov`, from one more scan.
         method: how several grouping factors are solved: "exact", "iterative" (Monte Carlo error stated), "auto" by their size.
         start: theta to start from, in lme4's order.
         options: limits and tolerances.
@@ -71,15 +75,27 @@ def lmm(
     """
     if method not in METHODS:
         raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
+    from . import robust_mixed
+    from .reduction import coded
+    from .robust import Source
+    from .solve.sandwich import CR
+
     began = time.perf_counter()
     options = options or Options()
-    arguments = _arguments(locals())
+    clusters, kind = robust_mixed.checked(cluster, vcov, CR)
+    arguments = _arguments(locals()) | {"clusters": clusters}
     if _given(data, arguments):
+        if kind is not None:
+            raise DataError("statistics of a mixed model hold no rows for robust errors", code="not_collected", hint="pass the rows")
         own = replace(data, info=deepcopy(data.info))  # what one fit notes is not the statistics' nor the next fit's
         fit = _fitted(formula, own, data, reml, start, options, method, coding={"contrasts": contrasts, "levels": levels})
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):
             fit = _fitted(formula, stats, data, reml, start, options, method, plan_)
+            if kind is not None:
+                with stage("robust", stats.info["seconds"], plan_.engine, options):
+                    fixed = coded(stats, fit.parsed, contrasts, levels).fixed
+                    robust_mixed.of_lmm(fit, stats, fixed, Source(plan_.engine, plan_.names), kind, clusters)
             if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began

@@ -114,7 +114,8 @@ def _matrix(table: pa.Table, recipe: Recipe) -> tuple[pa.Table, Array, Array | N
     return table, F, column(table, "w") if "w" in weights else None, column(table, "q") if "q" in weights else None
 
 
-def _codes(table: pa.Table, levels: Levels, names: Names) -> np.ndarray:
+def codes(table: pa.Table, levels: Levels, names: Names) -> np.ndarray:
+    """The level (n,) of each row. Raises DataError for one that was not there before."""
     code = levels.codes([table.column(names.key(name).name).combine_chunks() for name in levels.columns])
     if (code < 0).any():
         raise DataError("the source changed while it was read", code="source_changed", hint="fit a snapshot of it")
@@ -123,13 +124,13 @@ def _codes(table: pa.Table, levels: Levels, names: Names) -> np.ndarray:
 
 def _columns(table: pa.Table, F: Array, fitted: Fitted, names: Names) -> tuple[Array, Array, list[np.ndarray]]:
     """X (p, n) and residuals (n,) of some rows, what is absorbed taken out, and the codes of absorbed factors."""
-    X, e, codes = fitted.Q.T @ F, fitted.e @ F, []
+    X, e, held = fitted.Q.T @ F, fitted.e @ F, []
     for levels, effects in fitted.absorbed:
-        code = _codes(table, levels, names)
+        code = codes(table, levels, names)
         X -= (effects @ fitted.Q).T[:, code]
         e -= (effects @ fitted.e)[code]
-        codes.append(code)
-    return X, e, codes
+        held.append(code)
+    return X, e, held
 
 
 def of_rows(source: Source, fitted: Fitted, kind: str) -> Meat:
@@ -210,7 +211,7 @@ def streamed(source: Source, fitted: Fitted, ways: Sequence[tuple[str, ...]], ki
         X, e, absorbed = _columns(table, F, fitted, source.names)
         weight = (np.ones(1) if w is None else w) * (np.ones(1) if q is None else q)
         for clusters in found:
-            _add(clusters, _codes(table, clusters.levels, source.names), X, weight, e, absorbed)
+            _add(clusters, codes(table, clusters.levels, source.names), X, weight, e, absorbed)
     return [_summed(clusters, fitted, kind) for clusters in found], [_nested(clusters, fitted) for clusters in found]
 
 
@@ -225,9 +226,14 @@ def _add(clusters: Clusters, code: np.ndarray, X: Array, weight: Array, e: Array
                 if j != k:
                     clusters.grams[j, k] += sums
     for owner, level in zip(clusters.owner, absorbed, strict=True):
-        fresh = owner[level] == -1
-        owner[level[fresh]] = code[fresh]
-        owner[level[owner[level] != code]] = -2
+        owned(owner, level, code)
+
+
+def owned(owner: np.ndarray, level: np.ndarray, cluster: np.ndarray) -> None:
+    """Notes the cluster of each level that rows show: -1 for none yet, -2 for several."""
+    fresh = owner[level] == -1
+    owner[level[fresh]] = cluster[fresh]
+    owner[level[owner[level] != cluster]] = -2
 
 
 def _summed(clusters: Clusters, fitted: Fitted, kind: str) -> Meat:
