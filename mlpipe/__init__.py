@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .errors import ResourceError as ResourceError
     from .errors import SeparationWarning as SeparationWarning
     from .errors import SingularFitWarning as SingularFitWarning
+    from .estimating import gee as gee
+    from .estimating_result import GEEFit as GEEFit
     from .fit import lmm as lmm
     from .fit import plan as plan
     from .fit import suffstats as suffstats
@@ -50,6 +52,8 @@ _MODULES = {
         "ColumnNotFoundError", "ConfigError", "ConvergenceError", "ConvergenceWarning", "DataError", "FormulaError", "MlpipeError",
         "MlpipeWarning", "RankWarning", "ResourceError", "SeparationWarning", "SingularFitWarning",
     ),
+    "estimating": ("gee",),
+    "estimating_result": ("GEEFit",),
     "fit": ("lmm", "plan", "suffstats"),
     "generalized": ("glm", "glmm"),
     "generalized_result": ("GLMFit", "GLMMFit"),

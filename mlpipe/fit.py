@@ -30,6 +30,7 @@ _OWN = {  # keywords that not every function has
     "glmm": ("family", "link", "nagq", "trials", "cluster", "vcov", "checkpoint"),
     "glm": ("family", "link", "trials", "cluster", "vcov"),
     "ols": ("absorb", "cluster", "vcov"),
+    "gee": ("groups", "family", "link", "corr", "time", "trials", "vcov"),
 }
 GENERALIZED = ("glmm", "glm")
 EXPLAINED = 1e-4  # share of the response's sum of squares left by X beta, below which the response is read again as a residual
@@ -139,6 +140,9 @@ def plan(
     cluster: str | Sequence[str] | None = None,
     vcov: str | None = None,
     absorb: str | Sequence[str] | None = None,
+    groups: str | Sequence[str] | None = None,
+    corr: str | None = None,
+    time: str | None = None,
     weights: str | None = None,
     freq: str | None = None,
     offset: str | None = None,
@@ -149,7 +153,7 @@ def plan(
 ) -> Plan:
     """What a fit would do: SQL, passes, memory. Runs nothing but the preparatory looks.
 
-    `function`: "lmm", "suffstats", "glmm", "glm" or "ols". Other arguments and errors as in the function of that name.
+    `function`: "lmm", "suffstats", "glmm", "glm", "ols" or "gee". Other arguments and errors as in the function of that name.
     """
     from .planning import prepare
     from .sources import open_source
@@ -158,6 +162,7 @@ def plan(
         raise ConfigError(f"there is no function {function!r} to plan", hint=did_you_mean(function, [*_OWN, "suffstats"]))
     arguments = _arguments(locals()) | {"collect": "blocks" if function == "suffstats" else "fit"}
     own = {"family": family, "link": link, "nagq": nagq, "trials": trials, "cluster": cluster, "absorb": absorb, "vcov": vcov}
+    own |= {"groups": groups, "corr": corr, "time": time}
     given = {name: value for name, value in own.items() if value is not None}
     check_keywords(function, given)
     options = options or Options()
@@ -166,6 +171,8 @@ def plan(
 
         with closing(open_source(data, options=options)) as engine:
             return planned(prepare(engine, request_of(formula, absorb, cluster, arguments, options)), vcov)
+    if function == "gee":
+        return _planned_gee(formula, data, given, arguments, options)
     request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
     with closing(open_source(data, options=options)) as engine:
         prepared = prepare(engine, request)
@@ -173,6 +180,20 @@ def plan(
             from .gather import expected
 
             prepared.expected = expected(prepared, compress=function == "glmm")
+        return prepared
+
+
+def _planned_gee(formula: str, data: Any, given: Mapping[str, Any], arguments: dict[str, Any], options: Options) -> Plan:
+    from .estimating import check_order, request_of
+    from .gather import expected
+    from .planning import prepare
+    from .sources import open_source
+
+    request, _ = request_of(formula, options, **given, **{name: value for name, value in arguments.items() if name != "collect"})
+    with closing(open_source(data, options=options)) as engine:
+        check_order(engine, request)
+        prepared = prepare(engine, request)
+        prepared.expected = expected(prepared, compress=False)
         return prepared
 
 
@@ -194,7 +215,7 @@ def _generalized(function: str, formula: str, given: Mapping[str, Any], weights:
 
 
 def fitted(function: str, formula: str, data: Any, options: Options, settings: Mapping[str, Any]) -> MixedFit:
-    """The fit by `mlpipe.lmm`, `glmm` or `glm`, as the command line and jobs ask for it. Raises ConfigError for settings it has not."""
+    """The fit by `mlpipe.lmm`, `glmm`, `glm`, `ols` or `gee`, as the command line and jobs ask for it. Raises ConfigError for settings it has not."""
     check_keywords(function, settings)
     if function == "lmm":
         return lmm(formula, data, options=options, **settings)
@@ -202,6 +223,10 @@ def fitted(function: str, formula: str, data: Any, options: Options, settings: M
         from .linear import ols
 
         return ols(formula, data, options=options, **settings)
+    if function == "gee":
+        from .estimating import gee
+
+        return gee(formula, data, options=options, **settings)
     from . import generalized
 
     made: MixedFit = getattr(generalized, function)(formula, data, options=options, **settings)
@@ -209,11 +234,13 @@ def fitted(function: str, formula: str, data: Any, options: Options, settings: M
 
 
 def check_keywords(function: str, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a keyword that belongs to other functions, and for a generalized model without a family."""
+    """Raises ConfigError for a keyword that belongs to other functions, and for a generalized model without a family or groups."""
     for name in settings:
         owners = [other for other, names in _OWN.items() if name in names]
         if owners and function not in owners:
             raise ConfigError(f"{name} does not belong to {function}", hint=f"it is for {' and '.join(owners)}")
+    if function == "gee" and "groups" not in settings:
+        raise ConfigError("gee needs groups", hint="the column(s) that tell blocks of correlated rows apart")
     if function in GENERALIZED and "family" not in settings:
         raise ConfigError(f"{function} needs a family", hint='such as "binomial" or "poisson"')
 

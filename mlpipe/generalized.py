@@ -119,7 +119,8 @@ def glm(
 
     Args:
         family: as in `glmm`, and "quasibinomial", "quasipoisson" (Pearson dispersion, no likelihood).
-        cluster: column(s) whose combinations are blocks of rows that may be correlated: the covariance is the sandwich of Liang and Zeger (1986).
+        cluster: column(s) whose combinations are blocks of rows that may be correlated: the covariance is the sandwich of Liang and
+            Zeger (1986).
         vcov: "CR0", "CR1" or "CR2" (with `cluster`; CR1 is the default), "HC0" to "HC3" (without), None for the model's own.
 
     Other arguments and errors as in `glmm`.

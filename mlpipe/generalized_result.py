@@ -119,7 +119,7 @@ class GLMMFit(GeneralizedFit):
         )
         theta = slice(p, p + len(model.kernel.entries))
         fit = cls(
-            **_common(text, model, solution.psi[:p], solution.vcov[:p, :p], data, options),
+            **common(text, model, solution.psi[:p], solution.vcov[:p, :p], data, options),
             terms=terms,
             loglik=solution.loglik + model.rows.spool.constant,
             converged=solution.converged and not solution.rough,
@@ -159,7 +159,7 @@ class GLMFit(GeneralizedFit):
         if robust is not None:
             covariance = marginal.sandwich(model, solution.psi, bread, robust)[:p, :p]
         fit = cls(
-            **_common(text, model, solution.psi[:p], covariance, data, options),
+            **common(text, model, solution.psi[:p], covariance, data, options),
             terms=(),
             loglik=math.nan if quasi else solution.loglik + model.rows.spool.constant,
             converged=solution.converged,
@@ -178,7 +178,7 @@ class GLMFit(GeneralizedFit):
         return fit
 
 
-def _common(text: str, model: Model, beta: Array, covariance: Array, data: Any, options: Options) -> dict[str, Any]:
+def common(text: str, model: Model, beta: Array, covariance: Array, data: Any, options: Options) -> dict[str, Any]:
     """What does not depend on the kind of fit."""
     recipe, rows, R = model.plan.recipe, model.rows, model.fixed.R
     half = np.linalg.solve(R, covariance)

@@ -83,6 +83,8 @@ def used_rows(recipe: Recipe, names: Names, *, keys: bool) -> exp.Select:
     for i, monomial in enumerate(recipe.features):
         if monomial:
             columns.append(named(feature(monomial, recipe, names), f"f{i}", feature_label(monomial)))
+    if recipe.by_row:
+        columns.append(exp.column("rn"))
     if not columns:
         columns.append(named(number(1), "f0"))
     return skeleton("rows").select(*columns, append=False, copy=False).where(usable(recipe, names), copy=False)

@@ -19,7 +19,8 @@ def simulated(seed: int = 3) -> pl.DataFrame:
     n, school = 360, np.repeat(np.arange(9), 40)
     klass = school * 4 + rng.integers(0, 4, n)
     x = rng.normal(size=n)
-    y = 1.0 + 0.5 * x + 1.5 * rng.normal(size=9)[school] + rng.normal(size=36)[klass] + 0.4 * x * rng.normal(size=36)[klass] + rng.normal(size=n) * (1 + klass % 3)
+    effects = 1.5 * rng.normal(size=9)[school] + rng.normal(size=36)[klass] + 0.4 * x * rng.normal(size=36)[klass]
+    y = 1.0 + 0.5 * x + effects + rng.normal(size=n) * (1 + klass % 3)
     return pl.DataFrame({"y": y, "x": x, "klass": klass, "school": school, "w": rng.uniform(0.5, 2.0, n), "t": rng.integers(0, 4, n)})
 
 
