@@ -48,7 +48,7 @@ rows = _options(
     click.option("--table", help="DATA is a DuckDB database; read this table of it."),
 )
 model = _options(
-    click.option("--kind", type=click.Choice(["lmm", "glmm", "ols", "glm", "gee"]), help="The model, where family and formula do not tell."),
+    click.option("--kind", type=click.Choice(["lmm", "glmm", "ols", "glm", "gee"]), help="The model, if the formula does not tell."),
     click.option("--family", help="Fit a generalized model: binomial, poisson, negbinomial, gamma, beta …; without random terms a GLM."),
     click.option("--link", help="Its link, if not the customary one."),
     click.option("--nagq", type=int, help="Quadrature nodes a random effect; 1, the default, is the Laplace approximation."),
@@ -238,7 +238,8 @@ def _model(settings: dict[str, Any]) -> dict[str, Any]:
     levels = {name: value.split(",") for name, value in (_pair(text, "--levels") for text in settings["levels"])}
     given = {name: settings[name] for name in ("family", "link", "nagq", "trials", "weights", "freq", "offset", "na")}
     given |= {"contrasts": contrasts or None, "levels": levels or None, "vcov": settings["vcov"]}
-    given |= {name: settings[name] or None for name in ("cluster", "absorb", "groups")} | {"corr": settings["corr"], "time": settings["time"]}
+    given |= {name: settings[name] or None for name in ("cluster", "absorb", "groups")}
+    given |= {name: settings[name] for name in ("corr", "time")}
     return {name: value for name, value in given.items() if value is not None}
 
 

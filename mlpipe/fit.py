@@ -93,12 +93,15 @@ def lmm(
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):
             fit = _fitted(formula, stats, data, reml, start, options, method, plan_)
+            own = stats
             if kind is not None:
                 with stage("robust", stats.info["seconds"], plan_.engine, options):
                     fixed = coded(stats, fit.parsed, contrasts, levels).fixed
                     robust_mixed.of_lmm(fit, stats, fixed, Source(plan_.engine, plan_.names), kind, clusters)
             if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None
+    if len(fit.terms) == 1 and fit.terms[0].names == ("(Intercept)",):
+        fit.statistics = own
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     _report(fit, options)
     return fit
@@ -215,7 +218,7 @@ def _generalized(function: str, formula: str, given: Mapping[str, Any], weights:
 
 
 def fitted(function: str, formula: str, data: Any, options: Options, settings: Mapping[str, Any]) -> MixedFit:
-    """The fit by `mlpipe.lmm`, `glmm`, `glm`, `ols` or `gee`, as the command line and jobs ask for it. Raises ConfigError for settings it has not."""
+    """The fit by the function of that name, as the command line and jobs ask for it. Raises ConfigError for settings it has not."""
     check_keywords(function, settings)
     if function == "lmm":
         return lmm(formula, data, options=options, **settings)

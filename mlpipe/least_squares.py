@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,24 +76,20 @@ def pooled(stats: SuffStats) -> Projection:
     return Projection(stats.gram)
 
 
-def group_sums(stats: SuffStats) -> tuple[Array, Array]:
-    """Σ s s'/n and Σ s s'/n² (F, F) over the blocks of one grouping factor, s their sums of features and n of the constant."""
+def block_products(stats: SuffStats, weight: Callable[[Array], Array]) -> Array:
+    """Σ weight(n) s s' (F, F) over the blocks of one grouping factor, s their sums of features and n of the constant."""
     recipe = stats.recipe
     constant = recipe.features.index(())
     where = {pair: k for k, pair in enumerate(recipe.pairs())}
     at = [where[(constant, j)] if (constant, j) in where else where[(j, constant)] for j in range(len(recipe.features))]
-    over_n, over_n2 = (np.zeros((len(at), len(at))) for _ in range(2))
+    out = np.zeros((len(at), len(at)))
     assert stats.blocks is not None
     if (clusters := stats.blocks.clusters) is not None and len(clusters.count):
-        n = clusters.mean()[at[constant]]
-        products = clusters.products[:, at][:, :, at]
-        over_n += np.einsum("gij,g->ij", products, 1.0 / n)
-        over_n2 += np.einsum("gij,g->ij", products, 1.0 / n**2)
+        out += np.einsum("gij,g->ij", clusters.products[:, at][:, :, at], weight(clusters.mean()[at[constant]]))
     for sums in stats.blocks.arrays():
         s = sums[at]
-        over_n += (s / s[constant]) @ s.T
-        over_n2 += (s / s[constant]) @ (s / s[constant]).T
-    return over_n, over_n2
+        out += (s * weight(s[constant])) @ s.T
+    return out
 
 
 def within(stats: SuffStats) -> Projection:
@@ -105,7 +101,7 @@ def within(stats: SuffStats) -> Projection:
     constant = recipe.features.index(())
     if stats.crossed is None:
         assert stats.blocks is not None
-        found = Projection(stats.gram - group_sums(stats)[0], (":".join(recipe.groups),), (stats.blocks.n_blocks,))
+        found = Projection(stats.gram - block_products(stats, lambda n: 1.0 / n), (":".join(recipe.groups),), (stats.blocks.n_blocks,))
     else:
         found = _within_several(stats, constant)
     gram = found.gram.copy()

@@ -60,8 +60,6 @@ LATER = [
     ('[[models]]\nname = "a"', "models"),
     ('[model]\nformula = "y ~ 1"\nby = ["a"]', "model.by"),
     ('[model]\nformula = "y ~ 1"\nwhere = "a > 1"', "model.where"),
-    ('[model]\nformula = "y ~ 1"\ncorr = "ar1"', "model.corr"),
-    ('[model]\nformula = "y ~ 1"\nkind = "gee"', "model.kind = 'gee'"),
     ('[output]\ntarget = "x"\nscoring_sql = ["duckdb"]', "output.scoring_sql"),
     ('[limits]\ntimeout = "1h"', "limits.timeout"),
     ("[policy]\nmax_drift = 1", "policy.max_drift"),
