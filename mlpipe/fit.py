@@ -124,7 +124,7 @@ def suffstats(
     """Collects the sufficient statistics of a formula and of all its sub-models, to fit, merge, save and update.
 
     `responses`: further responses to collect together (rows are complete for all). `collect`: "blocks" (per-block sums;
-    mergeable, saved) or "fit" (least). Other arguments and errors as in `lmm`.
+    mergeable, saved), "blocks+xx" (each block's X'X too, for cluster-robust errors) or "fit" (least). Other arguments and errors as in `lmm`.
     """
     arguments = _arguments(locals()) | {"responses": tuple(responses or ()), "collect": collect}
     with _collected(formula, data, arguments, options or Options()) as (stats, _):
