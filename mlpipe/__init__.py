@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .generalized import glmm as glmm
     from .generalized_result import GLMFit as GLMFit
     from .generalized_result import GLMMFit as GLMMFit
+    from .hypotheses import anova as anova
     from .linear import ols as ols
     from .linear_result import OLSFit as OLSFit
     from .options import Options as Options
@@ -57,6 +58,7 @@ _MODULES = {
     "fit": ("lmm", "plan", "suffstats"),
     "generalized": ("glm", "glmm"),
     "generalized_result": ("GLMFit", "GLMMFit"),
+    "hypotheses": ("anova",),
     "linear": ("ols",),
     "linear_result": ("OLSFit",),
     "options": ("Options",),

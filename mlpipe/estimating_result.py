@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -122,15 +123,15 @@ class GEEFit(GeneralizedFit):
             raise ConfigError(f"ddf = {ddf!r} is for linear mixed models", hint='ddf="wald"')
         return coefficients.tidy(self, conf_level, math.inf)
 
-    def confint(self, method: str = "wald", level: float = 0.95) -> pa.Table:
+    def confint(self, method: str = "wald", level: float = 0.95, *, draws: int = 1000) -> pa.Table:
         """`term`, `conf_low`, `conf_high`."""
         return coefficients.intervals(self, method, level, math.inf)
 
-    def r2(self) -> dict[str, float]:
+    def r2(self, data: Any = None, *, options: Options | None = None) -> dict[str, float]:
         """There is none. Raises ConfigError."""
         raise ConfigError("a fit by estimating equations has no R²", hint="compare by qic()")
 
-    def icc(self) -> dict[str, float]:
+    def icc(self, at: Mapping[str, Any] | None = None, level: float | None = None) -> dict[str, Any]:
         """There is none. Raises ConfigError."""
         raise ConfigError("a fit by estimating equations has no random effects", hint="alpha is its working correlation")
 

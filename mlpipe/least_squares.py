@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,11 @@ from .rank import COLLINEAR
 from .reduction import Coding, Fixed, fixed_part, response_vector, responses_of
 from .solve.absorb import Cells
 from .stats import SuffStats
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+    from .factors import Crossed
 
 Array = np.ndarray
 
@@ -115,8 +120,7 @@ def _within_several(stats: SuffStats, constant: int) -> Projection:
     pairs = {pair: k for k, pair in enumerate(recipe.pairs())}
     at = [pairs[(constant, j)] if (constant, j) in pairs else pairs[(j, constant)] for j in range(len(recipe.features))]
     sums = [factor.sums[at].T for factor in crossed.factors]
-    weights = None if crossed.products is None else crossed.products[crossed.pairs.index((constant, constant))]
-    cells = Cells(crossed.codes, [len(factor.levels) for factor in crossed.factors], weights)
+    cells = Cells([s[:, constant] for s in sums], _cross(crossed, constant))
     solved = cells.solve(sums)
     if not solved.converged:
         raise ConvergenceError(f"the effects of {len(sums)} factors were not found in {solved.steps:,} steps of conjugate gradients")
@@ -129,6 +133,18 @@ def _within_several(stats: SuffStats, constant: int) -> Projection:
         notes.append("redundant levels among three and more factors were counted in pairs: the degrees of freedom may be too few")
     effects = tuple((factor.levels, found) for factor, found in zip(crossed.factors, solved.effects, strict=True))
     return Projection((gram + gram.T) / 2.0, tuple(f.levels.group for f in crossed.factors), tuple(ranks), effects, tuple(notes))
+
+
+def _cross(crossed: Crossed, constant: int) -> dict[tuple[int, int], csr_matrix]:
+    """The weights of pairs of levels, for each pair of factors."""
+    from scipy.sparse import coo_matrix
+
+    sizes, place, out = [len(factor.levels) for factor in crossed.factors], crossed.pairs.index((constant, constant)), {}
+    for k in range(len(sizes)):
+        for j in range(k + 1, len(sizes)):
+            held = crossed.between(k, j)
+            out[k, j] = coo_matrix((held.products[place].astype(float), (held.rows, held.columns)), shape=(sizes[k], sizes[j])).tocsr()
+    return out
 
 
 def solved(

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,7 @@ from .result import MixedFit, RandomTerm
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .options import Options
     from .predictions import Output
 
 
@@ -86,15 +88,15 @@ class OLSFit(MixedFit):
             raise ConfigError(f"ddf = {ddf!r} is for mixed models", hint="least squares has exact or cluster degrees of freedom")
         return coefficients.tidy(self, conf_level, self.df_test)
 
-    def confint(self, method: str = "wald", level: float = 0.95) -> pa.Table:
+    def confint(self, method: str = "wald", level: float = 0.95, *, draws: int = 1000) -> pa.Table:
         """`term`, `conf_low`, `conf_high` from t-quantiles."""
         return coefficients.intervals(self, method, level, self.df_test)
 
-    def icc(self) -> dict[str, float]:
+    def icc(self, at: Mapping[str, Any] | None = None, level: float | None = None) -> dict[str, Any]:
         """There is none. Raises ConfigError."""
         raise ConfigError("a fit by least squares has no intraclass correlation", hint="fit it by lmm", code="no_random_effects")
 
-    def r2(self) -> dict[str, float]:
+    def r2(self, data: Any = None, *, options: Options | None = None) -> dict[str, float]:
         """R² ("r2"), adjusted for degrees of freedom ("adjusted"), and of what varies within absorbed factors ("within")."""
         lost = self.rss / self.tss
         out = {"r2": 1.0 - lost, "adjusted": 1.0 - lost * (self.nobs - self.centred) / self.df_residual}

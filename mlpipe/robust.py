@@ -177,25 +177,19 @@ def of_clusters(source: Source, fitted: Fitted, keys: tuple[str, ...], kind: str
 
 def of_statistics(stats: SuffStats, fitted: Fitted, kind: str, *, within: bool) -> Meat:
     """The same for the blocks of statistics with `collect="blocks+xx"`."""
-    from .stats import full_map
-
-    assert stats.blocks is not None
-    recipe = stats.recipe
-    every = np.eye(len(recipe.features))
-    here = every[list(recipe.z)].T  # features x z
-    V = full_map(recipe, fitted.Q[list(recipe.z)], np.column_stack([fitted.Q, fitted.e]))
-    constant = recipe.features.index(())
-    means = full_map(recipe, here[constant][:, None], np.column_stack([fitted.Q, fitted.e, every[constant]]))
-    p, total = len(fitted.L), np.zeros((len(fitted.L),) * 2)
-    for sums in stats.blocks.arrays():
-        C = V @ sums
+    p, total, blocks = len(fitted.L), np.zeros((len(fitted.L),) * 2), 0
+    W = np.column_stack([fitted.Q, fitted.e])
+    for batch in stats.block_products():
+        C = np.einsum("ia,nij,jb->abn", W, batch.gram, W, optimize=True)
         if within:
-            s = (means @ sums)[0]
-            C = C - s[:p, None] * s[None, : p + 1] / s[p + 1]
-        scores = C[:, p]
-        scores = corrected(scores, C[:, :p], fitted.L) if kind == "CR2" else scores
+            constant = stats.recipe.features.index(())
+            s = W.T @ batch.gram[:, constant].T
+            C = C - s[:, None] * s[None] / batch.gram[:, constant, constant]
+        scores = C[:p, p]
+        scores = corrected(scores, C[:p, :p], fitted.L) if kind == "CR2" else scores
         total += scores @ scores.T
-    return Meat(total, stats.blocks.n_blocks)
+        blocks += scores.shape[1]
+    return Meat(total, blocks)
 
 
 def streamed(source: Source, fitted: Fitted, ways: Sequence[tuple[str, ...]], kind: str) -> tuple[list[Meat], list[set[str]]]:

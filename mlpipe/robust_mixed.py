@@ -163,8 +163,9 @@ def several_factors(fit: MixedFit, fixed: Fixed, source: Source, kind: str, clus
         e = residual @ F
         for mode, owner in zip(modes, owners, strict=True):
             at = [table.column(source.names.key(name).name).combine_chunks() for name in mode.levels.columns]
-            e = e - mode.part(at, F[list(recipe.z)])[0]
-            robust.owned(owner, mode.levels.codes(at), code)
+            level = mode.levels.codes(at)
+            e = e - mode.part(level, F[list(recipe.z)])
+            robust.owned(owner, level, code)
         e = e * (1.0 if w is None else w) * (1.0 if q is None else q)
         for k, row in enumerate(fixed.Q.T @ F):
             scores[k] += np.bincount(code, row * e, minlength=len(levels))

@@ -5,7 +5,7 @@ column of F gives what remains of the cross-products, F'WF - (D'WF)'A, and the l
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,17 +30,11 @@ class Absorbed:
 
 
 class Cells:
-    """N of several factors: `codes` [(n,)] of rows (or of combinations with weights), `weights` (n,) or None for ones."""
+    """N of several factors: `diagonal` [(m_k,)], the weight of each level, and `cross`, of pairs of levels, for every (k, j) with k < j."""
 
-    def __init__(self, codes: Sequence[np.ndarray], sizes: Sequence[int], weights: Array | None) -> None:
-        self.sizes = list(sizes)
-        ones = np.ones(len(codes[0])) if weights is None else weights
-        self.diagonal = [np.bincount(code, ones, minlength=m) for code, m in zip(codes, sizes, strict=True)]
-        self.cross: dict[tuple[int, int], sp.csr_matrix] = {}
-        for k in range(len(codes)):
-            for j in range(k + 1, len(codes)):
-                found = sp.coo_matrix((ones, (codes[k], codes[j])), shape=(sizes[k], sizes[j])).tocsr()
-                self.cross[k, j], self.cross[j, k] = found, found.T.tocsr()
+    def __init__(self, diagonal: Sequence[Array], cross: Mapping[tuple[int, int], sp.csr_matrix]) -> None:
+        self.diagonal, self.sizes = list(diagonal), [len(d) for d in diagonal]
+        self.cross = dict(cross) | {(j, k): found.T.tocsr() for (k, j), found in cross.items()}
 
     def connected(self, k: int, j: int) -> int:
         """The connected parts of the graph of two factors' levels (Abowd, Creecy and Kramarz 2002)."""
