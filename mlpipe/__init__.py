@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .errors import ResourceError as ResourceError
     from .errors import SeparationWarning as SeparationWarning
     from .errors import SingularFitWarning as SingularFitWarning
+    from .estimating import gee as gee
+    from .estimating_result import GEEFit as GEEFit
     from .fit import lmm as lmm
     from .fit import plan as plan
     from .fit import suffstats as suffstats
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from .generalized_result import GLMFit as GLMFit
     from .generalized_result import GLMMFit as GLMMFit
     from .hypotheses import anova as anova
+    from .linear import ols as ols
+    from .linear_result import OLSFit as OLSFit
     from .options import Options as Options
     from .planning import Plan as Plan
     from .result import LMMFit as LMMFit
@@ -49,10 +53,14 @@ _MODULES = {
         "ColumnNotFoundError", "ConfigError", "ConvergenceError", "ConvergenceWarning", "DataError", "FormulaError", "MlpipeError",
         "MlpipeWarning", "RankWarning", "ResourceError", "SeparationWarning", "SingularFitWarning",
     ),
+    "estimating": ("gee",),
+    "estimating_result": ("GEEFit",),
     "fit": ("lmm", "plan", "suffstats"),
     "generalized": ("glm", "glmm"),
     "generalized_result": ("GLMFit", "GLMMFit"),
     "hypotheses": ("anova",),
+    "linear": ("ols",),
+    "linear_result": ("OLSFit",),
     "options": ("Options",),
     "planning": ("Plan",),
     "result": ("LMMFit", "load"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from sqlglot import exp
 
 from .features import Recipe
-from .outcome import OFFSET, TRIALS
+from .outcome import OFFSET, TIME, TRIALS
 from .solve.family import FAMILIES, Family
 from .sql import Expression, Names, both, case, minus, named, number, over, plus, ratio, skeleton, times, total
 from .statements import used_rows
@@ -22,6 +22,7 @@ class Parts:
         self.response = exp.column(at[recipe.responses[0]])
         self.trials = exp.column(at[TRIALS]) if TRIALS in at else None
         self.offset = exp.column(at[OFFSET]) if OFFSET in at else None
+        self.time = exp.column(at[TIME]) if TIME in at else exp.cast(exp.column("rn"), "double") if recipe.by_row else None
         self.weight = exp.column("w") if recipe.weights else None
         self.freq = exp.column("q") if recipe.freq else None
 
@@ -56,6 +57,7 @@ def columns(recipe: Recipe, *, compressed: bool) -> list[str]:
     out += ["size"] if compressed or parts.size is not None else []
     out += ["w"] if parts.weight is not None else []
     out += ["offset"] if parts.offset is not None else []
+    out += ["time"] if parts.time is not None else []
     out += [f"t{k}" for k, name in enumerate(family.statistics) if compressed or name != "square"]
     return out + (["constant"] if _constant(parts, family) is not None else [])
 
@@ -63,12 +65,14 @@ def columns(recipe: Recipe, *, compressed: bool) -> list[str]:
 def arranged(recipe: Recipe, keys: Sequence[str], *, compressed: bool) -> exp.Select:
     """The cells, over the table `used`, ordered by the key columns `keys`."""
     statement = _cells(recipe, keys) if compressed else _rows(recipe, keys)
-    return statement.order_by(*(exp.column(key) for key in keys), copy=False) if keys else statement
+    order = [exp.column(key) for key in keys] + ([exp.column("time")] if Parts(recipe).time is not None else [])
+    return statement.order_by(*order, copy=False) if keys else statement
 
 
 def _rows(recipe: Recipe, keys: Sequence[str]) -> exp.Select:
     parts, family = Parts(recipe), family_of(recipe)
-    found: dict[str, Expression | None] = {"y": parts.proportion, "size": parts.size, "w": parts.weight, "offset": parts.offset}
+    found: dict[str, Expression | None] = {"y": parts.proportion, "size": parts.size, "w": parts.weight}
+    found |= {"offset": parts.offset, "time": parts.time}
     found |= {f"t{k}": _function(name, parts.response) for k, name in enumerate(family.statistics)}
     found["constant"] = _constant(parts, family)
     found["y"] = _marked(parts, family, parts.proportion)

@@ -48,11 +48,17 @@ rows = _options(
     click.option("--table", help="DATA is a DuckDB database; read this table of it."),
 )
 model = _options(
+    click.option("--kind", type=click.Choice(["lmm", "glmm", "ols", "glm", "gee"]), help="The model, if the formula does not tell."),
     click.option("--family", help="Fit a generalized model: binomial, poisson, negbinomial, gamma, beta …; without random terms a GLM."),
     click.option("--link", help="Its link, if not the customary one."),
     click.option("--nagq", type=int, help="Quadrature nodes a random effect; 1, the default, is the Laplace approximation."),
     click.option("--trials", help="Numbers of trials of a binomial proportion: a column or an expression."),
+    click.option("--absorb", multiple=True, metavar="COLUMN", help="Take out the effects of this factor (least squares)."),
     click.option("--cluster", multiple=True, metavar="COLUMN", help="Cluster-robust standard errors of a model without random terms."),
+    click.option("--groups", multiple=True, metavar="COLUMN", help="Blocks of correlated rows: fit by estimating equations."),
+    click.option("--corr", help="Their working correlation: independence, exchangeable, ar1 or unstructured."),
+    click.option("--time", help="What orders the rows of a block: a column or an expression."),
+    click.option("--vcov", metavar="KIND", help="Robust standard errors: HC0 to HC3, with clusters CR0 to CR2; of a GEE, see its docs."),
     click.option("--weights", help="Precision weights: a column or an expression."),
     click.option("--freq", help="Frequency weights: a column or an expression."),
     click.option("--offset", help="Offset: a column or an expression."),
@@ -231,16 +237,22 @@ def _model(settings: dict[str, Any]) -> dict[str, Any]:
     contrasts = dict(_pair(text, "--contrast") for text in settings["contrasts"])
     levels = {name: value.split(",") for name, value in (_pair(text, "--levels") for text in settings["levels"])}
     given = {name: settings[name] for name in ("family", "link", "nagq", "trials", "weights", "freq", "offset", "na")}
-    given |= {"contrasts": contrasts or None, "levels": levels or None, "cluster": settings["cluster"] or None}
+    given |= {"contrasts": contrasts or None, "levels": levels or None, "vcov": settings["vcov"]}
+    given |= {name: settings[name] or None for name in ("cluster", "absorb", "groups")}
+    given |= {name: settings[name] for name in ("corr", "time")}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _function(formula: str, settings: dict[str, Any]) -> str:
-    """Which function fits: linear without a family, else mixed where the formula has random terms."""
+    """Which function fits: the one asked for, else linear without a family, else mixed where the formula has random terms."""
     from .formula import parse
 
+    if settings["kind"] is not None:
+        return str(settings["kind"])
+    if settings["groups"]:
+        return "gee"
     if settings["family"] is None:
-        return "lmm"
+        return "ols" if settings["absorb"] else "lmm"
     return "glmm" if parse(formula).random else "glm"
 
 

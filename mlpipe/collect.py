@@ -185,12 +185,12 @@ def _causes(plan: Plan) -> dict[str, dict[str, int]]:
     """Counts per column of missing and infinite values, per weight of zero and negative ones."""
     recipe = plan.recipe
     raw, weights = statements.raw_columns(recipe), statements.weight_columns(recipe)
-    statement = statements.missing(raw, recipe.groups, weights, plan.names)
+    statement = statements.missing(raw, recipe.keys, weights, plan.names)
     row = plan.engine.query(statement, plan.columns).read_all().to_pylist()[0]
     out: dict[str, dict[str, int]] = {kind: {} for kind in ("missing", "infinite", "zero", "negative")}
     named = [(kind, f"{kind}_{k}", name) for kind in ("missing", "infinite") for k, name in enumerate(raw)]
-    named += [("missing", f"key_{k}", name) for k, name in enumerate(recipe.groups)]
-    named += [("infinite", f"infinite_key_{k}", name) for k, name in enumerate(recipe.groups)]
+    named += [("missing", f"key_{k}", name) for k, name in enumerate(recipe.keys)]
+    named += [("infinite", f"infinite_key_{k}", name) for k, name in enumerate(recipe.keys)]
     named += [(kind, f"{kind}_{name}", text) for kind in ("zero", "negative") for name, text in weights.items()]
     for kind, field, name in named:
         if row.get(field):
@@ -252,8 +252,7 @@ def rescaled(recipe: Recipe, scalings: dict[Atom, tuple[float, float]]) -> Recip
     responses = {label: recipe.variables[label] for label in recipe.responses}
     variables = {label: v for label, v in recipe.variables.items() if label not in responses}
     coordinates = replace(recipe.coordinates, scalings=scalings)
-    closed = settle(recipe, variables, responses, coordinates, "blocks")
-    return closed
+    return settle(recipe, variables, responses, coordinates, "blocks")
 
 
 def _width(plan: Plan) -> int:

@@ -23,14 +23,14 @@ ZERO_WEIGHT = "weight 0 in "
 def summary(fit: MixedFit, *, correlation: bool) -> str:
     """The text of a fit; `correlation`: with the correlation matrix of the fixed effects, if it is not too large."""
     lines = _plain(fit) if _is_plain(fit) else _mixed(fit, correlation)
-    notes = [f"note: {note}" for note in _notes(fit)]
+    notes = [f"note: {note}" for note in notes_of(fit)]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def _mixed(fit: MixedFit, correlation: bool) -> list[str]:
     """lme4's summary of a model with random effects."""
     random = _random_rows(fit)
-    lines = [*_head(fit), "", *_criterion(fit), "", "Random effects:", *aligned(random, left=len(random[0]), indent=" ")]
+    lines = [*head(fit), "", *_criterion(fit), "", "Random effects:", *aligned(random, left=len(random[0]), indent=" ")]
     lines += [*_family_parameters(fit), f"Number of obs: {fit.nobs:.15g}, groups: {_groups(fit)}", ""]
     lines += ["Fixed effects:", *aligned(_fixed_rows(fit), left=1)] if fit.names else ["No fixed effect coefficients"]
     if correlation and len(fit.names) > WIDEST_CORRELATION:
@@ -47,7 +47,7 @@ def _groups(fit: MixedFit) -> str:
 
 def _plain(fit: GLMFit) -> list[str]:
     """The summary of a model without random effects, after R's of a glm."""
-    lines = [*_head(fit), ""]
+    lines = [*head(fit), ""]
     lines += ["Coefficients:", *aligned(_fixed_rows(fit), left=1)] if fit.names else ["No coefficients"]
     return [*lines, "", _dispersion(fit), *_family_parameters(fit), *_fit_of(fit)]
 
@@ -70,14 +70,14 @@ def _fit_of(fit: GLMFit) -> list[str]:
 
 def html(fit: MixedFit) -> str:
     """The tables of the summary for notebooks; everything that comes from the user is escaped."""
-    title, *facts = [markup.escape(line) for line in _head(fit)]
+    title, *facts = [markup.escape(line) for line in head(fit)]
     levels = "".join(f", {n} levels of {markup.escape(printable(group))}" for group, n in fit.levels.items())
     facts.append(f"{fit.nobs:.15g} rows{levels}")
     facts += [f"log-likelihood {fit.loglik:.4f}"] if math.isfinite(fit.loglik) else []
     facts += [markup.escape(line) for line in _family_parameters(fit)]
     tables = _html_table("Random effects", _random_rows(fit)) if fit.terms else ""
     tables += _html_table("Fixed effects" if fit.terms else "Coefficients", _fixed_rows(fit)) if fit.names else ""
-    notes = "".join(f"<p>note: {markup.escape(note)}</p>" for note in _notes(fit))
+    notes = "".join(f"<p>note: {markup.escape(note)}</p>" for note in notes_of(fit))
     return f"<div><p><b>{title}</b><br>{'<br>'.join(facts)}</p>{tables}{notes}</div>"
 
 
@@ -93,9 +93,9 @@ def _is_quasi(fit: GLMFit) -> bool:
     return fit.family != fit.base_family
 
 
-def _head(fit: MixedFit) -> list[str]:
-    """Method, family, formula, data and what else was given."""
-    out = [_title(fit)]
+def head(fit: MixedFit, title: str | None = None) -> list[str]:
+    """Method (or another title), family, formula, data and what else was given."""
+    out = [title or _title(fit)]
     out += [f" Family: {fit.family}  ( {fit.link} )"] if _is_generalized(fit) else []
     out += [f"Formula: {one_line(fit.formula)}"]
     out += [f"   Data: {printable(os.fspath(fit.source))}"] if isinstance(fit.source, str | os.PathLike) else []
@@ -103,7 +103,7 @@ def _head(fit: MixedFit) -> list[str]:
     given = (("Weights", recipe.weights), ("Frequencies", recipe.freq), ("Trials", recipe.trials), ("Offset", recipe.offset))
     out += [f"{name}: {one_line(text)}" for name, text in given if text]
     out += [f"Modelled: {_modelled(fit)}"] if _modelled(fit) else []
-    return out + ([_robust(fit)] if _is_plain(fit) and fit.robust else [])
+    return out + ([_robust(fit)] if title is None and _is_plain(fit) and fit.robust else [])
 
 
 def _title(fit: MixedFit) -> str:
@@ -195,7 +195,7 @@ def _correlations(fit: MixedFit) -> list[list[str]]:
     return rows
 
 
-def _notes(fit: MixedFit) -> list[str]:
+def notes_of(fit: MixedFit) -> list[str]:
     out = []
     if dropped := fit.info.get("rows_dropped", 0):
         out.append(f"{dropped} of {fit.info.get('rows_read', fit.rows + dropped)} rows dropped{_causes(fit.info.get('dropped', {}))}")

@@ -176,7 +176,11 @@ def coefficient_names(terms: Sequence[Named]) -> list[str]:
 
 
 def solved(fit: MixedFit, S: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Modes (B, q) and their conditional standard deviations (B, q) in the user's coordinates."""
+    """Modes (B, q) and their conditional standard deviations (B, q) in the user's coordinates; of absorbed intercepts, whose variance is
+    infinite, means and their standard errors given beta."""
+    if np.isinf(fit.terms[0].factor).any():
+        at = int(np.flatnonzero(fit.terms[0].Q[:, 0])[0])
+        return r[:, at : at + 1] / S[:, at, at : at + 1], fit.sigma / np.sqrt(S[:, at, at : at + 1])
     Q = np.column_stack([term.Q for term in fit.terms])
     lambda_, back = _block_diagonal([term.star for term in fit.terms]), _block_diagonal([np.linalg.inv(term.R) for term in fit.terms])
     half = Q @ lambda_

@@ -93,7 +93,9 @@ class Recipe:
     `responses`: the variable labels of the responses, in the order of their features; `extra_responses`: the texts of those
     that are not the formula's own. `family`: of a generalized model, whose `responses` are the parts of its outcome (response or
     successes, trials, offset); `trials`: as the user wrote them; `success`: the level of a two-level response that is modelled.
-    `factors`: the key columns of each of several grouping factors; `groups` are then all of them.
+    `factors`: the key columns of each of several grouping factors; `groups` are then all of them. `clusters`: key columns of robust
+    standard errors, which must not be missing. `time` orders the rows of a block, `waves` are its levels where it is text, `by_row` says
+    that the source's own order does.
     """
 
     formula: Formula
@@ -113,6 +115,15 @@ class Recipe:
     trials: str | None = None
     success: str | None = None
     factors: tuple[tuple[str, ...], ...] = ()
+    clusters: tuple[str, ...] = ()
+    time: str | None = None
+    waves: tuple[Level, ...] = ()
+    by_row: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All key columns: grouping factors, then clusters."""
+        return tuple(dict.fromkeys((*self.groups, *self.clusters)))
 
     @property
     def n_covariates(self) -> int:
@@ -198,6 +209,10 @@ class Recipe:
             "trials": self.trials,
             "success": self.success,
             "factors": [list(groups) for groups in self.factors],
+            "clusters": list(self.clusters),
+            "time": self.time,
+            "waves": list(self.waves),
+            "by_row": self.by_row,
         }
 
     @classmethod
@@ -212,11 +227,12 @@ class Recipe:
         for label, constants in record["constants"].items():
             variables[label] = with_constants(variables[label], constants)
         products = polynomials(variables.values())
-        family, trials, success = (record.get(name) for name in ("family", "trials", "success"))
+        family, trials, success, time = (record.get(name) for name in ("family", "trials", "success", "time"))
+        waves = tuple(record.get("waves", ()))
         if family is None:
             variables |= response_variables(formula, record["kinds"], record["offset"], record["extra_responses"])
         else:
-            variables |= outcome_variables(formula, record["kinds"], family, record["offset"], trials, success)
+            variables |= outcome_variables(formula, record["kinds"], family, record["offset"], trials, success, time, waves)
         coordinates = Coordinates(
             scalings := {Atom(v, part): (c, d) for v, part, c, d in record["scalings"]},
             level_labels(variables.values()),
@@ -241,6 +257,10 @@ class Recipe:
             trials=trials,
             success=success,
             factors=tuple(tuple(groups) for groups in record.get("factors", ())),
+            clusters=tuple(record.get("clusters", ())),
+            time=time,
+            waves=waves,
+            by_row=record.get("by_row", False),
         )
 
 

@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from .stats import SuffStats
 
 _OWN = {  # keywords that not every function has
-    "lmm": ("reml", "method"),
+    "lmm": ("reml", "method", "cluster", "vcov"),
     "suffstats": ("responses", "collect"),
-    "glmm": ("family", "link", "nagq", "trials", "checkpoint"),
-    "glm": ("family", "link", "trials", "cluster"),
+    "glmm": ("family", "link", "nagq", "trials", "cluster", "vcov", "checkpoint"),
+    "glm": ("family", "link", "trials", "cluster", "vcov"),
+    "ols": ("absorb", "cluster", "vcov"),
+    "gee": ("groups", "family", "link", "corr", "time", "trials", "vcov"),
 }
 GENERALIZED = ("glmm", "glm")
 EXPLAINED = 1e-4  # share of the response's sum of squares left by X beta, below which the response is read again as a residual
@@ -49,6 +51,8 @@ def lmm(
     levels: Mapping[str, Sequence[Any]] | None = None,
     contrasts: Mapping[str, str] | None = None,
     na: str = "drop",
+    cluster: str | Sequence[str] | None = None,
+    vcov: str | None = None,
     method: str = "auto",
     start: Sequence[float] | None = None,
     options: Options | None = None,
@@ -64,26 +68,43 @@ def lmm(
         offset: added to the linear predictor with coefficient 1.
         levels: level orders of factors. contrasts: "treatment", "sum", "helmert" or "poly" per factor.
         na: "drop" rows with missing values and count them, or "raise".
+        cluster: a column, the grouping factor or one that it lies within, for cluster-robust errors of the fixed effects: "CR0", "CR1"
+            (the default) or "CR2" by `vcov`, from one more scan.
         method: how several grouping factors are solved: "exact", "iterative" (Monte Carlo error stated), "auto" by their size.
         start: theta to start from, in lme4's order.
         options: limits and tolerances.
 
     Raises FormulaError, ConfigError, DataError, ResourceError; warns by SingularFitWarning, RankWarning, ConvergenceWarning.
     """
+    from . import robust_mixed
+    from .reduction import coded
+    from .robust import Source
+    from .solve.sandwich import CR
+
     _check_method(method)
     began = time.perf_counter()
     options = options or Options()
-    arguments = _arguments(locals())
+    clusters, kind = robust_mixed.checked(cluster, vcov, CR)
+    arguments = _arguments(locals()) | {"clusters": clusters}
     if _given(data, arguments):
+        if kind is not None:
+            raise DataError("statistics of a mixed model hold no rows for robust errors", code="not_collected", hint="pass the rows")
         own = replace(data, info=deepcopy(data.info))  # what one fit notes is not the statistics' nor the next fit's
         fit = _fitted(formula, own, data, reml, start, options, method, coding={"contrasts": contrasts, "levels": levels})
         fit.info |= _spreads(fit, own) | ({"coding": {"contrasts": contrasts, "levels": levels}} if contrasts or levels else {})
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):
             fit = _fitted(formula, stats, data, reml, start, options, method, plan_)
+            own = stats
+            if kind is not None:
+                with stage("robust", stats.info["seconds"], plan_.engine, options):
+                    fixed = coded(stats, fit.parsed, contrasts, levels).fixed
+                    robust_mixed.of_lmm(fit, stats, fixed, Source(plan_.engine, plan_.names), kind, clusters)
             fit.info |= _spreads(fit, stats)
             if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None
+    if len(fit.terms) == 1 and fit.terms[0].names == ("(Intercept)",):
+        fit.statistics = own
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     _report(fit, options)
     return fit
@@ -133,6 +154,11 @@ def plan(
     nagq: int | None = None,
     trials: str | None = None,
     cluster: str | Sequence[str] | None = None,
+    vcov: str | None = None,
+    absorb: str | Sequence[str] | None = None,
+    groups: str | Sequence[str] | None = None,
+    corr: str | None = None,
+    time: str | None = None,
     weights: str | None = None,
     freq: str | None = None,
     offset: str | None = None,
@@ -143,7 +169,7 @@ def plan(
 ) -> Plan:
     """What a fit would do: SQL, passes, memory. Runs nothing but the preparatory looks.
 
-    `function`: "lmm", "suffstats", "glmm" or "glm". Other arguments and errors as in the function of that name.
+    `function`: "lmm", "suffstats", "glmm", "glm", "ols" or "gee". Other arguments and errors as in the function of that name.
     """
     from .planning import prepare
     from .sources import open_source
@@ -154,12 +180,19 @@ def plan(
     arguments = _arguments(locals()) | {"collect": collect or default, "responses": tuple(responses or ())}
     own = {
         "reml": reml, "method": method, "responses": responses, "collect": collect, "family": family, "link": link, "nagq": nagq,
-        "trials": trials, "cluster": cluster,
+        "trials": trials, "cluster": cluster, "absorb": absorb, "vcov": vcov, "groups": groups, "corr": corr, "time": time,
     }  # fmt: skip
     given = {name: value for name, value in own.items() if value is not None}
     check_keywords(function, given)
     _check_method(method or "auto")
     options = options or Options()
+    if function == "ols":
+        from .linear import planned, request_of
+
+        with closing(open_source(data, options=options)) as engine:
+            return planned(prepare(engine, request_of(formula, absorb, cluster, arguments, options)), vcov)
+    if function == "gee":
+        return _planned_gee(formula, data, given, arguments, options)
     request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
     with closing(open_source(data, options=options)) as engine:
         prepared = prepare(engine, request)
@@ -174,12 +207,26 @@ def plan(
         return prepared
 
 
+def _planned_gee(formula: str, data: Any, given: Mapping[str, Any], arguments: dict[str, Any], options: Options) -> Plan:
+    from .estimating import check_order, request_of
+    from .gather import expected
+    from .planning import prepare
+    from .sources import open_source
+
+    request, _ = request_of(formula, options, **given, **{name: value for name, value in arguments.items() if name != "collect"})
+    with closing(open_source(data, options=options)) as engine:
+        check_order(engine, request)
+        prepared = prepare(engine, request)
+        prepared.expected = expected(prepared, compress=False)
+        return prepared
+
+
 def _generalized(function: str, formula: str, given: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
     """What a request for a generalized model has more; raises ConfigError as the fit would."""
     from .families import check_mixed, check_plain, check_weights, checked_family
     from .formula import parse
 
-    settings = {name: value for name, value in given.items() if name != "cluster"}
+    settings = {name: value for name, value in given.items() if name not in ("cluster", "vcov")}
     family, settings["link"] = checked_family(given["family"], given.get("link"), quasi=function == "glm")
     if function == "glmm":
         check_mixed(parse(formula), given.get("nagq", 1))
@@ -192,10 +239,18 @@ def _generalized(function: str, formula: str, given: Mapping[str, Any], weights:
 
 
 def fitted(function: str, formula: str, data: Any, options: Options, settings: Mapping[str, Any]) -> MixedFit:
-    """The fit by `mlpipe.lmm`, `glmm` or `glm`, as the command line and jobs ask for it. Raises ConfigError for settings it has not."""
+    """The fit by the function of that name, as the command line and jobs ask for it. Raises ConfigError for settings it has not."""
     check_keywords(function, settings)
     if function == "lmm":
         return lmm(formula, data, options=options, **settings)
+    if function == "ols":
+        from .linear import ols
+
+        return ols(formula, data, options=options, **settings)
+    if function == "gee":
+        from .estimating import gee
+
+        return gee(formula, data, options=options, **settings)
     from . import generalized
 
     made: MixedFit = getattr(generalized, function)(formula, data, options=options, **settings)
@@ -203,11 +258,13 @@ def fitted(function: str, formula: str, data: Any, options: Options, settings: M
 
 
 def check_keywords(function: str, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a keyword that belongs to other functions, and for a generalized model without a family."""
+    """Raises ConfigError for a keyword that belongs to other functions, and for a generalized model without a family or groups."""
     for name in settings:
         owners = [other for other, names in _OWN.items() if name in names]
         if owners and function not in owners:
             raise ConfigError(f"{name} does not belong to {function}", hint=f"it is for {' and '.join(owners)}")
+    if function == "gee" and "groups" not in settings:
+        raise ConfigError("gee needs groups", hint="the column(s) that tell blocks of correlated rows apart")
     if function in GENERALIZED and "family" not in settings:
         raise ConfigError(f"{function} needs a family", hint='such as "binomial" or "poisson"')
 
@@ -224,14 +281,11 @@ def _request(formula: str, arguments: dict[str, Any], options: Options) -> Any:
 
 def _given(data: Any, arguments: dict[str, Any]) -> bool:
     """Whether the data are statistics; raises ConfigError for arguments that were settled when they were collected."""
-    from .stats import SuffStats
+    from .stats import SuffStats, check_settled
 
     if not isinstance(data, SuffStats):
         return False
-    for name, value in ((name, arguments[name]) for name in ("weights", "freq", "offset", "na")):
-        held = {"weights": data.recipe.weights, "freq": data.recipe.freq, "offset": data.recipe.offset}.get(name)
-        if value is not None and value not in ("drop", held):
-            raise ConfigError(f"{name} was settled when the statistics were collected", hint="leave it out")
+    check_settled(data, arguments)
     return True
 
 

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from . import robust_mixed
 from .checkpoint import Checkpoint
 from .design import level_label
 from .errors import ConfigError, DataError, did_you_mean
@@ -13,10 +16,12 @@ from .families import check_mixed, check_plain, check_weights, checked_family
 from .findings import noted, report
 from .formula import Formula, parse
 from .options import METHODS, Options
-from .passes import Model, built, plain, resumed, solved
+from .passes import Model, block_sandwich, built, plain, resumed, solved
 from .planning import Plan, Request, prepare
 from .progress import stage
+from .robust import checked, names_of
 from .solve.density import Density, density
+from .solve.sandwich import cluster_factor
 
 if TYPE_CHECKING:
     from .gather import Gathered
@@ -38,6 +43,8 @@ def glmm(
     levels: Mapping[str, Sequence[Any]] | None = None,
     contrasts: Mapping[str, str] | None = None,
     na: str = "drop",
+    cluster: str | Sequence[str] | None = None,
+    vcov: str | None = None,
     method: str = "auto",
     start: Sequence[float] | None = None,
     checkpoint: Any = None,
@@ -54,6 +61,8 @@ def glmm(
             Chao 2006).
         trials: numbers of trials of a binomial proportion.
         weights: prior weights (variance phi / w), for families with a dispersion. freq: rows that stand for several.
+        cluster: the grouping factor, for a sandwich covariance of the coefficients over its blocks: "CR0" or "CR1" (the default) by
+            `vcov`.
         start: theta to start from. checkpoint: a file that keeps the state, from which the same fit goes on.
         options: limits, tolerances, and `curvature`, the Hessian in the Laplace determinant.
         data, offset, levels, contrasts, na, method: as in `mlpipe.lmm`.
@@ -69,6 +78,9 @@ def glmm(
     family, link = checked_family(family, link)
     made = _density(family, link, options)
     parsed = _checked(formula, family, weights, nagq, method)
+    clusters, kind = robust_mixed.checked(cluster, vcov, ("CR0", "CR1"))
+    if clusters and any(bar.groups != clusters for bar in parsed.random):
+        raise ConfigError(f"cluster = {clusters[0]!r} is not the grouping factor", code="cluster", hint="a GLMM's blocks are its clusters")
     request = Request(
         formula, weights=weights, freq=freq, offset=offset, levels=levels, contrasts=contrasts, na=na, family=family, link=link,
         trials=trials, nagq=nagq, options=options,
@@ -83,7 +95,12 @@ def glmm(
 
             fit = several_generalized.fitted(formula, model, data, start, options, state, method)
         else:
-            fit = GLMMFit.from_solution(formula, model, solved(model, start, options, state), data, options)
+            solution = solved(model, start, options, state)
+            fit = GLMMFit.from_solution(formula, model, solution, data, options)
+            if kind is not None:
+                meat = block_sandwich(model, solution)
+                fit.covariance = _raw(model, meat * cluster_factor(kind, rows.spool.n_blocks, rows.nobs, len(fit.names)))
+                robust_mixed.noted(fit, kind, clusters, rows.spool.n_blocks)
     noted(fit, model, nagq)
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     report(fit, options)
@@ -111,8 +128,9 @@ def glm(
 
     Args:
         family: as in `glmm`, and "quasibinomial", "quasipoisson" (Pearson dispersion, no likelihood).
-        cluster: column(s) whose blocks of rows may be correlated: the covariance is the sandwich of Liang and Zeger (1986).
-        vcov: "CR0" or "CR1" (with `cluster`; CR1 is the default), "HC0" or "HC1" (without), None for the model's own.
+        cluster: column(s) whose combinations are blocks of rows that may be correlated: the covariance is the sandwich of Liang and
+            Zeger (1986).
+        vcov: "CR0", "CR1" or "CR2" (with `cluster`; CR1 is the default), "HC0" to "HC3" (without), None for the model's own.
 
     Other arguments and errors as in `glmm`.
     """
@@ -125,8 +143,8 @@ def glm(
     parsed = parse(formula)
     check_plain(parsed)
     check_weights(base, weights)
-    clusters = (cluster,) if isinstance(cluster, str) else tuple(cluster or ())
-    robust = _robust(vcov, bool(clusters))
+    clusters = names_of(cluster, "cluster")
+    robust = checked(vcov, bool(clusters))
     request = Request(
         formula, weights=weights, freq=freq, offset=offset, levels=levels, contrasts=contrasts, na=na, family=base, link=link,
         trials=trials, groups=clusters, options=options,
@@ -141,6 +159,13 @@ def glm(
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     report(fit, options)
     return fit
+
+
+def _raw(model: Model, covariance: np.ndarray) -> np.ndarray:
+    """A covariance of the coefficients in the user's coordinates."""
+    half = np.linalg.solve(model.fixed.R, covariance)
+    out = np.linalg.solve(model.fixed.R, half.T)
+    return np.asarray((out + out.T) / 2.0)
 
 
 @contextmanager
@@ -188,14 +213,6 @@ def _checked(formula: str, family: str, weights: str | None, nagq: int, method: 
         raise ConfigError("one grouping factor is solved exactly", hint='method="auto"')
     check_weights(family, weights)
     return parsed
-
-
-def _robust(vcov: str | None, clustered: bool) -> str | None:
-    known = ["CR0", "CR1"] if clustered else ["HC0", "HC1"]
-    if vcov is not None and vcov not in known:
-        why = "with cluster" if clustered else "without cluster"
-        raise ConfigError(f"vcov = {vcov!r} is not available {why} for a GLM", hint=f"known: {', '.join(known)}")
-    return vcov or ("CR1" if clustered else None)
 
 
 def _rows(data: Any, request: Request, options: Options, *, compress: bool) -> tuple[Plan, Gathered]:

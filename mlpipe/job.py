@@ -22,13 +22,10 @@ Mode = Literal["error", "overwrite", "append"]
 RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
     (): ("models", "store"),
     ("source",): ("columns",),
-    ("model",): ("by", "corr", "groups", "time", "where"),
+    ("model",): ("by", "where"),
     ("output",): ("scoring_sql",),
     ("limits",): ("timeout",),
     ("policy",): ("max_drift",),
-}
-RESERVED_VALUES: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("model", "kind"): ("ols", "gee"),
 }
 _WANTED = {
     "bool_type": "true or false",
@@ -42,6 +39,8 @@ _WANTED = {
 _UNIONS = {
     "source.path": "text in quotes or a list of such",
     "model.cluster": "text in quotes or a list of such",
+    "model.absorb": "text in quotes or a list of such",
+    "model.groups": "text in quotes or a list of such",
     "limits.memory_limit": "text in quotes or a whole number",
 }
 
@@ -63,16 +62,21 @@ class SourceSection(Section):
 
 
 class ModelSection(Section):
-    """The model: its formula and what `mlpipe.lmm`, `glmm` or `glm` takes."""
+    """The model: its formula and what `mlpipe.lmm`, `glmm`, `ols`, `glm` or `gee` takes."""
 
-    kind: Literal["lmm", "glmm", "glm"] = "lmm"
+    kind: Literal["lmm", "glmm", "ols", "glm", "gee"] = "lmm"
     formula: str
     reml: bool = True
     family: str | None = None
     link: str | None = None
     nagq: int = 1
     trials: str | None = None
+    absorb: str | list[str] | None = None
     cluster: str | list[str] | None = None
+    vcov: str | None = None
+    groups: str | list[str] | None = None
+    corr: str | None = None
+    time: str | None = None
     weights: str | None = None
     freq: str | None = None
     offset: str | None = None
@@ -164,8 +168,6 @@ def _readable(error: ValidationError, path: str) -> ConfigError:
     if first["type"] == "missing":
         what = f"[{shown}] is missing" if len(place) == 1 else f"[{'.'.join(place[:-1])}] needs {key}"
         return ConfigError(f"{path}: {what}", code="job_value")
-    if first["type"] == "literal_error" and value in RESERVED_VALUES.get(place[:2], ()):
-        return ConfigError(f"{path}: {shown} = {value!r} is not available in this version", code="not_available")
     return ConfigError(f"{path}: {shown} = {value!r}: {_wanted(first['type'], first['msg'], shown)}", code="job_value")
 
 

@@ -166,9 +166,9 @@ class Looks:
 
 def used_columns(recipe: Recipe, names: Names) -> Columns:
     """The positions that a recipe's statements use as values and as keys; numeric keys are both: only values can be told finite."""
-    numeric_keys = (name for name in recipe.groups if recipe.kinds[name] == "number")
+    numeric_keys = (name for name in recipe.keys if recipe.kinds[name] == "number")
     values = frozenset(names.positions[name] for name in (*statements.raw_columns(recipe), *numeric_keys))
-    return Columns(values, frozenset(names.positions[name] for name in recipe.groups))
+    return Columns(values, frozenset(names.positions[name] for name in recipe.keys), row_number=recipe.by_row)
 
 
 def scaling(row: Mapping[str, Any], k: int) -> tuple[float, float]:

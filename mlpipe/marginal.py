@@ -8,6 +8,7 @@ import numpy as np
 
 from .errors import ConfigError
 from .solve.kernel import Chunk
+from .solve.sandwich import CERTAIN, cluster_factor, corrected, half, row_factor
 
 if TYPE_CHECKING:
     from .generalized_result import GeneralizedFit
@@ -103,30 +104,53 @@ def pearson(model: Model, psi: Array) -> float:
 
 def sandwich(model: Model, psi: Array, bread: Array, kind: str) -> Array:
     """bread · Σ s s' · bread with s the score of a block of rows (CR) or of a row (HC), in the solver's coordinates (Liang and Zeger
-    1986)."""
+    1986). HC2, HC3 and CR2 correct the scores by the leverages of √W X, W the weights of Fisher scoring (McCaffrey and Bell 2006)."""
     Q, density = model.Q, model.density
     gamma, tau = Q @ psi[: Q.shape[1]], float(psi[-1]) if density.family.shape else 0.0
-    clustered = kind.startswith("CR")
+    clustered, levered = kind.startswith("CR"), kind in ("HC2", "HC3", "CR2")
+    L = half(np.linalg.inv(_fisher(model, gamma, tau))) if levered else np.zeros((0, 0))
 
     def look(chunk: Chunk) -> Array:
         scores: list[Array] = []
+        grams: list[Array] = []
         total: Any = 0.0
         for rows in chunk.pieces:
             eta = gamma @ rows.F + (0.0 if rows.offset is None else rows.offset)
             terms = density.terms(eta, rows.cells, tau)
-            each = Q.T @ (rows.F * terms.score)
+            X = Q.T @ rows.F
+            each = X * terms.score
+            q = rows.cells.size if model.plan.recipe.freq else None  # a row that stands for q has the score of one, q times
+            W = density.safe_curvature(eta, rows.cells, tau) if levered else eta
+            if kind in ("HC2", "HC3"):
+                left = np.maximum(1.0 - W / (1.0 if q is None else q) * ((L.T @ X) ** 2).sum(axis=0), CERTAIN)
+                each = each / (np.sqrt(left) if kind == "HC2" else left)
             each = np.vstack([each, terms.shape]) if terms.shape is not None else each
             if clustered:
                 scores.append(rows.sums(each))
+                grams += [rows.sums(X[:, None] * (X * W)[None])] if levered else []
             else:
-                q = rows.cells.size if model.plan.recipe.freq else None  # a row that stands for q has the score of one, q times
                 total = total + (each if q is None else each / q) @ each.T
         if not clustered:
             return np.asarray(total)
         s = np.sum(scores, axis=0) if len(scores) > 1 else scores[0]
+        if levered:
+            s = np.vstack([corrected(s[: len(L)], np.sum(grams, axis=0), L), s[len(L) :]])
         return np.asarray(s @ s.T)
 
     meat = sum(model.rows.spool.map(look))
     n, p, G = model.rows.nobs, Q.shape[1], model.rows.spool.n_blocks
-    factor = {"CR0": 1.0, "CR1": G / max(G - 1.0, 1.0) * (n - 1.0) / (n - p), "HC0": 1.0, "HC1": n / (n - p)}[kind]
+    factor = cluster_factor(kind, G, n, p) if clustered else row_factor(kind, n, p)
     return np.asarray(factor * bread @ meat @ bread)
+
+
+def _fisher(model: Model, gamma: Array, tau: float) -> Array:
+    """X'WX with the weights of Fisher scoring, in the solver's coordinates."""
+
+    def look(chunk: Chunk) -> Array:
+        total = np.zeros((len(gamma),) * 2)
+        for rows in chunk.pieces:
+            eta = gamma @ rows.F + (0.0 if rows.offset is None else rows.offset)
+            total = total + (rows.F * model.density.safe_curvature(eta, rows.cells, tau)) @ rows.F.T
+        return total
+
+    return np.asarray(model.Q.T @ sum(model.rows.spool.map(look)) @ model.Q)

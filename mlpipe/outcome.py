@@ -1,14 +1,14 @@
 """The response of a generalized model as plain columns: successes, trials, offset."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from . import expr
-from .design import Variable
+from .design import Level, Variable
 from .errors import ConfigError, DataError, FormulaError
 from .formula import Formula, parse_expression
 
-TRIALS, OFFSET = "trials =~", "offset =~"  # labels that no response can have
+TRIALS, OFFSET, TIME = "trials =~", "offset =~", "time =~"  # labels that no response can have
 
 
 def response_label(label: str) -> str:
@@ -17,11 +17,13 @@ def response_label(label: str) -> str:
 
 
 def outcome_variables(
-    formula: Formula, kinds: Mapping[str, str], family: str, offset: str | None, trials: str | None, success: str | None
-) -> dict[str, Variable]:
-    """The response (with trials: successes), trials and offset as numeric variables.
+    formula: Formula, kinds: Mapping[str, str], family: str, offset: str | None, trials: str | None, success: str | None,
+    time: str | None = None, waves: Sequence[Level] = (),
+) -> dict[str, Variable]:  # fmt: skip
+    """The response (with trials: successes), trials, offset and time as numeric variables.
 
-    `success`: the level of a two-level text response that is modelled. Raises FormulaError or DataError for a response that cannot be one.
+    `success`: the level of a two-level text response that is modelled; `waves`: the levels of a time that is text, in
+    order. Raises FormulaError or DataError for a response that cannot be one.
     """
     node = formula.response
     if node is None:
@@ -45,7 +47,17 @@ def outcome_variables(
         for more in offsets[1:]:
             total = expr.Binary("+", total, more)
         out[OFFSET] = _numeric(OFFSET, total)
+    if time is not None:
+        out[TIME] = _numeric(TIME, _time(parse_expression(time), waves))
     return out
+
+
+def _time(node: expr.Node, waves: Sequence[Level]) -> expr.Node:
+    """A time that is a number as it is, one that is text as its level's place from 0."""
+    if not waves:
+        return node
+    branches = tuple((expr.Binary("==", node, expr.Text(str(wave))), expr.Number(float(i))) for i, wave in enumerate(waves))
+    return expr.Case(branches, expr.Number(-1.0))
 
 
 def _counts(node: expr.Call, family: str, trials: str | None) -> tuple[expr.Node, expr.Node]:

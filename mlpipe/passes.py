@@ -226,6 +226,15 @@ def solved(model: Model, start: Sequence[float] | None, options: Options, state:
     return solution
 
 
+def block_sandwich(model: Model, solution: GLMMSolution) -> np.ndarray:
+    """H⁻¹ Σ s s' H⁻¹ (p, p) of the coefficients, s the scores of blocks by all parameters that are not on the boundary (Huber 1967)."""
+    u = model.rows.info["modes"]
+    look = _problem(model, _Passes(model, None, u), np.eye(model.kernel.q)).look(solution.psi)
+    inside = np.flatnonzero(np.isfinite(np.diag(solution.vcov)))
+    at, p = np.ix_(inside, inside), model.Q.shape[1]
+    return np.asarray((solution.vcov[at] @ look.outer[at] @ solution.vcov[at])[:p, :p])
+
+
 def resumed(
     model: Model, beta: np.ndarray, factors: Sequence[np.ndarray], tau: float, options: Options
 ) -> tuple[GLMMProblem, GLMMSolution]:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from . import expr
-from .design import Atom, Variable, code, level_label, variables_of
+from .design import Atom, Level, Variable, code, level_label, variables_of
 from .engines.base import Columns, Engine
 from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Coordinates, Recipe, closure, extended, level_labels, needed, response_column, response_variables
 from .formula import Formula, parse, parse_expression
 from .looks import Looks, used_columns
 from .options import Options
-from .outcome import outcome_variables, response_label
+from .outcome import TIME, outcome_variables, response_label
 
 if TYPE_CHECKING:
     from sqlglot import exp
@@ -31,7 +31,7 @@ FLOOR = 256 << 20  # bytes: interpreter, libraries and the engine's least workin
 @dataclass(frozen=True)
 class Request:
     """What the user asked for, as text and plain values; `family`, `link`, `trials` and `nagq` of a generalized model, `groups` where the
-    formula has none."""
+    formula has none, `clusters` of robust standard errors, `time` that orders the rows of a block or `by_row` for the source's order."""
 
     formula: str
     weights: str | None = None
@@ -47,6 +47,9 @@ class Request:
     trials: str | None = None
     nagq: int = 1
     groups: tuple[str, ...] = ()
+    clusters: tuple[str, ...] = ()
+    time: str | None = None
+    by_row: bool = False
     options: Options = field(default_factory=Options)
 
 
@@ -240,11 +243,12 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     names, notes = _names(engine, formula, request)
     _check_request(request)
     variables = {v.label: v for v in variables_of(formula, names.kinds, request.contrasts)}
-    responses, success = _responses(engine, formula, names, request, variables)
-    shell = replace(_shell(formula, request, names, variables | responses, tuple(responses)), success=success)
+    responses, success, waves = _responses(engine, formula, names, request, variables)
+    shell = replace(_shell(formula, request, names, variables | responses, tuple(responses)), success=success, waves=waves)
     engine.check_columns(sorted(used_columns(shell, names).values | used_columns(shell, names).keys))
-    own = success is not None and formula.response is not None and expr.label(formula.response)
-    looks = Looks(engine, names, shell, {name: order for name, order in (request.levels or {}).items() if name != own})
+    own = {expr.label(formula.response)} if success is not None and formula.response is not None else set()
+    own |= {expr.label(parse_expression(request.time))} if waves and request.time is not None else set()
+    looks = Looks(engine, names, shell, {name: order for name, order in (request.levels or {}).items() if name not in own})
     if like is None:
         variables = looks.settled(variables)
         coordinates = looks.coordinates(variables | responses)
@@ -274,14 +278,30 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
 
 def _responses(
     engine: Engine, formula: Formula, names: Names, request: Request, variables: Mapping[str, Variable]
-) -> tuple[dict[str, Variable], str | None]:
-    """The variables of the response, and the modelled level of one that is text."""
+) -> tuple[dict[str, Variable], str | None, tuple[Level, ...]]:
+    """The variables of the response, the modelled level of one that is text, and the levels of a time that is."""
     if request.family is None:
-        return response_variables(formula, names.kinds, request.offset, request.responses or ()), None
+        return response_variables(formula, names.kinds, request.offset, request.responses or ()), None, ()
     node, success = formula.response, None
     if node is not None and request.family == "binomial" and isinstance(node, expr.Column) and names.kinds[node.name] == "text":
         success = _second_level(engine, formula, names, request, variables, node)
-    return outcome_variables(formula, names.kinds, request.family, request.offset, request.trials, success), success
+    waves = _waves(engine, formula, names, request, variables)
+    made = outcome_variables(formula, names.kinds, request.family, request.offset, request.trials, success, request.time, waves)
+    return made, success, waves
+
+
+def _waves(
+    engine: Engine, formula: Formula, names: Names, request: Request, variables: Mapping[str, Variable]
+) -> tuple[Level, ...]:
+    """The levels of a time that is text, in their order."""
+    node = parse_expression(request.time) if request.time is not None else None
+    if node is None or expr.kind(node, names.kinds) != "text":
+        return ()
+    name = expr.label(node)
+    outcome = Variable(label=name, kind="category", expression=node, columns=(), suffixes=())
+    shell = _shell(formula, request, names, {**variables, TIME: outcome}, (TIME,))
+    known = {label: order for label, order in (request.levels or {}).items() if label == name}
+    return tuple(Looks(engine, names, shell, known).settled({name: outcome})[name].levels)
 
 
 def _second_level(
@@ -313,7 +333,7 @@ def _names(engine: Engine, formula: Formula, request: Request) -> tuple[Names, l
     from .sql import Names
 
     schema = engine.schema()
-    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups]
+    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups, *request.clusters]
     values = [name for node in _nodes(formula, request) for name in expr.columns(node)]
     for name in (*values, *keys):
         if name not in schema:
@@ -335,12 +355,12 @@ def _nodes(formula: Formula, request: Request) -> list[expr.Node]:
     nodes = [node for term in formula.fixed for node in term.variables] + list(formula.offsets)
     nodes += [node for bar in formula.random for term in bar.terms for node in term.variables]
     nodes += [formula.response] if formula.response is not None else []
-    texts = (request.weights, request.freq, request.offset, request.trials, *(request.responses or ()))
+    texts = (request.weights, request.freq, request.offset, request.trials, request.time, *(request.responses or ()))
     return nodes + [parse_expression(text) for text in texts if text is not None]
 
 
 def _used_names(formula: Formula, request: Request) -> tuple[str, ...]:
-    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups]
+    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups, *request.clusters]
     return tuple(dict.fromkeys([*(name for node in _nodes(formula, request) for name in expr.columns(node)), *keys]))
 
 
@@ -364,6 +384,9 @@ def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[
         z=(),
         family=request.family,
         trials=request.trials,
+        clusters=request.clusters,
+        time=request.time,
+        by_row=request.by_row,
     )
 
 

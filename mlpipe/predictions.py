@@ -11,7 +11,7 @@ from . import expr
 from .design import Variable
 from .features import Recipe
 from .formula import parse_expression
-from .outcome import TRIALS
+from .outcome import TIME, TRIALS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,7 +41,7 @@ def value_names(recipe: Recipe, response: bool) -> list[str]:
     """The columns that scoring reads as values; `response`: those of the response too."""
     nodes = [node for v in _used_variables(recipe) for node in (v.expression, *v.columns)] + _offsets(recipe)
     if response:
-        nodes += [recipe.variables[label].expression for label in recipe.responses]
+        nodes += [recipe.variables[label].expression for label in recipe.responses if label != TIME]
     return list(dict.fromkeys(name for node in nodes for name in expr.columns(node)))
 
 

@@ -197,7 +197,7 @@ def coded(
     """The maps of a formula's parts; arguments and errors as in `reduce`."""
     coding = Coding(stats.recipe, formula, contrasts, levels or {})
     recipe = stats.recipe
-    response = _response(recipe, formula)
+    response = responses_of(recipe, formula)
     target = response_vector(recipe, response)
     fixed = fixed_part(stats, coding.columns(formula.fixed), recipe)
     offset = np.linalg.lstsq(fixed.Q, target, rcond=None)[0]
@@ -258,7 +258,8 @@ def _ordered(base: Variable, variable: Variable, levels: Mapping[str, Sequence[A
     return tuple(sorted(base.levels, key=lambda level: rank[level_label(level)]))
 
 
-def _response(recipe: Recipe, formula: Formula) -> str:
+def responses_of(recipe: Recipe, formula: Formula) -> str:
+    """The label of the formula's response among the collected ones. Raises DataError where it is not one of them."""
     if formula.response is None:
         raise FormulaError("the formula has no response", hint="write it as response ~ terms")
     response = response_label(label(formula.response))

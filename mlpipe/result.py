@@ -18,6 +18,7 @@ from .stats import SuffStats
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .compare import Comparison
     from .held import Held
     from .options import Options
     from .plot import Plots
@@ -426,9 +427,21 @@ class MixedFit:
 
 @dataclass(repr=False)
 class LMMFit(MixedFit):
-    """A fitted linear mixed model; see MixedFit. `held`: its statistics, while they are in memory or mapped."""
+    """A fitted linear mixed model; see MixedFit. `held`: its statistics, while they are in memory or mapped; `statistics`: what it was
+    fitted from, where its random part is one intercept."""
 
     held: Held | None = None
+    statistics: SuffStats | None = None
+
+    def compare(self, conf_level: float = 0.95) -> Comparison:
+        """A random-intercept fit beside pooled, cluster-robust, between and within estimates, with Hausman's (1978) and Mundlak's (1978)
+        tests; from the statistics of the fit, and one more scan for the cluster-robust errors where these hold no block's X'X.
+
+        Raises ConfigError for other random parts, DataError where statistics and source are gone or the source changed.
+        """
+        from .compare import compare
+
+        return compare(self, conf_level)
 
     @classmethod
     def from_solution(

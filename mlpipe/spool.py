@@ -42,7 +42,7 @@ class Layout:
         for place, name in zip(self.places, self.columns, strict=False):
             F[place] = columns[name]
         statistics = tuple(columns[f"t{k}"] if f"t{k}" in columns else np.zeros(len(y)) for k in range(self.n_statistics))
-        return Rows(F, columns.get("offset"), Cells(y, columns.get("size"), columns.get("w"), statistics), starts)
+        return Rows(F, columns.get("offset"), Cells(y, columns.get("size"), columns.get("w"), statistics), starts, columns.get("time"))
 
 
 @dataclass

@@ -57,7 +57,7 @@ def raw_columns(recipe: Recipe) -> tuple[str, ...]:
 def usable(recipe: Recipe, names: Names) -> Expression:
     """True where a row enters the fit: no missing or infinite value, no missing key, positive weights."""
     conditions = [names.present(name) for name in raw_columns(recipe)]
-    for group in recipe.groups:
+    for group in recipe.keys:
         present = exp.Not(this=exp.Is(this=names.key(group), expression=exp.Null()))
         conditions.append(finite(names.value(group)) if names.kinds[group] == "number" else present)
     for text in weight_columns(recipe).values():
@@ -76,12 +76,14 @@ def in_part(part: Part, recipe: Recipe, names: Names) -> Expression:
 
 def used_rows(recipe: Recipe, names: Names, *, keys: bool) -> exp.Select:
     """The rows that enter the fit: features f0, f1, …, weights w and q, and, where asked for, the keys."""
-    columns: list[Expression] = [names.key(group) for group in recipe.groups] if keys else []
+    columns: list[Expression] = [names.key(group) for group in recipe.keys] if keys else []
     for name, text in weight_columns(recipe).items():
         columns.append(named(numeric(parse_expression(text), names), name))
     for i, monomial in enumerate(recipe.features):
         if monomial:
             columns.append(named(feature(monomial, recipe, names), f"f{i}", feature_label(monomial)))
+    if recipe.by_row:
+        columns.append(exp.column("rn"))
     if not columns:
         columns.append(named(number(1), "f0"))
     return skeleton("rows").select(*columns, append=False, copy=False).where(usable(recipe, names), copy=False)
@@ -284,4 +286,24 @@ def blup_sums(recipe: Recipe, names: Names, residual: Sequence[float]) -> exp.Se
         factors = [f"f{a}"] if recipe.features[a] else []
         sums.append(total(weighted(["residual", *factors], weights), f"r_{a}"))
     statement = skeleton("blups").select(*keys, *sums, copy=False).group_by(*(key.copy() for key in keys), copy=False)
+    return over(statement, rows, "used")
+
+
+def cluster_sums(
+    recipe: Recipe, names: Names, keys: Sequence[str], pairs: Sequence[tuple[int, int]], residual: Sequence[float]
+) -> exp.Select:
+    """Per combination of the key columns `keys`: the keys, p_i_j of w f_i f_j for each of `pairs`, and r_j of w f_j times the combination
+    `residual`, for every covariate feature j."""
+    columns = [names.key(key) for key in keys]
+    weights = list(weight_columns(recipe))
+    used = [*(key.copy() for key in columns), *(exp.column(name) for name in weights)]
+    read = {*range(recipe.n_covariates), *(i for pair in pairs for i in pair)}
+    used += [exp.column(f"f{i}") for i in sorted(read) if recipe.features[i]]
+    residuals = named(combination(residual, recipe, names, inside=True), "residual")
+    rows = exp.select(*used, residuals).from_(used_rows(recipe, names, keys=True).subquery("used", copy=False))
+    sums = [_sum(recipe, i, j, f"p_{i}_{j}") for i, j in pairs]
+    for j in range(recipe.n_covariates):
+        factors = [f"f{j}"] if recipe.features[j] else []
+        sums.append(total(weighted(["residual", *factors], weights), f"r_{j}"))
+    statement = skeleton("cluster_sums").select(*columns, *sums, copy=False).group_by(*(key.copy() for key in columns), copy=False)
     return over(statement, rows, "used")

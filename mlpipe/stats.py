@@ -114,6 +114,14 @@ class SuffStats:
         return load(Path(path))
 
 
+def check_settled(stats: SuffStats, arguments: Mapping[str, Any]) -> None:
+    """Raises ConfigError for arguments that were settled when the statistics were collected."""
+    for name in ("weights", "freq", "offset", "na"):
+        held = {"weights": stats.recipe.weights, "freq": stats.recipe.freq, "offset": stats.recipe.offset}.get(name)
+        if arguments[name] is not None and arguments[name] not in ("drop", held):
+            raise ConfigError(f"{name} was settled when the statistics were collected", hint="leave it out")
+
+
 def change(source: Recipe, target: Recipe) -> np.ndarray:
     """The map M (source features x target features) with target features = source features @ M.
 

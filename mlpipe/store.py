@@ -233,7 +233,9 @@ def to_json(fit: MixedFit) -> dict[str, Any]:
     out["terms"] = [
         {f.name: v.tolist() if isinstance(v := getattr(term, f.name), np.ndarray) else v for f in fields(RandomTerm)} for term in fit.terms
     ]
-    out |= {"kind": type(fit).__name__, "more": {name: getattr(fit, name) for name in fit.more}}
+    more = {name: getattr(fit, name) for name in fit.more}
+    out["more"] = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in more.items()}
+    out["kind"] = type(fit).__name__
     out["info"] = json.loads(json.dumps(fit.info, default=str))
     return out
 
@@ -328,9 +330,11 @@ def _kind(name: str) -> type[MixedFit]:
     """The class of fits of this name. Raises KeyError for another."""
     if name == LMMFit.__name__:
         return LMMFit
+    from .estimating_result import GEEFit
     from .generalized_result import GLMFit, GLMMFit
+    from .linear_result import OLSFit
 
-    return {GLMFit.__name__: GLMFit, GLMMFit.__name__: GLMMFit}[name]
+    return {kind.__name__: kind for kind in (GEEFit, GLMFit, GLMMFit, OLSFit)}[name]
 
 
 def _keep(fit: MixedFit, names: list[str], read: Callable[[str], pa.Table]) -> None:

@@ -77,9 +77,9 @@ def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:
     z = NormalDist().inv_cdf(0.5 + conf_level / 2)
     rows = _wald(fit, z) if ddf == "wald" else _with_degrees(fit, conf_level, ddf)
     for (group, name, estimate), se in zip(random_parameters(fit), random_errors(fit), strict=True):
-        rows.append(_estimate("ran_pars", group, name, estimate, se, z))
-    rows += [_estimate("ran_pars", *parameter, z) for parameter in fit.family_parameters()]
-    return pa.Table.from_pylist(rows, schema=_tidy_schema())
+        rows.append(estimate_row("ran_pars", group, name, estimate, se, z))
+    rows += [estimate_row("ran_pars", *parameter, z) for parameter in fit.family_parameters()]
+    return pa.Table.from_pylist(rows, schema=tidy_schema())
 
 
 def _wald(fit: MixedFit, z: float) -> list[Row]:
@@ -87,7 +87,7 @@ def _wald(fit: MixedFit, z: float) -> list[Row]:
     for name, estimate, se in zip(fit.names, fit.beta, standard_errors(fit), strict=True):
         statistic = float(estimate / se) if se > 0 else math.nan
         p_value = math.erfc(abs(statistic) / math.sqrt(2))
-        rows.append(_estimate("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})
+        rows.append(estimate_row("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})
     return rows
 
 
@@ -99,12 +99,13 @@ def _with_degrees(fit: MixedFit, conf_level: float, ddf: str) -> list[Row]:
     found = tests.each(np.eye(len(fit.names)))
     for name, estimate, se, df in zip(fit.names, fit.beta, np.sqrt(np.diag(tests.covariance)), found, strict=True):
         statistic, df = float(estimate / se), float(df)
-        row = _estimate("fixed", None, name, estimate, se, t_quantile(conf_level, df))
+        row = estimate_row("fixed", None, name, estimate, se, t_quantile(conf_level, df))
         rows.append(row | {"statistic": statistic, "df": df, "p_value": t_tail(statistic, df)})
     return rows
 
 
-def _tidy_schema() -> pa.Schema:
+def tidy_schema() -> pa.Schema:
+    """The columns of `tidy`."""
     import pyarrow as pa
 
     texts = ("effect", "group", "term")
@@ -112,7 +113,8 @@ def _tidy_schema() -> pa.Schema:
     return pa.schema([(name, pa.string()) for name in texts] + [(name, pa.float64()) for name in reals])
 
 
-def _estimate(effect: str, group: str | None, term: str, estimate: float, se: float, z: float) -> Row:
+def estimate_row(effect: str, group: str | None, term: str, estimate: float, se: float, z: float) -> Row:
+    """One row of `tidy`; an interval of `z` standard errors where these are known."""
     known = se is not None and math.isfinite(se)
     row: Row = {"effect": effect, "group": group, "term": term, "estimate": float(estimate), "std_error": float(se) if known else None}
     return row | ({"conf_low": float(estimate - z * se), "conf_high": float(estimate + z * se)} if known else {})

@@ -17,6 +17,8 @@ import mlpipe as mp
 from tests.conftest import as_data
 from tests.dense_glmm import MEANS, PAIRS, TAU, centre, draw, log_density, variance
 
+from . import dense_linear
+
 REFERENCE = Path(__file__).parent / "reference"
 PLAIN = mp.Options(threads=1)
 SHAPED = tuple(TAU)
@@ -114,11 +116,29 @@ def test_sandwich_errors(family: str, vcov: str | None) -> None:
     np.testing.assert_allclose(fit.vcov(), factor[vcov] * bread @ scores.T @ scores @ bread, rtol=1e-7)
 
 
+@pytest.mark.parametrize("vcov", ["HC2", "HC3", "CR2"])
+@pytest.mark.parametrize("family", ["binomial", "poisson"])
+def test_corrected_sandwiches(family: str, vcov: str) -> None:
+    """Those of the weighted least squares that the last step of Fisher scoring solves."""
+    frame = simulated(family, "logit" if family == "binomial" else "log")
+    fit = mp.glm("p ~ x + offset(o)", frame, family=family, vcov=vcov, cluster="g" if vcov == "CR2" else None, **arguments(family))
+    X = np.column_stack([np.ones(len(frame)), frame["x"]])
+    mu = MEANS[fit.link](X @ fit.beta + frame["o"].to_numpy())
+    v = variance(family, mu, np.ones_like(mu), 0.0)
+    working, w = X @ fit.beta + (frame["p"].to_numpy() - mu) / v, frame["m"].to_numpy() * v
+    if vcov == "CR2":
+        want = dense_linear.one_way(X, working, w, frame["g"].to_numpy(), vcov, None)
+    else:
+        want = dense_linear.rows_covariance(X, working, w, vcov)
+    np.testing.assert_allclose(fit.vcov(), want, rtol=1e-7)
+
+
 def test_freq_equals_repeated_rows_in_sandwiches() -> None:
     frame = simulated("poisson", "log").with_columns(q=pl.int_range(pl.len()) % 3 + 1)
-    for vcov in ("HC0", "HC1"):
-        short = mp.glm("y ~ x", frame, family="poisson", freq="q", vcov=vcov)
-        long = mp.glm("y ~ x", frame.select(pl.all().repeat_by("q").explode()), family="poisson", vcov=vcov)
+    for vcov in ("HC0", "HC1", "HC3", "CR2"):
+        cluster = "g" if vcov == "CR2" else None
+        short = mp.glm("y ~ x", frame, family="poisson", freq="q", vcov=vcov, cluster=cluster)
+        long = mp.glm("y ~ x", frame.select(pl.all().repeat_by("q").explode()), family="poisson", vcov=vcov, cluster=cluster)
         np.testing.assert_allclose(short.vcov(), long.vcov(), rtol=1e-8)
 
 

@@ -88,6 +88,7 @@ STATEMENTS: dict[str, Callable[[], exp.Query]] = {
     "cross_products": lambda: statements.cross_products(intercepts().recipe, intercepts().names),
     "second_level": lambda: statements.second_level(intercepts().recipe, intercepts().names),
     "block_sums": lambda: statements.block_sums(slopes().recipe, slopes().names),
+    "cluster_sums": lambda: statements.cluster_sums(slopes().recipe, slopes().names, ["g"], [(0, 1)], [0.5, -1.0, 0, 0, 0, 0, 2.0]),
     "block_sums_part": lambda: statements.block_sums(intercepts().recipe, intercepts().names, statements.Part(1, 4)),
     "raw_rows": lambda: statements.raw_rows(intercepts().recipe, intercepts().names),
     "used_rows": lambda: statements.used_rows(slopes().recipe, slopes().names, keys=True),

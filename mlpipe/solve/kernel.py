@@ -25,12 +25,14 @@ MAX_NODES = 4_096
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows or cells ordered by block: features `F` (m, n), `offset` (n,) or None, `cells`, and where blocks start (B,)."""
+    """Rows or cells ordered by block: features `F` (m, n), `offset` (n,) or None, `cells`, and where blocks start (B,); `time` (n,) where
+    the rows of a block are ordered by it."""
 
     F: Array
     offset: Array | None
     cells: Cells
     starts: np.ndarray
+    time: Array | None = None
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -1,0 +1,321 @@
+"""Least squares: rows or statistics -> pooled and within estimates, with the covariance that was asked for."""
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import robust
+from .arrays import column
+from .errors import ConfigError, DataError, RankWarning
+from .formula import Formula, parse
+from .least_squares import Projection, Solution, loglik, pooled, solved, within
+from .levels import Levels
+from .linear_result import OLSFit, absorbed_term
+from .options import Options
+from .progress import stage
+from .reduction import response_vector
+from .robust import Fitted, Meat, Source
+from .solve.sandwich import CR, cluster_factor, covariance, half, row_factor, ways
+
+if TYPE_CHECKING:
+    from .planning import Plan, Request
+    from .stats import SuffStats
+
+Array = np.ndarray
+
+EXPLAINED = 1e-4  # share of the response's sum of squares left, below which the response is read again as a residual
+LOST = 1e-12  # share below which statistics have no digits left of it
+ROUNDING = 1e-26  # share below which nothing but rounding errors is left
+
+
+def ols(
+    formula: str,
+    data: Any,
+    *,
+    absorb: str | Sequence[str] | None = None,
+    cluster: str | Sequence[str] | None = None,
+    vcov: str | None = None,
+    weights: str | None = None,
+    freq: str | None = None,
+    offset: str | None = None,
+    levels: Mapping[str, Sequence[Any]] | None = None,
+    contrasts: Mapping[str, str] | None = None,
+    na: str = "drop",
+    options: Options | None = None,
+) -> OLSFit:
+    """Fits a linear model by (weighted) least squares from sums over the rows, in one scan.
+
+    Args:
+        formula: `y ~ x`, without random terms. data: as in `mlpipe.lmm`; SuffStats too.
+        absorb: factor(s) whose effects are taken out without being listed: the within (fixed-effects) estimator. One factor comes from
+            its block sums; several from conjugate gradients on the cells of their levels.
+        cluster: column(s) whose rows may be correlated; several cluster in several ways (Cameron, Gelbach and Miller 2011).
+        vcov: "HC0" to "HC3" (White 1980; MacKinnon and White 1985); with `cluster` "CR0", "CR1" (the default) or "CR2" (Bell and
+            McCaffrey 2002, for rows of variance sigma²/w); None for sigma² (X'WX)⁻¹. They read the rows once more.
+        weights, freq, offset, levels, contrasts, na, options: as in `mlpipe.lmm`.
+
+    CR1 has the factor G/(G - 1) (n - 1)/(n - k), in which absorbed effects within the clusters do not count in k.
+    Raises FormulaError, ConfigError, DataError, ResourceError, ConvergenceError; warns by RankWarning.
+    """
+    began = time.perf_counter()
+    options = options or Options()
+    parsed = parse(formula)
+    if parsed.random:
+        raise ConfigError("the formula has a random term", code="random_term", hint="fit it by lmm, or absorb its factor")
+    factors, clusters = robust.names_of(absorb, "absorb"), robust.names_of(cluster, "cluster")
+    kind = robust.checked(vcov, bool(clusters))
+    coding = {"contrasts": contrasts, "levels": levels}
+    settled = {"weights": weights, "freq": freq, "offset": offset, "na": na}
+    from .stats import SuffStats
+
+    if isinstance(data, SuffStats):
+        stats = replace(data, info=deepcopy(data.info))
+        fit = _from_statistics(formula, parsed, stats, factors, clusters, kind, settled, coding, options)
+    else:
+        fit = _from_rows(formula, parsed, data, factors, clusters, kind, settled | coding, options)
+    fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
+    if fit.dropped:
+        warnings.warn(f"coefficients repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning, stacklevel=2)
+    return fit
+
+
+def request_of(
+    formula: str, absorb: str | Sequence[str] | None, cluster: str | Sequence[str] | None, arguments: Mapping[str, Any], options: Options
+) -> Request:
+    """What is read of the rows: absorbed factors stand as random intercepts, whose sums are the same."""
+    from .planning import Request
+
+    factors = robust.names_of(absorb, "absorb")
+    text = formula + "".join(f" + (1 | `{name}`)" for name in factors)
+    return Request(text, clusters=robust.names_of(cluster, "cluster"), options=options, **arguments)
+
+
+def planned(plan: Plan, vcov: str | None) -> Plan:
+    """The plan of the sums, with a note on the passes that a robust covariance adds. Raises ConfigError for one that does not fit."""
+    clusters = plan.request.clusters
+    kind = robust.checked(vcov, bool(clusters))
+    if kind is not None:
+        count = len(ways(clusters)) if kind in CR and not plan.recipe.groups else 1
+        plan.notes.append(f"{kind} errors read the rows {'once' if count == 1 else f'{count} times'} more")
+    return plan
+
+
+# -- from rows ---------------------------------------------------------------------------------------------------------
+
+
+def _from_rows(
+    formula: str, parsed: Formula, data: Any, absorb: tuple[str, ...], clusters: tuple[str, ...], kind: str | None,
+    arguments: Mapping[str, Any], options: Options,
+) -> OLSFit:  # fmt: skip
+    from .collect import collect
+    from .planning import prepare
+    from .sources import open_source
+
+    with closing(open_source(data, options=options)) as engine:
+        plan = prepare(engine, request_of(formula, absorb, clusters, arguments, options))
+        stats = collect(plan)
+        identity = engine.identity()
+        stats.info.update(fingerprint=identity.fingerprint, rescannable=identity.rescannable, bytes=identity.bytes)
+        stats, left, solution, beta = _solution(stats, parsed, absorb, plan, options)
+        fit = _result(formula, stats, left, solution, beta, kind, clusters, options)
+        if kind is not None:
+            with stage("robust", stats.info["seconds"], engine, options):
+                _robust(fit, stats, solution, left, absorb, Source(engine, plan.names), kind, clusters)
+            engine.check_unchanged()
+        fit.source = data if identity.rescannable else None
+        if absorb:
+            _keep_effects(fit, stats, left, solution, engine if not identity.rescannable else None)
+    return fit
+
+
+def _solution(
+    stats: SuffStats, parsed: Formula, absorb: Sequence[str], plan: Plan, options: Options
+) -> tuple[SuffStats, Projection, Solution, Array]:
+    """The estimate and its coefficients; where the model explains nearly all of the response, from its residuals, read again."""
+    from .collect import collect
+
+    with stage("solve", stats.info.setdefault("seconds", {}), None, options):
+        left = within(stats) if absorb else pooled(stats)
+        first = solved(stats, parsed, left)
+    if first.within_tss <= 0.0:
+        raise DataError("the response does not vary", code="no_residual")
+    if first.rss > EXPLAINED * first.within_tss:
+        return stats, left, first, first.coefficients
+    spread = math.sqrt(max(first.rss, 1e-30 * first.within_tss) / stats.n)
+    recipe = stats.recipe.residual(first.gamma.tolist(), first.response, 2.0 ** round(math.log2(spread)))
+    note = "nearly all of the response is explained: its residuals were summed in another pass"
+    again = collect(replace(plan, recipe=recipe, notes=[*plan.notes, note]))
+    again.info["passes"] += stats.info["passes"]
+    again.info.update({name: stats.info[name] for name in ("fingerprint", "rescannable", "bytes")})
+    left = within(again) if absorb else pooled(again)
+    second = solved(again, parsed, left)
+    if second.rss <= ROUNDING * first.within_tss:
+        raise DataError("the response is fitted exactly", code="no_residual")
+    gamma = first.gamma + second.gamma
+    e = response_vector(stats.recipe, first.response) - gamma
+    total = replace(second, gamma=gamma, e=e, tss=first.tss, within_tss=first.within_tss, beta=second.beta)
+    return replace(stats, info=again.info), left, total, first.coefficients + second.coefficients
+
+
+def _result(
+    formula: str, stats: SuffStats, left: Projection, solution: Solution, beta: Array, kind: str | None, clusters: tuple[str, ...],
+    options: Options,
+) -> OLSFit:  # fmt: skip
+    """The fit with its model-based covariance. Raises DataError where no degrees of freedom are left."""
+    p, n = len(beta), stats.n
+    df = n - p - left.rank
+    if df <= 0:
+        raise DataError(f"{p + left.rank:,} coefficients leave no degrees of freedom of {n:,.15g} rows", code="no_residual")
+    sigma2 = solution.rss / df
+    info = {**stats.info, "notes": [*stats.info.get("notes", []), *left.notes]}
+    if left.groups:
+        info["levels"] = _level_counts(stats)
+    if solution.absorbed:
+        info["notes"] = [*info["notes"], f"absorbed, for they do not vary within the factors: {', '.join(solution.absorbed)}"]
+    return OLSFit(
+        formula=formula, recipe=stats.recipe, response=solution.response, reml=False, names=solution.fixed.names,
+        dropped=(*solution.fixed.dropped, *solution.absorbed), beta=beta, covariance=solution.raw(solution.bread) * sigma2,
+        gamma=solution.gamma, terms=tuple(absorbed_term(group, stats.recipe) for group in left.groups), sigma=math.sqrt(sigma2),
+        loglik=loglik(solution.rss, n, stats.sum_log_w), nobs=n, rows=stats.rows, n_blocks=max(info.get("levels", {"": 0}).values()),
+        converged=True, singular=False, score=0.0, evaluations=1, message="", theta_covariance=np.zeros((0, 0)), info=info, options=options,
+        robust=kind, cluster=clusters, df_residual=df, df_test=df, rss=solution.rss, tss=solution.tss, within_tss=solution.within_tss,
+        centred=solution.centred, absorbed_rank=left.rank,
+    )  # fmt: skip
+
+
+def _level_counts(stats: SuffStats) -> dict[str, int]:
+    if stats.crossed is not None:
+        return {factor.levels.group: len(factor.levels) for factor in stats.crossed.factors}
+    assert stats.blocks is not None
+    return {":".join(stats.recipe.groups): stats.blocks.n_blocks}
+
+
+def _robust(
+    fit: OLSFit, stats: SuffStats, solution: Solution, left: Projection, absorb: tuple[str, ...], source: Source, kind: str,
+    clusters: tuple[str, ...],
+) -> None:  # fmt: skip
+    """The robust covariance in place of the model's own, by one more look at the rows."""
+    one = len(absorb) == 1
+    fitted = Fitted(stats.recipe, solution.fixed.Q, solution.e, half(solution.bread), left.effects)
+    own = one and clusters == absorb  # the clusters' own sums tell what was absorbed
+    if one and not own:
+        fitted = replace(fitted, absorbed=(_means(source, stats),))
+        fit.info["passes"] += 1
+    if kind not in CR:
+        fit.info["passes"] += 1
+        meat = robust.of_rows(source, fitted, kind).matrix * row_factor(kind, stats.n, len(fit.beta) + left.rank)
+        fit.covariance = solution.raw(covariance(solution.bread, meat))
+        return
+    found = ways(clusters)
+    nested: list[set[str]] = [set(left.groups) if own else set() for _ in found]
+    if absorb and not own:
+        meats, nested = robust.streamed(source, fitted, [keys for keys, _ in found], kind)
+        fit.info["passes"] += 1
+    else:
+        meats = [robust.of_clusters(source, fitted, keys, kind, within=own) for keys, _ in found]
+        fit.info["passes"] += len(meats)
+    _combined(fit, solution, left, kind, clusters, meats, nested)
+
+
+def _combined(
+    fit: OLSFit, solution: Solution, left: Projection, kind: str, clusters: tuple[str, ...], meats: list[Meat], nested: list[set[str]]
+) -> None:
+    """The meats of all clusterings, each with its own factor, with the signs of inclusion and exclusion."""
+    total = np.zeros_like(solution.bread)
+    for (_, sign), meat, inside in zip(ways(clusters), meats, nested, strict=True):
+        k = len(fit.beta) + (1 if left.groups else 0)
+        k += sum(rank for group, rank in zip(left.groups, left.ranks, strict=True) if group not in inside)
+        total += sign * cluster_factor(kind, meat.clusters, fit.nobs, k) * meat.matrix
+    counts = [meat.clusters for (keys, _), meat in zip(ways(clusters), meats, strict=True) if len(keys) == 1]
+    robust.few(kind, counts)
+    fit.n_clusters, fit.df_test = tuple(counts), min(counts) - 1.0
+    fit.covariance = solution.raw(covariance(solution.bread, total))
+    if (np.diag(fit.covariance) < 0.0).any():
+        fit.info["notes"] = [*fit.info["notes"], "clustering in several ways gave a negative variance: too few clusters for it"]
+
+
+def _means(source: Source, stats: SuffStats) -> tuple[Levels, Array]:
+    """The levels of one absorbed factor and the means of all features in each, by a grouped query."""
+    import pyarrow as pa
+
+    from . import statements
+    from .looks import used_columns
+
+    recipe = stats.recipe
+    constant = recipe.features.index(())
+    pairs = [(min(constant, j), max(constant, j)) for j in range(len(recipe.features))]
+    statement = statements.cluster_sums(recipe, source.names, recipe.groups, pairs, np.zeros(len(recipe.features)).tolist())
+    table = source.engine.query(statement, used_columns(recipe, source.names)).read_all()
+    sums = np.stack([column(table, f"p_{i}_{j}") for i, j in pairs], axis=1)
+    keys = pa.table({group: table.column(source.names.key(group).name) for group in recipe.groups})
+    levels = Levels(":".join(recipe.groups), recipe.groups, keys)
+    return levels, sums / sums[:, [constant]]
+
+
+def _keep_effects(fit: OLSFit, stats: SuffStats, left: Projection, solution: Solution, engine: Any) -> None:
+    """The estimates of several factors' effects stay with the fit; those of one are looked up when they are asked for, unless its rows
+    are gone by then."""
+    from . import effects
+
+    if not left.effects:
+        if engine is not None:
+            fit.effects_table = effects.table_of(fit, effects.from_rows(fit, engine))
+        return
+    import pyarrow as pa
+
+    residual = response_vector(stats.recipe, solution.response) - solution.gamma
+    for (levels, found), factor in zip(left.effects, stats.crossed.factors if stats.crossed else (), strict=True):
+        term = next(term for term in fit.terms if term.group == levels.group)
+        a = found @ residual
+        counts = factor.sums[stats.recipe.pairs().index((stats.recipe.features.index(()),) * 2)]
+        names = effects.key_names([term], levels.columns)
+        a = a - float(counts @ a) / float(counts.sum())
+        keys = dict(zip(names, levels.keys.columns, strict=True))
+        fit.effects_tables[levels.group] = pa.table({**keys, "(Intercept)": a, "(Intercept)_se": np.full(len(a), math.nan)})
+
+
+# -- from statistics ---------------------------------------------------------------------------------------------------
+
+
+def _from_statistics(
+    formula: str, parsed: Formula, stats: SuffStats, absorb: tuple[str, ...], clusters: tuple[str, ...], kind: str | None,
+    settled: Mapping[str, Any], coding: Mapping[str, Any], options: Options,
+) -> OLSFit:  # fmt: skip
+    from .stats import check_settled
+
+    check_settled(stats, settled)
+    recipe = stats.recipe
+    held = recipe.factors or ((recipe.groups,) if recipe.groups else ())
+    if absorb and set(held) != {(name,) for name in absorb}:
+        shown = ", ".join(":".join(groups) for groups in held) or "no grouping factor"
+        raise DataError(f"the statistics are over {shown}, not {', '.join(absorb)}", code="not_collected")
+    if kind is not None and (kind not in CR or clusters != recipe.groups or stats.collect != "blocks+xx" or stats.crossed is not None):
+        raise DataError(
+            f"the statistics do not hold what vcov={kind!r} needs", code="not_collected",
+            hint='fit from the rows, or collect="blocks+xx" over the cluster for cluster-robust errors',
+        )  # fmt: skip
+    with stage("solve", stats.info.setdefault("seconds", {}), None, options):
+        left = within(stats) if absorb else pooled(stats)
+        solution = solved(stats, parsed, left, **coding)
+    if solution.rss <= LOST * solution.within_tss:
+        raise DataError("the response is fitted exactly, or so nearly that the statistics cannot tell", code="no_residual")
+    if solution.rss <= EXPLAINED * solution.within_tss:
+        note = "nearly all of the response is explained: fit from the rows for more digits"
+        stats.info["notes"] = [*stats.info.get("notes", []), note]
+    fit = _result(formula, stats, left, solution, solution.coefficients, kind, clusters, options)
+    fit.source = stats
+    if kind is not None:
+        fitted = Fitted(recipe, solution.fixed.Q, solution.e, half(solution.bread))
+        meat = robust.of_statistics(stats, fitted, kind, within=bool(absorb))
+        _combined(fit, solution, left, kind, clusters, [meat], [set(left.groups)])
+    if left.effects:
+        _keep_effects(fit, stats, left, solution, None)
+    return fit
