@@ -40,7 +40,8 @@ def main(what: str, path: str) -> None:
                 fit = mp.ols(f"y ~ {RIGHT}", path, options=options, **({} if kind == "plain" else {"cluster": "g", "vcov": kind}))
             best[kind] = min(best.get(kind, 1e9), cpu() - began)
             print(kind, {name: round(value, 2) for name, value in fit.info["seconds"].items()}, "passes", fit.info["passes"], flush=True)
-    print({name: round(value, 2) for name, value in best.items()}, f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print({name: round(value, 2) for name, value in best.items()}, f"peak {peak:.0f} MB")
     print("estimates", [round(value, 6) for value in fit.beta], [round(float(value), 6) for value in fit.vcov().diagonal() ** 0.5])
     if what == "gee":
         print("alpha", fit.alpha.tolist())
