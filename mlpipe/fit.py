@@ -95,7 +95,6 @@ def lmm(
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):
             fit = _fitted(formula, stats, data, reml, start, options, method, plan_)
-            own = stats
             if kind is not None:
                 with stage("robust", stats.info["seconds"], plan_.engine, options):
                     fixed = coded(stats, fit.parsed, contrasts, levels).fixed
@@ -103,8 +102,6 @@ def lmm(
             fit.info |= _spreads(fit, stats)
             if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None
-    if len(fit.terms) == 1 and fit.terms[0].names == ("(Intercept)",):
-        fit.statistics = own
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     _report(fit, options)
     return fit

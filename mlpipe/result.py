@@ -427,11 +427,9 @@ class MixedFit:
 
 @dataclass(repr=False)
 class LMMFit(MixedFit):
-    """A fitted linear mixed model; see MixedFit. `held`: its statistics, while they are in memory or mapped; `statistics`: what it was
-    fitted from, where its random part is one intercept."""
+    """A fitted linear mixed model; see MixedFit. `held`: its statistics, while they are in memory or mapped."""
 
     held: Held | None = None
-    statistics: SuffStats | None = None
 
     def compare(self, conf_level: float = 0.95) -> Comparison:
         """A random-intercept fit beside pooled, cluster-robust, between and within estimates, with Hausman's (1978) and Mundlak's (1978)
