@@ -122,22 +122,23 @@ def plan(console: Console, /, formula: str, **settings: Any) -> None:
 
 @cli.command()
 @click.argument("job_file", metavar="JOB.toml", type=click.Path())
+@click.option("--rebase", is_flag=True, help="Make the job's store of statistics anew: read every partition, fix bases and scales again.")
 @limits
 @logs
 @pass_console
-def run(console: Console, /, job_file: str, log: str | None, **settings: Any) -> None:
+def run(console: Console, /, job_file: str, rebase: bool, log: str | None, **settings: Any) -> None:
     """Run a job file: fit, write, and fail where its policy says so. Options given here win over the job's."""
-    from .job import check_policy, fit_job, read_job, write_output
+    from .job import check_policy, fit_job, read_job, told, write_output
 
     console.log_to(log)
     job = read_job(job_file)
     if job.output is not None:
         _check_target(job.output.target, job.output.mode, job.output.prefix)
-    result = fit_job(job, {name: settings[name] for name in LIMITS if settings[name] is not None})
+    result = fit_job(job, {name: settings[name] for name in LIMITS if settings[name] is not None}, rebase=rebase)
     try:
         write_output(result, job.output)
     finally:
-        console.out(result.summary())
+        console.out(result.summary() if job.store is None else f"{result.summary()}\n\n{told(result)}")
     check_policy(result, job.policy)
     _finish(result)
 

@@ -20,12 +20,11 @@ Mode = Literal["error", "overwrite", "append"]
 
 # Keys that the job format reserves and this version does not have: better named than called unknown.
 RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
-    (): ("models", "store"),
+    (): ("models",),
     ("source",): ("columns",),
-    ("model",): ("by", "corr", "groups", "time", "where"),
+    ("model",): ("by", "corr", "groups", "time"),
     ("output",): ("scoring_sql",),
     ("limits",): ("timeout",),
-    ("policy",): ("max_drift",),
 }
 RESERVED_VALUES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("model", "kind"): ("ols", "gee"),
@@ -79,6 +78,16 @@ class ModelSection(Section):
     levels: dict[str, list[Any]] | None = None
     contrasts: dict[str, str] | None = None
     na: Literal["drop", "raise"] = "drop"
+    where: str | None = None
+
+
+class StoreSection(Section):
+    """Incremental statistics: where they are kept, what a partition is, how many of the last count, what to do about vanished ones."""
+
+    path: str
+    partition_by: str = "file"
+    window: Annotated[int, Field(ge=1)] | None = None
+    vanished: Literal["error", "drop", "keep"] = "error"
 
 
 class OutputSection(Section):
@@ -103,6 +112,7 @@ class PolicySection(Section):
 
     forbid: list[Literal["singular", "separation", "rank", "nonconvergence"]] = Field(default_factory=list)
     max_drop_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_drift: Annotated[float, Field(ge=0)] | None = None
 
 
 class Job(Section):
@@ -110,6 +120,7 @@ class Job(Section):
 
     source: SourceSection
     model: ModelSection
+    store: StoreSection | None = None
     output: OutputSection | None = None
     limits: LimitsSection = Field(default_factory=LimitsSection)
     policy: PolicySection = Field(default_factory=PolicySection)
@@ -123,7 +134,7 @@ def read_job(path: str | Path) -> Job:
         raise ConfigError(f"cannot read the job {path}: {error.strerror}", code="job_file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}", code="job_file") from error
-    for section in ("source", "output"):
+    for section in ("source", "store", "output"):
         if section in record:
             record[section] = _expanded(record[section])
     try:
@@ -132,6 +143,7 @@ def read_job(path: str | Path) -> Job:
         raise _readable(error, str(path)) from error
     _check_source(job.source, str(path))
     _check_model(job.model, str(path))
+    _check_store(job, str(path))
     return job
 
 
@@ -201,9 +213,23 @@ def _check_model(model: ModelSection, path: str) -> None:
         raise ConfigError(f"{path}: [model] {error.message}", code="job_value", hint=error.hint) from error
 
 
+def _check_store(job: Job, path: str) -> None:
+    """Raises ConfigError for what has no statistics, and for one database file in two roles: only one connection may write it."""
+    if job.store is None:
+        if job.policy.max_drift is not None:
+            raise ConfigError(f"{path}: policy.max_drift needs a [store]", code="job_value")
+        return
+    if job.model.kind != "lmm":
+        raise ConfigError(f"{path}: [store] is for linear mixed models, not for {job.model.kind!r}", code="not_available")
+    roles = {"source.database": job.source.database, "output.target": job.output.target if job.output is not None else None}
+    for role, other in roles.items():
+        if other is not None and os.path.realpath(other) == os.path.realpath(job.store.path):
+            raise ConfigError(f"{path}: store.path and {role} are the same file", code="job_value", hint="give the store a file of its own")
+
+
 def _settings(model: ModelSection) -> dict[str, Any]:
     """The keywords of the fitting function: what the job says and nothing more."""
-    return model.model_dump(exclude={"kind", "formula"}, exclude_unset=True)
+    return model.model_dump(exclude={"kind", "formula", "where"}, exclude_unset=True)
 
 
 def data_of(source: SourceSection) -> Any:
@@ -217,15 +243,49 @@ def data_of(source: SourceSection) -> Any:
     return sources.source(source.path, types=source.types) if source.path is not None and source.types else source.path
 
 
-def fit_job(job: Job, limits: Mapping[str, Any]) -> MixedFit:
-    """Fits what the job says and writes nothing; `limits` (from flags and the environment) win over the job's own.
+def fit_job(job: Job, limits: Mapping[str, Any], *, rebase: bool = False) -> MixedFit:
+    """Fits what the job says, from a store brought up to date where there is one; writes no output. `limits` (from flags and the
+    environment) win over the job's own; `rebase` makes the store anew.
 
-    Raises what `mlpipe.lmm`, `glmm` or `glm` raises.
+    Raises what `mlpipe.lmm`, `glmm` or `glm` raises; ConfigError for `rebase` without a store.
     """
     from .fit import fitted
+    from .sources import Subset
 
-    settings = job.limits.model_dump(exclude_none=True) | dict(limits)
-    return fitted(job.model.kind, job.model.formula, data_of(job.source), Options(**settings), _settings(job.model))
+    options = Options(**(job.limits.model_dump(exclude_none=True) | dict(limits)))
+    model, data = job.model, data_of(job.source)
+    if model.where is not None:
+        data = Subset(data, model.where)
+    if job.store is not None:
+        return _fit_from_store(job, job.store, data, options, rebase)
+    if rebase:
+        raise ConfigError("--rebase is for jobs with a [store]", code="usage")
+    return fitted(model.kind, model.formula, data, options, _settings(model))
+
+
+def _fit_from_store(job: Job, store: StoreSection, data: Any, options: Options, rebase: bool) -> MixedFit:
+    """Collects what is new, merges, fits from where the last fit ended, and notes the drift."""
+    from . import shelf
+    from .fit import lmm
+    from .incremental import Settings, finished, updated
+    from .planning import Request
+
+    model = job.model
+    names = ("weights", "freq", "offset", "levels", "contrasts", "na")
+    request = Request(model.formula, collect="blocks", options=options, **{name: getattr(model, name) for name in names})
+    settings = Settings(store.partition_by, store.window, store.vanished)
+    with shelf.opened(store.path, options) as held:
+        update = updated(held, data, request, model.where, settings, rebase)
+        fit = lmm(model.formula, update.stats, reml=model.reml, start=update.start, options=options)
+        finished(update, fit)
+    return fit
+
+
+def told(fit: MixedFit) -> str:
+    """What the run of a job with a store did to it, as text."""
+    from . import incremental
+
+    return incremental.told(fit)
 
 
 def write_output(fit: MixedFit, output: OutputSection | None) -> None:
@@ -243,5 +303,8 @@ def check_policy(fit: MixedFit, policy: PolicySection) -> None:
     share = fit.info.get("rows_dropped", 0) / read if read else 0.0
     if policy.max_drop_fraction is not None and share > policy.max_drop_fraction:
         reasons.append(f"{share:.2%} of the rows were dropped, {policy.max_drop_fraction:.2%} may be")
+    if policy.max_drift is not None and fit.info.get("drift", {}).get("largest", 0.0) > policy.max_drift:
+        drift = fit.info["drift"]
+        reasons.append(f"{drift['term']} moved by {drift['largest']:.2f} standard errors, {policy.max_drift:g} are allowed")
     if reasons:
         raise ConvergenceError(f"the job's policy forbids this result: {', '.join(reasons)}", code="policy")

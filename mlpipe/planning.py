@@ -282,7 +282,8 @@ def _nodes(formula: Formula, request: Request) -> list[expr.Node]:
     return nodes + [parse_expression(text) for text in texts if text is not None]
 
 
-def _used_names(formula: Formula, request: Request) -> tuple[str, ...]:
+def used_names(formula: Formula, request: Request) -> tuple[str, ...]:
+    """The source's columns that a request uses."""
     keys = [*(group for bar in formula.random for group in bar.groups), *request.groups]
     return tuple(dict.fromkeys([*(name for node in _nodes(formula, request) for name in expr.columns(node)), *keys]))
 
@@ -297,7 +298,7 @@ def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[
         )
     return Recipe(
         formula=formula,
-        kinds={name: names.kinds[name] for name in _used_names(formula, request)},
+        kinds={name: names.kinds[name] for name in used_names(formula, request)},
         extra_responses=tuple(request.responses or ()),
         contrasts=dict(request.contrasts) if request.contrasts else None,
         responses=responses,

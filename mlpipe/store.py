@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .atomic import synced
 from .errors import ConfigError, DataError, ResourceError, did_you_mean
 from .features import Recipe
 from .options import Options
@@ -118,8 +119,8 @@ def _write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
     for name, table in tables.items():
         path = folder / f"{name}.parquet"
         pq.write_table(table, path, compression="zstd")
-        _sync(path)
-    _sync(folder)
+        synced(path)
+    synced(folder)
 
 
 def _replace(path: Path, record: dict[str, Any]) -> None:
@@ -129,15 +130,7 @@ def _replace(path: Path, record: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    synced(path.parent)
 
 
 @contextmanager
