@@ -205,8 +205,10 @@ def _merged_blocks(a: SuffStats, b: SuffStats) -> Blocks:
 
     assert a.blocks is not None and b.blocks is not None and a.blocks.table is not None and b.blocks.table is not None
     names = a.blocks.names
-    keys = [name for name in a.blocks.table.column_names if name not in names and name != "row_count"]
-    other = b.blocks.table.select(a.blocks.table.column_names)
+    tables = (a.blocks.table, b.blocks.table)
+    keys, keys_b = ([name for name in table.column_names if name not in names and name != "row_count"] for table in tables)
+    # keys are named by their place in the source, which another source need not share
+    other = b.blocks.table.rename_columns(dict(zip(keys_b, keys, strict=True))).select(a.blocks.table.column_names)
     try:
         joined = pa.concat_tables([a.blocks.table, other], promote_options="permissive")
     except pa.ArrowInvalid as error:
