@@ -114,7 +114,8 @@ def job(folder: Path, name: str, threads: int, *, store: bool) -> None:
 
 def run(path: Path) -> dict[str, Any]:
     """What one process used."""
-    done = subprocess.run([sys.executable, "-c", PROCESS, str(path)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, check=True)
+    command = [sys.executable, "-c", PROCESS, str(path)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stderr.strip().splitlines()[-1])
     return found
 

@@ -1,7 +1,6 @@
 """Per-block sums of a random part: held in memory, in a mapped Arrow file, or as clusters of blocks that share Z'wZ."""
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .arrays import column
+from .scratch import ScratchDirectory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,7 +71,7 @@ class Blocks:
     n_blocks: int = 0
     table: pa.Table | None = None
     clusters: Clusters | None = None
-    directory: tempfile.TemporaryDirectory[str] | None = None
+    directory: ScratchDirectory | None = None
     largest: float = 0.0
     smallest: float = field(default=float("inf"))
 
@@ -160,7 +160,7 @@ class Collector:
         self.held.append(batch)
         self.held_bytes += batch.nbytes
         if self.writer is None and self.held_bytes > self.budget:
-            self.blocks.directory = tempfile.TemporaryDirectory(prefix="mlpipe-", dir=self.parent)
+            self.blocks.directory = ScratchDirectory(self.parent)
             self.writer = pa.ipc.new_file(str(self._path()), batch.schema)
         if self.writer is not None:
             for held in self.held:

@@ -139,7 +139,8 @@ def told(fit: MixedFit) -> str:
         lines.append(f"Drift since {found['since']}{largest}{''.join(f'; {text}' for text in changed_names)}")
     for label, moved in fit.info.get("input_drift", {}).items():
         beyond = ", beyond its range of then" if moved["outside"] else ""
-        lines.append(f"Input {label}: mean moved by {moved['shift']:+.2f} spreads since the store was made, spread x {moved['spread']:.2f}{beyond}")
+        by = f"mean moved by {moved['shift']:+.2f} spreads, spread x {moved['spread']:.2f}"
+        lines.append(f"Input {label}: {by} since the store was made{beyond}")
     return "\n".join(lines)
 
 

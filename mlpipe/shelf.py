@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .atomic import replacing, synced
 from .errors import ConfigError, DataError, ResourceError
+from .scratch import ScratchDirectory
 from .stats import SuffStats
 
 if TYPE_CHECKING:
@@ -171,14 +171,14 @@ class DatabaseShelf:
         rows = self._run(f"select content from {BLOBS} where state = ?", state)
         if not rows:
             raise DataError(f"the store {self.name} has lost a state", code="store", hint=REBUILD)
-        with _disk(Path(self.name)), tempfile.TemporaryDirectory(prefix="mlpipe-", dir=self.parent) as folder:
+        with _disk(Path(self.name)), ScratchDirectory(self.parent) as folder:
             path = Path(folder) / "state.arrow"
             path.write_bytes(rows[0][0])
             return _loaded(path, self.name)
 
     def save(self, state: str, stats: SuffStats) -> None:
         """See Shelf."""
-        with _disk(Path(self.name)), tempfile.TemporaryDirectory(prefix="mlpipe-", dir=self.parent) as folder:
+        with _disk(Path(self.name)), ScratchDirectory(self.parent) as folder:
             path = Path(folder) / "state.arrow"
             _written(stats, path)
             self._run(f"create table if not exists {BLOBS} (state varchar, content blob)")

@@ -4,15 +4,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ResourceError
+from ..scratch import ScratchDirectory
 from .base import fingerprint
 from .dialects import widens
 
@@ -31,23 +29,21 @@ class Workspace:
 
     def __init__(self, parent: str | None) -> None:
         self._parent = parent
-        self._remove: weakref.finalize[[str], Workspace] | None = None
-        self._path = ""
+        self._directory: ScratchDirectory | None = None
 
     def path(self) -> str:
         """The directory. Raises ResourceError (code "temp_directory") where it cannot be made."""
-        if self._remove is None:
+        if self._directory is None:
             try:
-                self._path = tempfile.mkdtemp(prefix="mlpipe-", dir=self._parent)
+                self._directory = ScratchDirectory(self._parent)
             except OSError as error:
                 raise ResourceError(f"no temporary directory in {self._parent!r}: {error}", code="temp_directory") from error
-            self._remove = weakref.finalize(self, shutil.rmtree, self._path, True)
-        return self._path
+        return self._directory.name
 
     def close(self) -> None:
         """Remove the directory and what is in it."""
-        if self._remove is not None:
-            self._remove()
+        if self._directory is not None:
+            self._directory.cleanup()
 
 
 def format_of(path: str) -> str:
