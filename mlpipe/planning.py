@@ -28,7 +28,7 @@ FLOOR = 256 << 20  # bytes: interpreter, libraries and the engine's least workin
 @dataclass(frozen=True)
 class Request:
     """What the user asked for, as text and plain values; `family`, `link`, `trials` and `nagq` of a generalized model, `groups` where the
-    formula has none."""
+    formula has none; `by`: columns whose values each have a model of their own."""
 
     formula: str
     weights: str | None = None
@@ -44,6 +44,7 @@ class Request:
     trials: str | None = None
     nagq: int = 1
     groups: tuple[str, ...] = ()
+    by: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
 
 
@@ -258,7 +259,7 @@ def _names(engine: Engine, formula: Formula, request: Request) -> tuple[Names, l
     from .sql import Names
 
     schema = engine.schema()
-    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups]
+    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups, *request.by]
     values = [name for node in _nodes(formula, request) for name in expr.columns(node)]
     for name in (*values, *keys):
         if name not in schema:
@@ -284,7 +285,7 @@ def _nodes(formula: Formula, request: Request) -> list[expr.Node]:
 
 def used_names(formula: Formula, request: Request) -> tuple[str, ...]:
     """The source's columns that a request uses."""
-    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups]
+    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups, *request.by]
     return tuple(dict.fromkeys([*(name for node in _nodes(formula, request) for name in expr.columns(node)), *keys]))
 
 
@@ -305,7 +306,7 @@ def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[
         weights=request.weights,
         freq=request.freq,
         offset=request.offset,
-        groups=tuple(dict.fromkeys(key for factor in factors for key in factor)) or request.groups,
+        groups=(*request.by, *(tuple(dict.fromkeys(key for factor in factors for key in factor)) or request.groups)),
         factors=factors if len(factors) > 1 else (),
         variables=variables,
         coordinates=Coordinates({}, {}, {}),
