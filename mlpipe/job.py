@@ -14,15 +14,15 @@ from .errors import ConfigError, ConvergenceError, did_you_mean
 from .options import Options
 
 if TYPE_CHECKING:
+    from .many import Fits
     from .result import MixedFit
 
 Mode = Literal["error", "overwrite", "append"]
 
 # Keys that the job format reserves and this version does not have: better named than called unknown.
 RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
-    (): ("models",),
     ("source",): ("columns",),
-    ("model",): ("by", "corr", "groups", "time"),
+    ("model",): ("corr", "groups", "time"),
     ("output",): ("scoring_sql",),
     ("limits",): ("timeout",),
 }
@@ -79,6 +79,13 @@ class ModelSection(Section):
     contrasts: dict[str, str] | None = None
     na: Literal["drop", "raise"] = "drop"
     where: str | None = None
+    by: list[str] = Field(default_factory=list)
+
+
+class NamedModel(ModelSection):
+    """One of several models of a job."""
+
+    name: str
 
 
 class StoreSection(Section):
@@ -116,10 +123,11 @@ class PolicySection(Section):
 
 
 class Job(Section):
-    """A whole job."""
+    """A whole job: one `model`, or several `models`."""
 
     source: SourceSection
-    model: ModelSection
+    model: ModelSection | None = None
+    models: list[NamedModel] = Field(default_factory=list)
     store: StoreSection | None = None
     output: OutputSection | None = None
     limits: LimitsSection = Field(default_factory=LimitsSection)
@@ -142,7 +150,7 @@ def read_job(path: str | Path) -> Job:
     except ValidationError as error:
         raise _readable(error, str(path)) from error
     _check_source(job.source, str(path))
-    _check_model(job.model, str(path))
+    _check_models(job, str(path))
     _check_store(job, str(path))
     return job
 
@@ -188,9 +196,9 @@ def _wanted(kind: str, message: str, key: str) -> str:
 
 def _section(location: tuple[str, ...]) -> type[BaseModel]:
     section: type[BaseModel] = Job
-    for part in location:
+    for part in (part for part in location if not part.isdigit()):  # a number is a place in a list of tables
         annotation = section.model_fields[part].annotation
-        candidates = (annotation, *getattr(annotation, "__args__", ()))
+        candidates = (*getattr(annotation, "__args__", ()), annotation)
         section = next(one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel))
     return section
 
@@ -203,14 +211,25 @@ def _check_source(source: SourceSection, path: str) -> None:
         raise ConfigError(f"{path}: source.types is for CSV and JSON files", code="job_source")
 
 
-def _check_model(model: ModelSection, path: str) -> None:
-    """Raises ConfigError for keys of another kind of model, before any work."""
+def _check_models(job: Job, path: str) -> None:
+    """Raises ConfigError for keys of another kind of model, and for several models that cannot be told apart or written together."""
     from .fit import check_keywords
 
-    try:
-        check_keywords(model.kind, _settings(model))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: [model] {error.message}", code="job_value", hint=error.hint) from error
+    if (job.model is None) == (not job.models):
+        what = "[model] is missing" if job.model is None else "[model] and [[models]] exclude each other"
+        raise ConfigError(f"{path}: {what}", code="job_value")
+    for model in [job.model] if job.model is not None else job.models:
+        try:
+            check_keywords(model.kind, _settings(model))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: [model] {error.message}", code="job_value", hint=error.hint) from error
+        if model.kind != "lmm" and (model.by or job.models):
+            raise ConfigError(f"{path}: by and [[models]] are for linear mixed models", code="not_available")
+    names = [model.name for model in job.models]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path}: two models have one name", code="job_value")
+    if len({tuple(model.by) for model in job.models}) > 1:
+        raise ConfigError(f"{path}: all models of a job share their by", code="job_value", hint="write a job for each")
 
 
 def _check_store(job: Job, path: str) -> None:
@@ -219,8 +238,8 @@ def _check_store(job: Job, path: str) -> None:
         if job.policy.max_drift is not None:
             raise ConfigError(f"{path}: policy.max_drift needs a [store]", code="job_value")
         return
-    if job.model.kind != "lmm":
-        raise ConfigError(f"{path}: [store] is for linear mixed models, not for {job.model.kind!r}", code="not_available")
+    if job.model is None or job.model.by or job.model.kind != "lmm":
+        raise ConfigError(f"{path}: [store] is for one linear mixed model without by", code="not_available")
     roles = {"source.database": job.source.database, "output.target": job.output.target if job.output is not None else None}
     for role, other in roles.items():
         if other is not None and os.path.realpath(other) == os.path.realpath(job.store.path):
@@ -229,7 +248,7 @@ def _check_store(job: Job, path: str) -> None:
 
 def _settings(model: ModelSection) -> dict[str, Any]:
     """The keywords of the fitting function: what the job says and nothing more."""
-    return model.model_dump(exclude={"kind", "formula", "where"}, exclude_unset=True)
+    return model.model_dump(exclude={"kind", "formula", "where", "by", "name"}, exclude_unset=True)
 
 
 def data_of(source: SourceSection) -> Any:
@@ -252,8 +271,9 @@ def fit_job(job: Job, limits: Mapping[str, Any], *, rebase: bool = False) -> Mix
     from .fit import fitted
     from .sources import Subset
 
-    options = Options(**(job.limits.model_dump(exclude_none=True) | dict(limits)))
+    options = _options(job, limits)
     model, data = job.model, data_of(job.source)
+    assert model is not None
     if model.where is not None:
         data = Subset(data, model.where)
     if job.store is not None:
@@ -261,6 +281,49 @@ def fit_job(job: Job, limits: Mapping[str, Any], *, rebase: bool = False) -> Mix
     if rebase:
         raise ConfigError("--rebase is for jobs with a [store]", code="usage")
     return fitted(model.kind, model.formula, data, options, _settings(model))
+
+
+def _options(job: Job, limits: Mapping[str, Any]) -> Options:
+    return Options(**(job.limits.model_dump(exclude_none=True) | dict(limits)))
+
+
+def has_many(job: Job) -> bool:
+    """Whether a job asks for several fits."""
+    return job.model is None or bool(job.model.by)
+
+
+def fit_jobs(job: Job, limits: Mapping[str, Any]) -> Fits:
+    """Fits all models of a job, those with the same rows and weights from the same scans. Raises what `many.fit_many` raises."""
+    from .many import Fits, Model, fit_many
+    from .planning import Request
+    from .sources import Subset
+
+    models = [NamedModel(name=job.model.formula, **job.model.model_dump())] if job.model is not None else job.models
+    names, options, data = ("weights", "freq", "offset", "levels", "contrasts", "na"), _options(job, limits), data_of(job.source)
+    scans: dict[str, list[NamedModel]] = {}
+    for model in models:
+        scans.setdefault(repr([model.where, *(getattr(model, name) for name in names)]), []).append(model)
+    done = []
+    for shared in scans.values():
+        first = shared[0]
+        request = Request("", by=tuple(first.by), options=options, **{name: getattr(first, name) for name in names})
+        part = Subset(data, first.where) if first.where is not None else data
+        done.append(fit_many([Model(model.name, model.formula, model.reml) for model in shared], part, request))
+    place = {model.name: i for i, model in enumerate(models)}
+    fits = sorted((one for part in done for one in part.fits), key=lambda one: place[one.model])
+    return Fits(fits, done[0].by, {"scans": [one.info for one in done]})
+
+
+def write_outputs(fits: Fits, output: OutputSection | None) -> None:
+    """Writes all fits as one run where the job says, if it does."""
+    from .store import write_all
+    from .tables import Entry
+
+    if output is not None:
+        entries = [Entry(one.model, one.fit, one.by, None if one.error is None else one.error.message) for one in fits.fits]
+        write_all(
+            entries, fits.by, output.target, prefix=output.prefix, mode=output.mode, run_id=None, ranef=output.ranef
+        )
 
 
 def _fit_from_store(job: Job, store: StoreSection, data: Any, options: Options, rebase: bool) -> MixedFit:
@@ -271,6 +334,7 @@ def _fit_from_store(job: Job, store: StoreSection, data: Any, options: Options, 
     from .planning import Request
 
     model = job.model
+    assert model is not None
     names = ("weights", "freq", "offset", "levels", "contrasts", "na")
     request = Request(model.formula, collect="blocks", options=options, **{name: getattr(model, name) for name in names})
     settings = Settings(store.partition_by, store.window, store.vanished)
@@ -296,6 +360,19 @@ def write_output(fit: MixedFit, output: OutputSection | None) -> None:
 
 def check_policy(fit: MixedFit, policy: PolicySection) -> None:
     """Raises ConvergenceError for a fit that the policy forbids, naming every reason."""
+    if reasons := _forbidden(fit, policy):
+        raise ConvergenceError(f"the job's policy forbids this result: {', '.join(reasons)}", code="policy")
+
+
+def check_policies(fits: Fits, policy: PolicySection) -> None:
+    """The same for several fits: the first few that are forbidden, and how many there are."""
+    found = [(one, reasons) for one in fits.fits if one.fit is not None and (reasons := _forbidden(one.fit, policy))]
+    if found:
+        shown = "; ".join(f"{one.label}: {', '.join(reasons)}" for one, reasons in found[:3])
+        raise ConvergenceError(f"the job's policy forbids {len(found)} of {len(fits.fits)} results: {shown}", code="policy")
+
+
+def _forbidden(fit: MixedFit, policy: PolicySection) -> list[str]:
     states = {"singular": fit.singular, "separation": bool(fit.info.get("separation"))}
     states |= {"rank": bool(fit.dropped), "nonconvergence": not fit.converged}
     reasons: list[str] = [name for name in dict.fromkeys(policy.forbid) if states[name]]
@@ -306,5 +383,4 @@ def check_policy(fit: MixedFit, policy: PolicySection) -> None:
     if policy.max_drift is not None and fit.info.get("drift", {}).get("largest", 0.0) > policy.max_drift:
         drift = fit.info["drift"]
         reasons.append(f"{drift['term']} moved by {drift['largest']:.2f} standard errors, {policy.max_drift:g} are allowed")
-    if reasons:
-        raise ConvergenceError(f"the job's policy forbids this result: {', '.join(reasons)}", code="policy")
+    return reasons

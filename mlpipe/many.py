@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from .result import LMMFit
 
+FEW = 8  # fits that are printed whole, and failures that are named
 SHARE = 1e-12  # of a value's weight, below which a level does not occur with it: rounding of a difference of sums
 
 
@@ -58,6 +59,11 @@ class Fitted:
     fit: LMMFit | None
     error: MlpipeError | None = None
 
+    @property
+    def label(self) -> str:
+        """The model and its values, for messages."""
+        return " ".join([self.model, *(f"{name}={value}" for name, value in self.by.items())])
+
 
 @dataclass
 class Fits:
@@ -71,6 +77,17 @@ class Fits:
     def failed(self) -> list[Fitted]:
         """Those without a fit."""
         return [one for one in self.fits if one.fit is None]
+
+    def told(self) -> str:
+        """What came out, as text: the summaries of a few fits, counts of many, and the first that failed or did not converge."""
+        good = [one.fit for one in self.fits if one.fit is not None]
+        lines = [f"{one.label}\n{one.fit.summary()}\n" for one in self.fits if one.fit is not None] if len(self.fits) <= FEW else []
+        loose = [one for one in self.fits if one.fit is not None and not one.fit.converged]
+        singular = sum(fit.singular for fit in good)
+        lines.append(f"{len(self.fits)} fits: {len(good) - len(loose)} converged, {singular} of all singular, {len(self.failed)} failed")
+        lines += [f"not converged: {one.label}" for one in loose[:FEW]]
+        lines += [f"failed: {one.label}: {one.error.message}" for one in self.failed[:FEW] if one.error is not None]
+        return "\n".join(lines)
 
 
 def fit_many(models: Sequence[Model], data: Any, request: Request) -> Fits:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -312,11 +312,12 @@ class LMMFit(MixedFit):
         )
 
 
-def load(path: Any, *, prefix: str = "mlpipe") -> Any:
+def load(path: Any, *, prefix: str = "mlpipe", model: str | None = None, by: Mapping[str, Any] | None = None) -> Any:
     """The fit that `fit.write` wrote last to a directory, a DuckDB file or connection (there, under `prefix`), without data.
 
-    Raises DataError where there is none.
+    Of a job with several fits, `model` and `by`, the values it is for, say which. Raises DataError where there is none, ConfigError
+    where several match.
     """
     from . import store
 
-    return store.load(path, prefix)
+    return store.load(path, prefix, model, by)

@@ -56,8 +56,6 @@ def test_an_unknown_key_like_no_other_lists_the_known(job: Path) -> None:
 
 
 LATER = [
-    ('[[models]]\nname = "a"', "models"),
-    ('[model]\nformula = "y ~ 1"\nby = ["a"]', "model.by"),
     ('[model]\nformula = "y ~ 1"\ncorr = "ar1"', "model.corr"),
     ('[model]\nformula = "y ~ 1"\nkind = "gee"', "model.kind = 'gee'"),
     ('[output]\ntarget = "x"\nscoring_sql = ["duckdb"]', "output.scoring_sql"),
