@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,16 @@ def survived(folder: Path, points: int, seed: int, *, database: bool = False) ->
     return counts
 
 
-def started(path: Path) -> int:
-    """A process that runs the job, silently."""
+def started(path: Path, said: Path | None = None, first: Callable[[], None] = lambda: None) -> int:
+    """A process that runs the job, without output but of its errors to a file; `first`: what it does before."""
     process = os.fork()
     if process:
         return process
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if said is not None else null, 2)
+        first()
         sys.argv = ["mlpipe", "run", str(path)]
         cli.main()
     except SystemExit as leave:
