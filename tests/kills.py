@@ -1,15 +1,18 @@
-"""Kills a job at random moments, by SIGKILL, and looks at what is left; then runs it again and compares.
+"""Kills, stops and starves a job, and looks at what is left; then runs it again and compares.
 
-    python tests/kills.py [--points 200] [--seed 0] [--database]
+    python tests/kills.py points [--points 200] [--seed 0] [--database]     SIGKILL at random moments
+    python tests/kills.py stopped | full | vanished                          signals; a full disk; a partition that is gone
 
 Each run is a fork of this process, which has all libraries loaded and no threads: what is killed is the work, not the imports.
 """
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -53,14 +56,92 @@ temp_directory = "{folder}/temp"
 
 
 def main() -> None:
-    """Reads the command line, prints how often each part of a run was hit."""
+    """Reads the command line; raises AssertionError where a job does not survive."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["points", "stopped", "full", "vanished"])
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database", action="store_true", help="store and target are DuckDB files")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(survived(Path(folder), arguments.points, arguments.seed, database=arguments.database)))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.what == "points":
+            print(json.dumps(survived(folder, arguments.points, arguments.seed, database=arguments.database)))
+        else:
+            {"stopped": stopped, "full": full_disk, "vanished": vanished}[arguments.what](folder, made(folder, ("store", "target")))
+
+
+def made(folder: Path, names: tuple[str, str]) -> Path:
+    """A job that has run over all days but the last."""
+    path = folder / "job.toml"
+    path.write_text(JOB.format(folder=folder, store=names[0], target=names[1]))
+    (folder / "temp").mkdir()
+    days(folder, 1, DAYS - 1)
+    assert ended(started(path)) == 0
+    return path
+
+
+def days(folder: Path, first: int, last: int) -> None:
+    """Writes days into the lake, by a process of its own: polars has threads."""
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            lake(folder / "lake", first, last, ROWS)
+            status = 0
+        finally:
+            os._exit(status)
+    assert ended(process) == 0
+
+
+def stopped(folder: Path, path: Path) -> None:
+    """SIGTERM and SIGINT end a run with their status, a word, and nothing half done."""
+    names, said = ("store", "target"), folder / "said"
+    before = left(folder, names)
+    for day, (number, code) in enumerate([(signal.SIGTERM, 143), (signal.SIGINT, 130)], DAYS):
+        days(folder, day, day)
+        process = started(path, said)
+        while not list((folder / "temp").iterdir()):
+            time.sleep(0.001)
+        os.kill(process, number)
+        status = ended(process)
+        assert (status, said.read_text().strip()) == (code, "interrupted"), (status, said.read_text())
+        held, found = left(folder, names)
+        rest = list((folder / "temp").iterdir())
+        assert found == before[1] and held in (day - 1, day) and not rest, (held, day, rest)
+        assert ended(started(path)) == 0
+        before = left(folder, names)
+        assert before[0] == day
+        check_clean(folder, names)
+
+
+def full_disk(folder: Path, path: Path) -> None:
+    """A limit on the size of files stands in for a disk that is full, at the first state and at the index: status 5, nothing lost."""
+    names, said = ("store", "target"), folder / "said"
+
+    def starved(limit: int) -> None:
+        before = left(folder, names)
+        status = ended(started(path, said, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+        assert status == 5 and said.read_text().startswith("error: cannot write"), (limit, status, said.read_text())
+        assert left(folder, names) == before
+
+    days(folder, DAYS, DAYS)
+    starved(max(file.stat().st_size for file in (folder / "store" / "states").iterdir()) // 2)
+    assert ended(started(path)) == 0
+    assert left(folder, names)[0] == DAYS
+    starved((folder / "target" / "fit.json").stat().st_size // 2)
+    assert ended(started(path)) == 0
+    check_clean(folder, names)
+
+
+def vanished(folder: Path, path: Path) -> None:
+    """A partition that is gone: status 3, its name, and all as it was."""
+    names, said = ("store", "target"), folder / "said"
+    before = left(folder, names)
+    (folder / "lake" / "d02.parquet").unlink()
+    assert ended(started(path, said)) == 3
+    assert "no longer has the partition" in said.read_text() and "d02.parquet" in said.read_text()
+    assert left(folder, names) == before
 
 
 def survived(folder: Path, points: int, seed: int, *, database: bool = False) -> dict[str, int]:
@@ -69,14 +150,12 @@ def survived(folder: Path, points: int, seed: int, *, database: bool = False) ->
     Raises AssertionError where store or target are not valid, or the next run does not end as an undisturbed one.
     """
     names = ("store.duckdb", "target.duckdb") if database else ("store", "target")
-    path, before = folder / "job.toml", folder / "before"
-    path.write_text(JOB.format(folder=folder, store=names[0], target=names[1]))
-    (folder / "temp").mkdir()
-    lake(folder / "lake", 1, DAYS - 1, ROWS)
-    assert ended(started(path)) == 0
+    before = folder / "before"
+    names = ("store.duckdb", "target.duckdb") if database else ("store", "target")
+    path = made(folder, names)
     _, old = left(folder, names)
     copied(folder, before, names)
-    lake(folder / "lake", DAYS, DAYS, ROWS)
+    days(folder, DAYS, DAYS)
     began = time.monotonic()
     assert ended(started(path)) == 0
     length = time.monotonic() - began
@@ -90,10 +169,10 @@ def survived(folder: Path, points: int, seed: int, *, database: bool = False) ->
         time.sleep(rng.uniform(0.0, 1.1 * length))
         os.kill(process, signal.SIGKILL)
         counts["finished"] += ended(process) == 0
-        days, found = left(folder, names)
+        held, found = left(folder, names)
         assert found in (old, new)
         counts["new" if found == new else "old"] += 1
-        counts["store"] += days == DAYS
+        counts["store"] += held == DAYS
         assert ended(started(path)) == 0
         assert left(folder, names) == (DAYS, new)
         check_clean(folder, names)
@@ -115,6 +194,7 @@ def started(path: Path, said: Path | None = None, first: Callable[[], None] = la
         sys.argv = ["mlpipe", "run", str(path)]
         cli.main()
     except SystemExit as leave:
+        atexit._run_exitfuncs()  # as at an interpreter's end
         os._exit(int(leave.code or 0))
     finally:
         os._exit(99)
@@ -159,8 +239,8 @@ def left(folder: Path, names: tuple[str, str]) -> tuple[int, dict[str, Any]]:
     with os.fdopen(read) as pipe:
         text = pipe.read()
     assert ended(process) == 0, "what was left is not valid"
-    days, held = json.loads(text)
-    return days, held
+    held, found = json.loads(text)
+    return held, found
 
 
 def check_clean(folder: Path, names: tuple[str, str]) -> None:
