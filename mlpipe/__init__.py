@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .generalized import glmm as glmm
     from .generalized_result import GLMFit as GLMFit
     from .generalized_result import GLMMFit as GLMMFit
+    from .hypotheses import anova as anova
     from .options import Options as Options
     from .planning import Plan as Plan
     from .result import LMMFit as LMMFit
@@ -51,6 +52,7 @@ _MODULES = {
     "fit": ("lmm", "plan", "suffstats"),
     "generalized": ("glm", "glmm"),
     "generalized_result": ("GLMFit", "GLMMFit"),
+    "hypotheses": ("anova",),
     "options": ("Options",),
     "planning": ("Plan",),
     "result": ("LMMFit", "load"),

@@ -25,3 +25,18 @@ def arrow(values: np.ndarray, kind: pa.DataType | None = None) -> pa.Array:
 
     data = np.ascontiguousarray(values)
     return pa.Array.from_buffers(kind or pa.float64(), len(data), [None, pa.py_buffer(data)])
+
+
+def plain_interval(values: pa.Array) -> pa.Array:
+    """DuckDB's intervals as durations in microseconds, a month being 30 days as where DuckDB compares them; other values as they are.
+
+    What were durations in Arrow and Polars become ones again, and neither Parquet nor Arrow's own functions take intervals.
+    """
+    import pyarrow as pa
+
+    if values.type != pa.month_day_nano_interval():
+        return values
+    parts = np.dtype([("months", "<i4"), ("days", "<i4"), ("nanos", "<i8")])
+    held = np.frombuffer(values.buffers()[1], parts, len(values), values.offset * parts.itemsize)
+    micros = (held["months"].astype(np.int64) * 30 + held["days"]) * 86_400_000_000 + held["nanos"] // 1_000
+    return arrow(micros, pa.duration("us"))

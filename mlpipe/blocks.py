@@ -1,7 +1,7 @@
 """Per-block sums of a random part: held in memory, in a mapped Arrow file, or as clusters of blocks that share Z'wZ."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .arrays import column
-from .scratch import ScratchDirectory
+from .scratch import Scratch
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,18 +62,26 @@ class Clusters:
 class Blocks:
     """All blocks of one grouping factor.
 
-    `names`: columns of the sums in `table`; `table`: one row a block (keys, row_count, sums), in memory or mapped;
+    `names`: columns of the sums Z'wW in `table`; `table`: one row a block (keys, row_count, sums), in memory or mapped;
     `clusters`: blocks already compressed; `n_blocks`: how many blocks both hold; `directory`: where the mapped file is, if any
-    (it goes with this object).
+    (it goes with this object); `rest`: columns of what completes a block's own cross-products (collect="blocks+xx"), in the order of
+    `Recipe.rest()`, then `n` and `sum_log_w` where rows have frequencies and weights.
     """
 
     names: list[str]
     n_blocks: int = 0
     table: pa.Table | None = None
     clusters: Clusters | None = None
-    directory: ScratchDirectory | None = None
+    directory: Scratch | None = None
     largest: float = 0.0
     smallest: float = field(default=float("inf"))
+    rest: list[str] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        """Columns of the keys in `table`, in the order of `Recipe.groups`."""
+        held = {*self.names, *self.rest, "row_count"}
+        return [name for name in self.table.column_names if name not in held] if self.table is not None else []
 
     def arrays(self) -> Iterator[np.ndarray]:
         """The sums (K, B) of the blocks that are not compressed, batch by batch."""
@@ -84,12 +92,14 @@ class Blocks:
                 yield stack(batch, self.names)
 
     def totals(self) -> np.ndarray:
-        """The sums (K,) over all blocks."""
-        out = np.zeros(len(self.names))
+        """The sums (K + rest,) over all blocks, in the order of `names`, then of `rest`."""
+        out = np.zeros(len(self.names) + len(self.rest))
         if self.clusters is not None:
-            out += self.clusters.sums.sum(axis=1)
-        for sums in self.arrays():
-            out += sums.sum(axis=1)
+            out[: len(self.names)] += self.clusters.sums.sum(axis=1)
+        if self.table is not None:
+            wanted = [*self.names, *self.rest]
+            for batch in self.table.select(wanted).to_batches(max_chunksize=BATCH):
+                out += stack(batch, wanted).sum(axis=1)
         return out
 
     @property
@@ -97,6 +107,13 @@ class Blocks:
         """Bytes of memory held, a mapped file's pages not counted."""
         held = self.table.nbytes if self.table is not None and self.directory is None else 0
         return held + (self.clusters.products.nbytes if self.clusters is not None else 0)
+
+
+def with_key_names(batch: pa.RecordBatch, keys: Sequence[str]) -> pa.RecordBatch:
+    """The batch with its key columns named by their place among the grouping columns: where these stand in one source is no business
+    of another's whose statistics are merged."""
+    own = {key: f"k{i}" for i, key in enumerate(keys)}
+    return batch.rename_columns([own.get(name, name) for name in batch.schema.names])
 
 
 def stack(batch: pa.RecordBatch, names: list[str]) -> np.ndarray:
@@ -107,11 +124,14 @@ def stack(batch: pa.RecordBatch, names: list[str]) -> np.ndarray:
 class Collector:
     """Takes in batches of block sums: compresses those that repeat, keeps the rest within `budget` bytes or in a file.
 
-    `shared`: positions of the sums that make up Z'wZ. `keep_keys`: keep every block with its key (for merging, saving).
+    `shared`: positions of the sums that make up Z'wZ. `keep_keys`: keep every block with its key (for merging, saving). `rest`: as in
+    Blocks.
     """
 
-    def __init__(self, names: list[str], shared: list[int], *, keep_keys: bool, budget: int, parent: str | None) -> None:
-        self.blocks = Blocks(names)
+    def __init__(
+        self, names: list[str], shared: list[int], *, keep_keys: bool, budget: int, parent: str | None, rest: Sequence[str] = ()
+    ) -> None:
+        self.blocks = Blocks(names, rest=list(rest))
         self.shared, self.keep_keys, self.budget, self.parent = shared, keep_keys, budget, parent
         self.known: dict[bytes, int] = {}
         self.repeats = not keep_keys
@@ -161,7 +181,7 @@ class Collector:
         self.held.append(batch)
         self.held_bytes += batch.nbytes
         if self.writer is None and self.held_bytes > self.budget:
-            self.blocks.directory = ScratchDirectory(self.parent)
+            self.blocks.directory = Scratch(self.parent)
             self.writer = pa.ipc.new_file(str(self._path()), batch.schema)
         if self.writer is not None:
             for held in self.held:

@@ -34,6 +34,8 @@ class Checkpoint:
             found = record["format"], record["plan"], record["source"]
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise ConfigError(f"cannot read the checkpoint {self.path}: {error.strerror or error}", code="checkpoint") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.path} is no checkpoint", code="checkpoint", hint="name another file") from error
         for what, held, wanted in zip(("version", "model", "source"), found, (FORMAT, self.plan, self.source), strict=True):

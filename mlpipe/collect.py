@@ -12,7 +12,7 @@ import numpy as np
 
 from . import expr, statements
 from .arrays import column
-from .blocks import Blocks, Clusters, Collector
+from .blocks import Blocks, Clusters, Collector, with_key_names
 from .crossing import crossed
 from .design import Atom
 from .engines.base import Columns
@@ -190,6 +190,7 @@ def _causes(plan: Plan) -> dict[str, dict[str, int]]:
     out: dict[str, dict[str, int]] = {kind: {} for kind in ("missing", "infinite", "zero", "negative")}
     named = [(kind, f"{kind}_{k}", name) for kind in ("missing", "infinite") for k, name in enumerate(raw)]
     named += [("missing", f"key_{k}", name) for k, name in enumerate(recipe.groups)]
+    named += [("infinite", f"infinite_key_{k}", name) for k, name in enumerate(recipe.groups)]
     named += [(kind, f"{kind}_{name}", text) for kind in ("zero", "negative") for name, text in weights.items()]
     for kind, field, name in named:
         if row.get(field):
@@ -255,8 +256,8 @@ def rescaled(recipe: Recipe, scalings: dict[Atom, tuple[float, float]]) -> Recip
     return closed
 
 
-def _width(recipe: Recipe) -> int:
-    return GROUP_BYTES + KEY_BYTES * len(recipe.groups) + SUM_BYTES * len(recipe.pairs())
+def _width(plan: Plan) -> int:
+    return GROUP_BYTES + KEY_BYTES * len(plan.recipe.groups) + SUM_BYTES * plan.sums_per_block
 
 
 def _key_positions(plan: Plan) -> list[int]:
@@ -267,7 +268,7 @@ def _key_positions(plan: Plan) -> list[int]:
 def _limited(plan: Plan, rows: int) -> Iterator[Plan]:
     """The plan; where its engine cannot keep the table of the blocks within the memory limit, over a copy of the rows in DuckDB."""
     recipe, limit = plan.recipe, plan.request.options.engine_bytes
-    width = UNLIMITED * _width(recipe)
+    width = UNLIMITED * _width(plan)
     if plan.engine.spills or rows * width <= limit or (keys := plan.engine.key_count(_key_positions(plan))) * width <= limit:
         yield plan
         return
@@ -283,7 +284,7 @@ def _limited(plan: Plan, rows: int) -> Iterator[Plan]:
 
 def parts_of(plan: Plan, rows: int) -> tuple[Part | None, ...]:
     """The parts by key in which the blocks are summed, each small enough for the engine's memory; (None,) for all at once."""
-    width, positions = _width(plan.recipe), _key_positions(plan)
+    width, positions = _width(plan), _key_positions(plan)
     room = plan.engine.table_room(positions)
     if room is None or rows * width <= SPARED * room:
         return (None,)
@@ -302,13 +303,13 @@ def _blocks(plan: Plan, parts: Sequence[Part | None]) -> Blocks:
     if plan.path == "second level":
         return _second_level(plan, names, parts)
     shared = [k for k, (_, j) in enumerate(pairs) if j in recipe.z]
-    options = plan.request.options
-    collector = Collector(
-        names, shared, keep_keys=plan.request.collect != "fit", budget=options.memory_bytes // 4, parent=options.temp_directory
-    )
+    options, rest = plan.request.options, statements.rest_names(recipe) if plan.whole else ()
+    keys = [plan.names.key(group).name for group in recipe.groups]
+    budget, parent = options.memory_bytes // 4, options.temp_directory
+    collector = Collector(names, shared, keep_keys=plan.request.collect != "fit", budget=budget, parent=parent, rest=rest)
     for part in parts:
-        for batch in plan.engine.query(statements.block_sums(recipe, plan.names, part), plan.columns):
-            collector.add(batch)
+        for batch in plan.engine.query(plan.block_sums(part), plan.columns):
+            collector.add(with_key_names(batch, keys))
     return collector.finish()
 
 
@@ -332,8 +333,9 @@ def _second_level(plan: Plan, names: list[str], parts: Sequence[Part | None]) ->
 
 def _reconcile(plan: Plan, gram: np.ndarray, totals: list[np.ndarray]) -> None:
     """Every scan saw the same rows: each factor's sums add up to the ungrouped ones."""
+    pairs = [*plan.recipe.pairs(), *(plan.recipe.rest() if plan.whole else ())]
     for sums in totals:
-        for total, (a, j) in zip(sums, plan.recipe.pairs(), strict=True):
+        for total, (a, j) in zip(sums[: len(pairs)], pairs, strict=True):
             size = math.sqrt(gram[a, a] * gram[j, j]) + 1.0
             if not abs(total - gram[a, j]) <= 1e-9 * size:
                 raise changed()

@@ -217,6 +217,8 @@ def _meaning(fit: MixedFit) -> list[str]:
         out.append(f"the response is the same throughout {flat:,} of {fit.n_blocks:,} blocks")
     if not _is_generalized(fit) or "per_block" not in info or any("nagq" in note for note in info.get("notes", [])):
         return out
+    if (fit.base_family, fit.link) == ("gaussian", "identity"):  # exact with any number of nodes
+        return out
     size = f"{info['per_block']:.3g} {'trials' if fit.base_family == 'binomial' else 'rows'} on average"
     if fit.nagq == 1:
         return [*out, f"nagq = 1 takes a block's likelihood from its mode and curvature alone: better the larger blocks are (here {size})"]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .arrays import column
+from .arrays import column, plain_interval
 from .errors import DataError
+from .levels import places
 from .reduction import response_vector
 
 if TYPE_CHECKING:
@@ -78,18 +79,10 @@ def table_of(fit: MixedFit, tables: Iterator[pa.Table]) -> pa.Table:
 
 
 def _sorted(table: pa.Table, keys: list[str]) -> pa.Table:
-    """Sorted by the keys, level codes by their own order."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
+    """Sorted by the keys; those of a type that has no order stay in the engine's."""
     table = table.unify_dictionaries().combine_chunks()
-    columns = [table.column(key).combine_chunks() for key in keys]
-    codes = [column.indices if pa.types.is_dictionary(column.type) else column for column in columns]
-    proxy = pa.table({f"k{i}": code for i, code in enumerate(codes)})
-    try:
-        return table.take(pc.sort_indices(proxy, sort_keys=[(name, "ascending") for name in proxy.column_names]))
-    except (pa.ArrowNotImplementedError, pa.ArrowTypeError):  # a key type that has no order stays in the engine's
-        return table
+    order = places(table, keys)
+    return table if order is None else table.take(order)
 
 
 def key_names(terms: Sequence[Named], columns: Sequence[str]) -> list[str]:
@@ -157,7 +150,7 @@ def _from_statistics(fit: MixedFit, stats: Any) -> Iterator[pa.Table]:
     every[list(recipe.z)] = identity
     S_map = full_map(recipe, identity, every)
     r_map = full_map(recipe, identity, residual_vector(fit)[:, None])[:, 0]
-    keys = [name for name in table.column_names if name not in stats.blocks.names and name != "row_count"]
+    keys = stats.blocks.keys
     for batch in table.to_batches(max_chunksize=65_536):
         sums = stack(batch, stats.blocks.names)
         S = np.einsum("abk,kn->nab", S_map, sums)
@@ -169,7 +162,7 @@ def _table(fit: MixedFit, keys: list[Any], S: np.ndarray, r: np.ndarray) -> pa.T
     import pyarrow as pa
 
     modes, sds = solved(fit, S, r)
-    columns, names = list(keys), key_names(fit.terms, fit.recipe.groups)
+    columns, names = [plain_interval(key) for key in keys], key_names(fit.terms, fit.recipe.groups)
     for k, name in enumerate(coefficient_names(fit.terms)):
         columns += [pa.array(modes[:, k]), pa.array(sds[:, k])]
         names = [*names, name, f"{name}_se"]

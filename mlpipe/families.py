@@ -5,6 +5,7 @@ from .errors import ConfigError, did_you_mean
 from .formula import Formula
 from .solve.family import FAMILIES
 from .solve.link import LINKS
+from .solve.quadrature import MAX_NAGQ
 
 QUASI = {"quasibinomial": "binomial", "quasipoisson": "poisson"}
 WEIGHTED = ("gaussian", "gamma", "inverse_gaussian")
@@ -30,11 +31,19 @@ def check_weights(family: str, weights: str | None) -> None:
 
 
 def check_mixed(formula: Formula, nagq: int) -> None:
-    """Raises ConfigError for a mixed model without a random term, or a number of nodes that is none."""
+    """Raises ConfigError for a mixed model without a random term, or a number of nodes that cannot be."""
     if not formula.random:
         raise ConfigError("the formula has no random term", code="no_random_term", hint="write one, such as (1 | group), or fit by glm")
     if isinstance(nagq, bool) or not hasattr(nagq, "__index__") or nagq < 1:
         raise ConfigError(f"nagq = {nagq!r}: it must be a whole number from 1")
+    if nagq > MAX_NAGQ:
+        raise ConfigError(f"nagq = {nagq:,} nodes a random effect are more than {MAX_NAGQ}", hint="lower nagq")
+    factors = dict.fromkeys(bar.group_label for bar in formula.random)
+    if nagq > 1 and len(factors) > 1:
+        raise ConfigError(
+            f"nagq = {nagq} with several grouping factors ({', '.join(factors)}): their effects are integrated jointly, "
+            "and quadrature over so many dimensions is out of reach", code="nagq_several", hint="nagq=1, the Laplace approximation",
+        )  # fmt: skip
 
 
 def check_plain(formula: Formula) -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
 from . import expr
@@ -119,9 +119,18 @@ class Recipe:
         """The number of features that are not responses."""
         return len(self.features) - len(self.responses)
 
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of one matrix of cross-products."""
+        return 8 * max(len(self.features), 1) ** 2
+
     def pairs(self) -> list[tuple[int, int]]:
         """The distinct (random feature, feature) products that are summed per block."""
         return [(a, j) for i, a in enumerate(self.z) for j in range(len(self.features)) if j not in self.z[:i]]
+
+    def rest(self) -> list[tuple[int, int]]:
+        """The products that `pairs` leaves out of a block's own cross-products: those of two features outside the random part."""
+        return list(combinations_with_replacement([j for j in range(len(self.features)) if j not in self.z], 2))
 
     def matrix(self, columns: Sequence[DesignColumn]) -> np.ndarray:
         """The map T (features x columns) with design = features @ T. Raises DataError where a feature is missing."""

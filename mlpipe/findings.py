@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .passes import Model
 
-SPARSE = 6.0  # rows per block below which the Laplace approximation of 0/1 data is worth a warning
+SPARSE = 6.0  # trials, events or rows per block below which the Laplace approximation is worth a warning
 SETTLED = 1e-3  # scaled score from which a search has come to an end
 RUNAWAY = 1.0  # spread of a term's part of the linear predictor that only separation gives
 SEPARATED = 1e-8  # information along a direction, relative to the largest, that only separation leaves
@@ -25,21 +25,34 @@ def noted(fit: Any, model: Model, nagq: int) -> None:
     rows, notes = model.rows, fit.info["notes"]
     fit.info["passes"] = round(rows.spool.rows_read / max(rows.spool.n_rows, 1), 2)
     per_block = rows.size / max(rows.spool.n_blocks, 1)
-    if model.random:
+    one_factor = bool(model.random) and not model.plan.recipe.factors
+    if one_factor:
         fit.info["per_block"] = round(per_block, 2)
-    if model.random and model.density.family.name == "binomial":
+    if one_factor and model.density.family.name == "binomial":
         fit.info["blocks_without_variation"] = rows.flat
-        if per_block < SPARSE and nagq == 1:
-            notes.append(f"blocks have {per_block:.1f} trials on average: the Laplace approximation may be biased, compare nagq=7 or more")
+    if one_factor and nagq == 1 and (sparse := _sparse(model, per_block)):
+        notes.append(f"blocks have {sparse} on average: the Laplace approximation may be biased, compare nagq=7 or more")
     fit.info |= spreads(model, fit.gamma, fit.terms)
     fit.info["separation"] = separated(fit, model)
 
 
+def _sparse(model: Model, per_block: float) -> str:
+    """How much a block holds where that is little for Laplace's approximation: trials, events or rows; "" where it is enough, or exact."""
+    family, link = model.density.family, model.density.link.name
+    if family.constant == "factorial":
+        per_block *= model.rows.mean
+    if per_block >= SPARSE or (family.name, link) == ("gaussian", "identity"):
+        return ""
+    return f"{per_block:.1f} {'trials' if family.name == 'binomial' else 'events' if family.constant == 'factorial' else 'rows'}"
+
+
 def separated(fit: Any, model: Model) -> list[str]:
     """The coefficients that run away where a binomial likelihood has no maximum, seen by directions without information (Albert and
-    Anderson 1984)."""
+    Anderson 1984); or the grouping factor, whose variance does where no block varies."""
     p = len(fit.names)
     information = fit.info.pop("information")[:p, :p]
+    if model.random and not model.plan.recipe.factors and model.rows.flat == model.rows.spool.n_blocks:
+        return [":".join(model.plan.recipe.groups)]
     if not fit.score < SETTLED:  # far from any optimum the information says nothing
         return []
     if model.density.family.name != "binomial" or not p or not np.isfinite(information).all():

@@ -10,8 +10,9 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .design import level_label
 from .errors import ConfigError, ConvergenceError, ConvergenceWarning, DataError, RankWarning, SingularFitWarning, did_you_mean
-from .options import Options
+from .options import METHODS, Options
 from .progress import stage
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from .engines.base import Engine
+    from .held import Held
     from .planning import Plan
     from .reduction import Reduced
     from .result import LMMFit, MixedFit
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
     from .stats import SuffStats
 
 _OWN = {  # keywords that not every function has
-    "lmm": ("reml",),
+    "lmm": ("reml", "method"),
+    "suffstats": ("responses", "collect"),
     "glmm": ("family", "link", "nagq", "trials", "checkpoint"),
     "glm": ("family", "link", "trials", "cluster"),
 }
 GENERALIZED = ("glmm", "glm")
 EXPLAINED = 1e-4  # share of the response's sum of squares left by X beta, below which the response is read again as a residual
-METHODS = ("auto", "exact", "iterative")
 ROUNDING = 1e-13  # residuals over the response's spread, below which they are its rounding error
 
 
@@ -68,22 +70,28 @@ def lmm(
 
     Raises FormulaError, ConfigError, DataError, ResourceError; warns by SingularFitWarning, RankWarning, ConvergenceWarning.
     """
-    if method not in METHODS:
-        raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
+    _check_method(method)
     began = time.perf_counter()
     options = options or Options()
     arguments = _arguments(locals())
     if _given(data, arguments):
         own = replace(data, info=deepcopy(data.info))  # what one fit notes is not the statistics' nor the next fit's
         fit = _fitted(formula, own, data, reml, start, options, method, coding={"contrasts": contrasts, "levels": levels})
+        fit.info |= _spreads(fit, own) | ({"coding": {"contrasts": contrasts, "levels": levels}} if contrasts or levels else {})
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):
             fit = _fitted(formula, stats, data, reml, start, options, method, plan_)
+            fit.info |= _spreads(fit, stats)
             if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     _report(fit, options)
     return fit
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
 
 
 def suffstats(
@@ -103,7 +111,8 @@ def suffstats(
     """Collects the sufficient statistics of a formula and of all its sub-models, to fit, merge, save and update.
 
     `responses`: further responses to collect together (rows are complete for all). `collect`: "blocks" (per-block sums;
-    mergeable, saved) or "fit" (least). Other arguments and errors as in `lmm`.
+    mergeable, saved), "blocks+xx" (each block's own cross-products X'X, X'y, y'y too) or "fit" (least). Other arguments and errors as in
+    `lmm`.
     """
     arguments = _arguments(locals()) | {"responses": tuple(responses or ()), "collect": collect}
     with _collected(formula, data, arguments, options or Options()) as (stats, _):
@@ -115,6 +124,10 @@ def plan(
     formula: str,
     data: Any,
     *,
+    reml: bool | None = None,
+    method: str | None = None,
+    responses: Sequence[str] | None = None,
+    collect: str | None = None,
     family: str | None = None,
     link: str | None = None,
     nagq: int | None = None,
@@ -135,16 +148,25 @@ def plan(
     from .planning import prepare
     from .sources import open_source
 
-    if function not in (*_OWN, "suffstats"):
-        raise ConfigError(f"there is no function {function!r} to plan", hint=did_you_mean(function, [*_OWN, "suffstats"]))
-    arguments = _arguments(locals()) | {"collect": "blocks" if function == "suffstats" else "fit"}
-    own = {"family": family, "link": link, "nagq": nagq, "trials": trials, "cluster": cluster}
+    if function not in _OWN:
+        raise ConfigError(f"there is no function {function!r} to plan", hint=did_you_mean(function, list(_OWN)))
+    default = "blocks" if function == "suffstats" else "fit"
+    arguments = _arguments(locals()) | {"collect": collect or default, "responses": tuple(responses or ())}
+    own = {
+        "reml": reml, "method": method, "responses": responses, "collect": collect, "family": family, "link": link, "nagq": nagq,
+        "trials": trials, "cluster": cluster,
+    }  # fmt: skip
     given = {name: value for name, value in own.items() if value is not None}
     check_keywords(function, given)
+    _check_method(method or "auto")
     options = options or Options()
     request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
     with closing(open_source(data, options=options)) as engine:
         prepared = prepare(engine, request)
+        if prepared.path == "crossed":
+            from .several import expected as of_several
+
+            prepared.several = of_several(prepared)
         if prepared.path == "spool":
             from .gather import expected
 
@@ -237,6 +259,7 @@ def _fitted(
     `coding`: contrasts and level orders other than those the statistics were collected with.
     """
     from .formula import parse
+    from .held import of_reduced
     from .reduction import reduce
     from .result import LMMFit
 
@@ -250,21 +273,31 @@ def _fitted(
     if method == "iterative":
         raise ConfigError("one grouping factor is solved exactly", hint='method="auto"')
     _check_sizes(stats)
-    reduced = reduce(stats, parsed, reml=reml, **(coding or {}))
+    coding = coding or {}
+    reduced = reduce(stats, parsed, reml=reml, **coding)
     first = reduced.least_squares()
-    if reduced.unexplained(first) > EXPLAINED:
-        return LMMFit.from_solution(formula, parsed, stats, reduced, *_solved(reduced, start, options, stats), data, options)
-    if plan is None:
-        note = "the fixed effects explain nearly all of the response: fit from the rows for more digits"
-        stats.info["notes"] = [*stats.info.get("notes", []), note]
-        return LMMFit.from_solution(formula, parsed, stats, reduced, *_solved(reduced, start, options, stats), data, options)
+    if reduced.unexplained(first) > EXPLAINED or plan is None:
+        if reduced.unexplained(first) <= EXPLAINED:
+            note = "the fixed effects explain nearly all of the response: fit from the rows for more digits"
+            stats.info["notes"] = [*stats.info.get("notes", []), note]
+        found = _solved(reduced, start, options, stats)
+        return LMMFit.from_solution(formula, parsed, stats, reduced, *found, data, options, of_reduced(stats, reduced, coding))
     again = _residual_statistics(stats, plan, reduced, first)
     residual = reduce(again, parsed, reml=reml)
     if residual.scale < ROUNDING * reduced.scale:
         raise DataError("the response is fitted exactly by the fixed effects", code="no_residual")
-    fit = LMMFit.from_solution(formula, parsed, again, residual, *_solved(residual, start, options, again), data, options)
-    fit.recipe, fit.beta, fit.gamma = stats.recipe, fit.beta + reduced.beta(first), fit.gamma + reduced.linear_predictor(first)
+    base = reduced.beta(first)
+    found = _solved(residual, start, options, again)
+    fit = LMMFit.from_solution(formula, parsed, again, residual, *found, data, options, of_reduced(again, residual, coding, base))
+    fit.recipe, fit.beta, fit.gamma = stats.recipe, fit.beta + base, fit.gamma + reduced.linear_predictor(first)
     return fit
+
+
+def _spreads(fit: LMMFit, stats: SuffStats) -> dict[str, float]:
+    """What R² needs, from the sums; with precision weights these are not those of the rows."""
+    from .variance import spreads
+
+    return {} if stats.recipe.weights else spreads(fit, stats.gram, stats.n)
 
 
 def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, stats: SuffStats) -> tuple[LMMSolution, np.ndarray]:
@@ -277,6 +310,26 @@ def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, s
         covariance = information(reduced.problem, solution).vcov
         fields |= {"evaluations": solution.evaluations, "score": solution.score}
     return solution, covariance
+
+
+def recollected(fit: LMMFit) -> Held:
+    """The statistics of a fit again, by one more scan of its source. Raises DataError where the source has changed since."""
+    recipe = fit.recipe
+    levels = {v.label: [level_label(level) for level in v.levels] for v in recipe.variables.values() if v.kind == "category"}
+    own: dict[str, Any] = {"weights": recipe.weights, "freq": recipe.freq, "offset": recipe.offset, "contrasts": recipe.contrasts}
+    if _given(fit.source, dict.fromkeys(("weights", "freq", "offset", "na"))):
+        own = {}
+    else:
+        own["levels"] = levels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = lmm(fit.formula, fit.source, reml=fit.reml, start=fit.theta.tolist(), options=fit.options, **own)
+    if again.rows != fit.rows or not math.isclose(again.loglik, fit.loglik, rel_tol=1e-6, abs_tol=1e-4) or again.held is None:
+        raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")
+    note = "the statistics were gone: the rows were read once more for inference"
+    fit.info["notes"] = [*fit.info.get("notes", []), note]
+    fit.info["passes"] = fit.info.get("passes", 0) + again.info.get("passes", 0)
+    return again.held
 
 
 def _residual_statistics(stats: SuffStats, plan: Plan, reduced: Reduced, beta: np.ndarray) -> SuffStats:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy as np
 from . import cells, expr, statements
 from .arrays import column
 from .collect import dropped_rows, not_finite, row_count
+from .design import code
 from .engines.base import Columns
 from .errors import DataError
 from .options import Options
 from .outcome import TRIALS
-from .planning import Expected, Plan
+from .planning import Expected, Joint, Plan
 from .progress import stage
 from .solve.kernel import Chunk
 from .spool import Layout, Spool, build
@@ -68,13 +69,11 @@ def gather(plan: Plan, *, compress: bool) -> Gathered:
     except BaseException:
         spool.close()
         raise
-    mean = found.y1 / found.size
-    sums = ",".join(f"{value:.9g}" for value in (rows, found.size, found.y1, found.y2, *np.diag(found.gram)))
+    sums = ",".join(f"{value:.9g}" for value in (rows, found.size, found.mean, found.variance, *np.diag(found.gram)))
     info = _info(plan, total, rows, dropped, seconds, spool, ratio, sums)
     return Gathered(
-        spool, rows, nobs, found.size, mean, max(found.y2 / found.size - mean**2, 0.0), found.offset / found.size, found.gram,
-        found.sums, found.flat, info,
-    )  # fmt: skip
+        spool, rows, nobs, found.size, found.mean, found.variance, found.offset / found.size, found.gram, found.sums, found.flat, info,
+    )
 
 
 def expected(plan: Plan, *, compress: bool) -> Expected:
@@ -83,7 +82,35 @@ def expected(plan: Plan, *, compress: bool) -> Expected:
     ratio = _compression(plan, rows) if compress else 1.0
     ratio = ratio if ratio >= WORTHWHILE else 1.0
     stored = _stored(plan, compressed=ratio > 1.0)
-    return Expected(rows, ratio, round(rows / ratio) * len(stored) * 8)
+    joint = _joint(plan, rows) if plan.recipe.factors and compress else None
+    return Expected(rows, ratio, round(rows / ratio) * len(stored) * 8, joint)
+
+
+def _joint(plan: Plan, rows: int) -> Joint:
+    """How several factors will be solved, from about how many levels and combinations of levels there are."""
+    from .solve.probes import PROBES, chosen
+
+    recipe, formula = plan.recipe, plan.recipe.formula
+    levels = {columns: _distinct(plan, columns) for columns in recipe.factors}
+    q = dict.fromkeys(recipe.factors, 0)
+    for bar in formula.random:
+        q[bar.groups] += len(code(bar.terms, recipe.variables))
+    sizes = sorted((levels[columns] * q[columns] for columns in recipe.factors), reverse=True)
+    combinations, most = min(rows, _distinct(plan, recipe.groups)), max(levels.values())
+    rest, met = sum(sizes[1:]), combinations * len(q) * (len(q) - 1) // 2
+    nested = combinations <= 1.02 * most
+    path = "exact" if nested else chosen("auto", rest, combinations**2 / most, plan.request.options.memory_bytes)
+    dense = 0 if nested else 3 * 8 * rest**2 if path == "exact" else 8 * 8 * PROBES * sum(sizes)
+    parameters = len(code(formula.fixed, recipe.variables)) + sum(n * (n + 1) // 2 for n in q.values()) + cells.family_of(recipe).shape
+    evaluations = 10 + (2 if path == "exact" else 1) * parameters
+    return Joint({":".join(columns): n for columns, n in levels.items()}, path, 48 * met + dense, evaluations)
+
+
+def _distinct(plan: Plan, columns: tuple[str, ...]) -> int:
+    """About how many combinations of some keys there are."""
+    statement = cells.block_count(replace(plan.recipe, groups=columns), plan.names, approximate=plan.engine.dialect == "duckdb")
+    keys = Columns(keys=frozenset(plan.names.positions[name] for name in columns))
+    return max(int(plan.engine.query(statement, keys).read_all().column("blocks")[0].as_py()), 1)
 
 
 def _stored(plan: Plan, *, compressed: bool) -> tuple[str, ...]:
@@ -131,12 +158,16 @@ def _check(plan: Plan, found: _Survey, total: int, rows: int) -> None:
         raise DataError("there are no trials in any row", code="no_rows")
     if not np.isfinite(found.gram).all() or not math.isfinite(found.offset):
         raise not_finite(plan)
-    if not math.isfinite(found.y1):
+    if not math.isfinite(found.mean):
         bad = _outcome(plan)["bad"]
         raise _outside(plan, int(bad)) if bad else not_finite(plan)
     family = cells.family_of(plan.recipe)
-    if (family.name == "binomial" and found.y1 in (0.0, found.size)) or (family.constant == "factorial" and found.y1 == 0.0):
-        raise DataError(f"the response is {found.y1 / found.size:g} in every row", code="no_variation")
+    if family.shape and (not math.isfinite(found.variance) or found.variance == 0.0 < found.high - found.low):
+        size = "large" if found.variance else "small"
+        raise DataError(f"the response is too {size} for its variance to be computed", code="response_scale", hint="scale it")
+    constant = {"binomial": found.mean in (0.0, 1.0), "factorial": found.mean == 0.0}  # any other constant count has a maximum
+    if constant.get(family.constant, found.variance == 0.0):
+        raise DataError(f"the response is {found.mean:g} in every row", code="no_variation")
 
 
 def _outside(plan: Plan, count: int) -> DataError:
@@ -167,10 +198,7 @@ def _compression(plan: Plan, rows: int) -> float:
     counts = column(sample, "row_count").astype(float)
     if not recipe.groups or not len(counts) or len(counts) > REPEATING * counts.sum():
         return 1.0
-    approximate = plan.engine.dialect == "duckdb"
-    keys = Columns(keys=plan.columns.keys)
-    found = plan.engine.query(cells.block_count(recipe, names, approximate=approximate), keys).read_all()
-    per_block = rows / max(int(found.column("blocks")[0].as_py()), 1)
+    per_block = rows / _distinct(plan, recipe.groups)
     share = counts / counts.sum()
     distinct = -np.expm1(per_block * np.log1p(-np.minimum(share, 1.0 - 1e-15))).sum()
     return float(per_block / max(distinct, 1e-300)) if per_block > 1 else 1.0
@@ -199,7 +227,8 @@ def _arranged(plan: Plan, keys: list[str], options: Options, *, compressed: bool
 
 @dataclass
 class _Survey:
-    """Sums over all cells: see Gathered; `y1`, `y2` of size times y and y², `offset` of size times offset."""
+    """Sums over all cells: see Gathered; `y1`, `y2` of size times y and y² about `about`, `offset` of size times offset; `low`, `high`:
+    the least and the largest y."""
 
     gram: np.ndarray
     sums: np.ndarray
@@ -208,21 +237,42 @@ class _Survey:
     y2: float
     offset: float
     flat: int
+    low: float
+    high: float
+    about: float
+
+    @property
+    def mean(self) -> float:
+        """The mean response."""
+        return self.about + self.y1 / self.size
+
+    @property
+    def variance(self) -> float:
+        """The variance of the response over its mean."""
+        mean = self.y1 / self.size
+        return max(self.y2 / self.size - mean * mean, 0.0)
 
 
 def _survey(plan: Plan, spool: Spool) -> _Survey:
     """One look at the spool before the fit; the blocks whose responses do not vary are counted for a binomial family."""
-    binary, m = cells.family_of(plan.recipe).name == "binomial", plan.recipe.n_covariates
+    family, m = cells.family_of(plan.recipe), plan.recipe.n_covariates
+    binary, square = family.name == "binomial", family.statistics.index("square") if "square" in family.statistics else None
+    about = float(spool.chunk(0).pieces[0].cells.y[0]) if spool.parts else 0.0
 
     def look(chunk: Chunk) -> _Survey:
-        total = _Survey(np.zeros((m, m)), np.zeros(m), 0.0, 0.0, 0.0, 0.0, 0)
+        total = _Survey(np.zeros((m, m)), np.zeros(m), 0.0, 0.0, 0.0, 0.0, 0, math.inf, -math.inf, about)
         y_sums, sizes = np.zeros(chunk.n_blocks), np.zeros(chunk.n_blocks)
         for rows in chunk.pieces:
             a, y = rows.cells.size, rows.cells.y
             weighted, ay = (rows.F, y) if a is None else (rows.F * a, a * y)
+            d = y - about
+            ad = d if a is None else a * d
+            inside = 0.0 if square is None else rows.cells.statistics[square] * (1.0 if a is None else a)
             total.gram, total.sums = total.gram + weighted @ rows.F.T, total.sums + weighted.sum(axis=1)
             total.size += float(len(y) if a is None else a.sum())
-            total.y1, total.y2 = total.y1 + float(ay.sum()), total.y2 + float(ay @ y)
+            with np.errstate(over="ignore"):  # said by `_check`
+                total.y1, total.y2 = total.y1 + float(ad.sum()), total.y2 + float(ad @ d) + float(np.sum(inside))
+            total.low, total.high = min(total.low, float(y.min())), max(total.high, float(y.max()))
             if rows.offset is not None:
                 total.offset += float(rows.offset.sum() if a is None else a @ rows.offset)
             if binary:
@@ -236,4 +286,5 @@ def _survey(plan: Plan, spool: Spool) -> _Survey:
     gram, sums = np.zeros((m, m)), np.zeros(m)
     for part in parts:
         gram, sums = gram + part.gram, sums + part.sums
-    return _Survey(gram, sums, size, y1, y2, offset, sum(part.flat for part in parts))
+    low, high = min((part.low for part in parts), default=0.0), max((part.high for part in parts), default=0.0)
+    return _Survey(gram, sums, size, y1, y2, offset, sum(part.flat for part in parts), low, high, about)

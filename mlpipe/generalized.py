@@ -2,17 +2,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
-from .errors import ConfigError, did_you_mean
+from .design import level_label
+from .errors import ConfigError, DataError, did_you_mean
 from .families import check_mixed, check_plain, check_weights, checked_family
 from .findings import noted, report
 from .formula import Formula, parse
-from .options import Options
-from .passes import built, plain, solved
+from .options import METHODS, Options
+from .passes import Model, built, plain, resumed, solved
 from .planning import Plan, Request, prepare
 from .progress import stage
 from .solve.density import Density, density
@@ -20,6 +21,7 @@ from .solve.density import Density, density
 if TYPE_CHECKING:
     from .gather import Gathered
     from .generalized_result import GLMFit, GLMMFit
+    from .solve.glmm import GLMMProblem, GLMMSolution
 
 
 def glmm(
@@ -41,7 +43,8 @@ def glmm(
     checkpoint: Any = None,
     options: Options | None = None,
 ) -> GLMMFit:
-    """Fits a generalized linear mixed model with one grouping factor by maximum likelihood.
+    """Fits a generalized linear mixed model by maximum likelihood: of one grouping factor by quadrature, of several by the joint Laplace
+    approximation.
 
     Args:
         formula: lme4's syntax, `y ~ x + (1 + x | g)`; a binomial response may be `cbind(successes, failures)`.
@@ -73,9 +76,14 @@ def glmm(
     plan, rows = _rows(data, request, options, compress=True)
     with rows.spool:
         model = built(parsed, plan, rows, made, nagq)
-        state = Checkpoint(checkpoint, plan, rows.info, (family, link, nagq, options.curvature)) if checkpoint is not None else None
-        solution = solved(model, start, options, state)
-        fit = GLMMFit.from_solution(formula, model, solution, data, options)
+        settings = (family, link, nagq, options.curvature)
+        state = Checkpoint(checkpoint, plan, rows.info, settings) if checkpoint is not None else None
+        if plan.recipe.factors:
+            from . import several_generalized
+
+            fit = several_generalized.fitted(formula, model, data, start, options, state, method)
+        else:
+            fit = GLMMFit.from_solution(formula, model, solved(model, start, options, state), data, options)
     noted(fit, model, nagq)
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     report(fit, options)
@@ -135,6 +143,35 @@ def glm(
     return fit
 
 
+@contextmanager
+def respooled(fit: GLMMFit, *, compress: bool = True) -> Iterator[tuple[GLMMProblem, GLMMSolution, Model]]:
+    """The rows of a fit once more: its problem over a new spool, its optimum there, and the model; noted in `info`.
+
+    Raises DataError where the source is gone or has changed.
+    """
+    recipe, options = fit.recipe, fit.options or Options()
+    if recipe.factors:
+        raise ConfigError(
+            "profiles and bootstraps of generalized models are for one grouping factor", code="several_factors", hint='method="wald"'
+        )
+    if fit.source is None:
+        raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
+    levels = {v.label: [level_label(level) for level in v.levels] for v in recipe.variables.values() if v.kind == "category"}
+    request = Request(
+        fit.formula, weights=recipe.weights, freq=recipe.freq, offset=recipe.offset, levels=levels, contrasts=recipe.contrasts,
+        family=recipe.family, link=fit.link, trials=recipe.trials, nagq=fit.nagq, options=options,
+    )  # fmt: skip
+    plan, rows = _rows(fit.source, request, options, compress=compress)
+    with rows.spool:
+        if rows.rows != fit.rows:
+            raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")
+        made = density(fit.base_family, fit.link, expected=fit.curvature == "expected")
+        model = built(parse(fit.formula), plan, rows, made, fit.nagq)
+        problem, solution = resumed(model, fit.beta, [term.factor for term in fit.terms], fit.tau, options)
+        fit.info["notes"] = [*fit.info.get("notes", []), "the rows were read once more for inference"]
+        yield problem, solution, model
+
+
 def _density(family: str, link: str, options: Options) -> Density:
     made = density(family, link, expected=options.curvature == "expected")
     if made.expected and not made.family.expected:
@@ -145,8 +182,10 @@ def _density(family: str, link: str, options: Options) -> Density:
 def _checked(formula: str, family: str, weights: str | None, nagq: int, method: str) -> Formula:
     parsed = parse(formula)
     check_mixed(parsed, nagq)
-    if method not in ("auto", "exact"):
-        raise ConfigError(f"method = {method!r}: one grouping factor is solved exactly", hint=did_you_mean(str(method), ["auto", "exact"]))
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
+    if method == "iterative" and len({bar.groups for bar in parsed.random}) == 1:
+        raise ConfigError("one grouping factor is solved exactly", hint='method="auto"')
     check_weights(family, weights)
     return parsed
 

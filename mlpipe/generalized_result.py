@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from . import marginal
 from .arrays import arrow
-from .reduction import lower_factor
+from .passes import first_tau
+from .reduction import Random, lower_factor
 from .result import MixedFit, RandomTerm
 from .solve.density import density
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray
 
+EXACT = 23.0  # fall of log dispersion that only an exact fit gives
 SCALED = ("gaussian", "gamma", "inverse_gaussian")  # families with a residual scale
 PARAMETER = {  # the family's parameter as a function of tau, and its name
     "gaussian": ("sd__Observation", -0.5), "gamma": ("shape", 1.0), "inverse_gaussian": ("shape", 1.0),
@@ -95,18 +98,13 @@ class GeneralizedFit(MixedFit):
         value = math.exp(power * self.tau)
         return [("Residual", name, value, abs(power) * value * math.sqrt(max(self.tau_variance, 0.0)))]
 
-    def r2(self) -> dict[str, float]:
-        """Marginal and conditional R² on the latent scale (Nakagawa, Johnson and Schielzeth 2017)."""
-        return marginal.r2(self)
-
-    def icc(self) -> dict[str, float]:
-        """Intraclass correlation per grouping factor on the latent scale."""
-        return marginal.icc(self)
-
 
 @dataclass(kw_only=True, repr=False)
 class GLMMFit(GeneralizedFit):
-    """A fitted generalized linear mixed model; see MixedFit."""
+    """A fitted generalized linear mixed model; see MixedFit. `joint_covariance`: of beta, the solver's theta and tau together."""
+
+    more = (*GeneralizedFit.more, "joint_covariance")
+    joint_covariance: list[list[float]] | None = None
 
     @classmethod
     def from_solution(cls, text: str, model: Model, solution: GLMMSolution, data: Any, options: Options) -> GLMMFit:
@@ -119,7 +117,7 @@ class GLMMFit(GeneralizedFit):
         )
         theta = slice(p, p + len(model.kernel.entries))
         fit = cls(
-            **_common(text, model, solution.psi[:p], solution.vcov[:p, :p], data, options),
+            **common(text, model, solution.psi[:p], solution.vcov[:p, :p], data, options),
             terms=terms,
             loglik=solution.loglik + model.rows.spool.constant,
             converged=solution.converged and not solution.rough,
@@ -134,6 +132,7 @@ class GLMMFit(GeneralizedFit):
             tau_variance=float(solution.vcov[-1, -1]) if shape else math.nan,
         )
         fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
+        fit.joint_covariance = joint_covariance(solution.vcov, model.fixed.R)
         fit.info |= {"evaluations": solution.evaluations, "score": solution.score, "information": solution.information}
         fit.effects_table = _modes(fit, model, solution)
         return fit
@@ -159,7 +158,7 @@ class GLMFit(GeneralizedFit):
         if robust is not None:
             covariance = marginal.sandwich(model, solution.psi, bread, robust)[:p, :p]
         fit = cls(
-            **_common(text, model, solution.psi[:p], covariance, data, options),
+            **common(text, model, solution.psi[:p], covariance, data, options),
             terms=(),
             loglik=math.nan if quasi else solution.loglik + model.rows.spool.constant,
             converged=solution.converged,
@@ -178,7 +177,7 @@ class GLMFit(GeneralizedFit):
         return fit
 
 
-def _common(text: str, model: Model, beta: Array, covariance: Array, data: Any, options: Options) -> dict[str, Any]:
+def common(text: str, model: Model, beta: Array, covariance: Array, data: Any, options: Options) -> dict[str, Any]:
     """What does not depend on the kind of fit."""
     recipe, rows, R = model.plan.recipe, model.rows, model.fixed.R
     half = np.linalg.solve(R, covariance)
@@ -193,11 +192,22 @@ def _common(text: str, model: Model, beta: Array, covariance: Array, data: Any, 
     }  # fmt: skip
 
 
+def joint_covariance(covariance: Array, R: Array) -> list[list[float]]:
+    """The covariance of all parameters with beta in the user's coordinates, as it is written."""
+    p, out = len(R), np.array(covariance)
+    out[:p] = np.linalg.solve(R, out[:p])
+    out[:, :p] = np.linalg.solve(R, out[:, :p].T).T
+    return [list(map(float, row)) for row in out]
+
+
 def _message(model: Model, solution: GLMMSolution) -> str:
     """How the search ended, and what may have kept it from going on."""
     message = f"{solution.rough} blocks have no proper mode" if solution.rough else solution.message
     if not solution.converged and model.density.leaves:
         message += f"; the link {model.density.link.name!r} can give means that the family has not"
+    family = model.density.family
+    if not solution.converged and family.shape and not family.vanishing and solution.psi[-1] > first_tau(model) + EXACT:
+        message += "; the response is fitted exactly, its dispersion goes to zero"
     return message
 
 
@@ -215,12 +225,7 @@ def _modes(fit: GLMMFit, model: Model, solution: GLMMSolution) -> pa.Table:
 
     kernel, spool, u = model.kernel, model.rows.spool, model.rows.info["modes"]
     point = Point(model.Q @ solution.psi[: model.Q.shape[1]], solution.lambda_, fit.tau)
-    back = np.zeros((kernel.q, kernel.q))
-    at = 0
-    for term in fit.terms:
-        k = len(term.names)
-        back[at : at + k, at : at + k] = np.linalg.inv(term.R)
-        at += k
+    back = stacked(fit.terms)
     parts = spool.map(lambda chunk: kernel.posterior(chunk, point, u[:, chunk.blocks]))
     modes = back @ solution.lambda_ @ np.concatenate([part[0] for part in parts], axis=1)
     factor = np.einsum("ij,jkb->ikb", back, np.concatenate([part[1] for part in parts], axis=2))
@@ -231,3 +236,14 @@ def _modes(fit: GLMMFit, model: Model, solution: GLMMSolution) -> pa.Table:
         columns |= {name: arrow(modes[k]), f"{name}_se": arrow(sds[k])}
     return pa.table(columns)
 
+
+
+def stacked(terms: Sequence[RandomTerm | Random]) -> Array:
+    """R⁻¹ of each term, block-diagonal."""
+    size = sum(len(term.names) for term in terms)
+    out, at = np.zeros((size, size)), 0
+    for term in terms:
+        k = len(term.names)
+        out[at : at + k, at : at + k] = np.linalg.inv(term.R)
+        at += k
+    return out

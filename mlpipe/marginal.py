@@ -1,4 +1,4 @@
-"""What a generalized fit says on the scale of the response: means with the random effects integrated out, R², ICC, sandwiches."""
+"""What a generalized fit says on the scale of the response: means with the random effects integrated out, latent variances, sandwiches."""
 from __future__ import annotations
 
 import math
@@ -12,6 +12,7 @@ from .solve.kernel import Chunk
 if TYPE_CHECKING:
     from .generalized_result import GeneralizedFit
     from .passes import Model
+    from .result import MixedFit
 
     Array = np.ndarray
 
@@ -30,12 +31,12 @@ def mean(fit: GeneralizedFit, eta: Array, variance: Array | None = None) -> Arra
     if fit.link == "probit":
         return np.asarray(density.link.means(eta / np.sqrt(1.0 + variance)).mu)
     sd, out = np.sqrt(variance), np.zeros_like(eta)
-    for node, weight in zip(*_trapezoid(float(np.nanmax(sd, initial=0.0))), strict=True):
+    for node, weight in zip(*trapezoid(float(np.nanmax(sd, initial=0.0))), strict=True):
         out += weight * density.link.means(eta + sd * node).mu
     return out
 
 
-def _trapezoid(sd: float) -> tuple[Array, Array]:
+def trapezoid(sd: float) -> tuple[Array, Array]:
     """Nodes and weights for the mean over a standard normal of a function with poles no nearer than 1 / sd: for such functions the
     trapezoidal rule converges geometrically in the step (Trefethen and Weideman 2014), where Gauss-Hermite's fails for large sd."""
     step = min(STEP, STEP / max(sd, 1e-300))
@@ -44,50 +45,30 @@ def _trapezoid(sd: float) -> tuple[Array, Array]:
     return x, w / w.sum()
 
 
-def _variances(fit: GeneralizedFit) -> tuple[float, dict[str, float]]:
-    """The variance of the fixed part over rows is not kept; this gives the random intercept variances by group, and the residual's."""
-    if fit.link in LATENT and fit.base_family == "binomial":
-        residual = LATENT[fit.link]
-    elif fit.link == "identity" and fit.base_family == "gaussian":
-        residual = fit.dispersion
-    elif fit.link == "log" and fit.base_family in ("poisson", "negbinomial", "negbinomial1", "gamma"):
-        residual = _log_scale(fit)
-    else:
-        raise ConfigError(f"there is no latent variance for family {fit.family!r} with link {fit.link!r}", code="no_latent_scale")
-    shares: dict[str, float] = {}
-    for term in fit.terms:
-        psi = term.factor @ term.factor.T
-        for i, name in enumerate(term.names):
-            if name == "(Intercept)":
-                shares[term.group] = shares.get(term.group, 0.0) + float(psi[i, i])
-    return residual, shares
+def latent_variance(fit: MixedFit, tau: float | None = None) -> float:
+    """The residual variance on the scale of the linear predictor (Nakagawa, Johnson and Schielzeth 2017), at the fit's family
+    parameter or another. Raises ConfigError where the family and link have none."""
+    if fit.residual_scaled:
+        return fit.sigma**2
+    family, tau = fit.base_family, fit.tau if tau is None else tau  # type: ignore[attr-defined]
+    if fit.link in LATENT and family == "binomial":
+        return LATENT[fit.link]
+    if fit.link == "identity" and family == "gaussian":
+        return math.exp(-tau)
+    if fit.link == "log" and family in ("poisson", "negbinomial", "negbinomial1", "gamma"):
+        return _log_scale(family, float(fit.info["mean_response"]), tau)
+    raise ConfigError(f"there is no latent variance for family {fit.family!r} with link {fit.link!r}", code="no_latent_scale")
 
 
-def _log_scale(fit: GeneralizedFit) -> float:
+def _log_scale(family: str, mean: float, tau: float) -> float:
     """The observation-level variance on the log scale by the trigamma function (Nakagawa, Johnson and Schielzeth 2017, table 1)."""
     from scipy.special import polygamma
 
-    lam = float(fit.info["mean_response"])
     shape = {
-        "poisson": lam, "negbinomial": 1.0 / (1.0 / lam + 1.0 / math.exp(fit.tau)), "negbinomial1": lam / (1.0 + math.exp(fit.tau)),
-        "gamma": math.exp(fit.tau),
-    }[fit.base_family]  # fmt: skip
+        "poisson": mean, "negbinomial": 1.0 / (1.0 / mean + 1.0 / math.exp(tau)), "negbinomial1": mean / (1.0 + math.exp(tau)),
+        "gamma": math.exp(tau),
+    }[family]  # fmt: skip
     return float(polygamma(1, shape))
-
-
-def icc(fit: GeneralizedFit) -> dict[str, float]:
-    """See `GeneralizedFit.icc`."""
-    residual, shares = _variances(fit)
-    total = sum(shares.values()) + residual
-    return {group: value / total for group, value in shares.items()}
-
-
-def r2(fit: GeneralizedFit) -> dict[str, float]:
-    """See `GeneralizedFit.r2`: the random part's variance is averaged over the rows."""
-    residual, _ = _variances(fit)
-    fixed, random = float(fit.info["fixed_variance"]), float(fit.info["random_variance"])
-    total = fixed + random + residual
-    return {"marginal": fixed / total, "conditional": (fixed + random) / total}
 
 
 def spreads(model: Model, gamma: Array, terms: Any) -> dict[str, float]:

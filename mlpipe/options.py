@@ -13,6 +13,8 @@ LEAST_ENGINE = 100_000_000
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _CHOICES = {"curvature": ("observed", "expected"), "on_nonconvergence": ("warn", "raise")}
 
+METHODS = ("auto", "exact", "iterative")  # of several grouping factors
+
 
 def parse_bytes(text: str | int) -> int:
     """The number of bytes that `"2GB"`, `"512 MiB"` or a plain number stands for (GB = 10⁹, GiB = 2³⁰).

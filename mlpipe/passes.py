@@ -18,6 +18,7 @@ from .reduction import Coding, Fixed, Random, fixed_part, lower_factor, random_p
 from .solve.density import Density
 from .solve.glm import TAU_BOUND, GLMLook, GLMSolution, glm_look, solve_glm
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
+from .solve.hessian import has_hessian, hessian
 from .solve.kernel import MAX_NODES, Chunk, Kernel, Look, Point, folded
 
 if TYPE_CHECKING:
@@ -118,14 +119,14 @@ def plain(model: Model, chosen: Sequence[int] | None, tol: float, max_passes: in
             total = total + part
         return GLMLook(total.loglik, J.T @ total.score, J.T @ total.information @ J)
 
-    solution = solve_glm(look, _first(model), shape=shape, tau_bound=_tau_bound(model), tol=tol, max_passes=max_passes)
+    solution = solve_glm(look, _first(model), shape=shape, tau_bound=tau_bound(model), tol=tol, max_passes=max_passes)
     if not math.isfinite(solution.loglik):
         link, family = model.density.link.name, model.density.family.name
         raise DataError(f"the link {link!r} gives means that family {family!r} has not", code="link_domain", hint="use another link")
     return solution
 
 
-def _tau_bound(model: Model) -> float:
+def tau_bound(model: Model) -> float:
     """|tau| beyond which counts have no overdispersion; other shapes have no limit that means anything."""
     return TAU_BOUND if model.density.family.vanishing else math.inf
 
@@ -133,7 +134,7 @@ def _tau_bound(model: Model) -> float:
 def _first(model: Model) -> np.ndarray:
     """A start: the mean response on the constant, the family's parameter by moments."""
     rows, family = model.rows, model.density.family
-    mean, variance = rows.mean, max(rows.variance, 1e-12)
+    mean, variance = rows.mean, rows.variance
     if family.name == "binomial":
         mean = (mean * rows.size + 0.5) / (rows.size + 1.0)
     elif family.low == 0.0:
@@ -147,12 +148,28 @@ def _first(model: Model) -> np.ndarray:
     psi = model.Q.T @ rows.sums * eta / rows.size
     if not family.shape:
         return np.asarray(psi)
+    return np.append(psi, first_tau(model))
+
+
+def first_tau(model: Model) -> float:
+    """The family's parameter by moments of the response, as if nothing explained it."""
+    mean, variance, family = model.rows.mean, model.rows.variance, model.density.family
+    mean = max(mean, 0.5 / model.rows.size) if family.low == 0.0 else mean
     excess = max(variance - mean, 0.05 * mean)
-    tau = {
-        "negbinomial": mean**2 / excess, "negbinomial1": excess / max(mean, 1e-12), "gamma": mean**2 / variance,
-        "inverse_gaussian": mean**3 / variance, "gaussian": 1.0 / variance, "beta": max(mean * (1.0 - mean) / variance - 1.0, 0.1),
-    }[family.name]  # fmt: skip
-    return np.append(psi, math.log(tau))
+    match family.name:
+        case "negbinomial":
+            tau = mean / excess * mean
+        case "negbinomial1":
+            tau = excess / mean
+        case "gamma":
+            tau = mean / variance * mean
+        case "inverse_gaussian":
+            tau = mean / variance * mean * mean
+        case "beta":
+            tau = max(mean * (1.0 - mean) / variance - 1.0, 0.1)
+        case _:
+            tau = 1.0 / variance
+    return math.log(tau)
 
 
 # -- mixed model -------------------------------------------------------------------------------------------------------
@@ -176,6 +193,12 @@ class _Passes:
 
         parts = spool.map(work, self.chosen)
         return [folded(looks) for looks in zip(*parts, strict=True)]
+
+    def second(self, point: Point) -> np.ndarray:
+        """The second derivatives of the log-likelihood, see `solve.hessian`."""
+        kernel = self.model.kernel
+        parts = self.model.rows.spool.map(lambda chunk: hessian(kernel, chunk, point, self.u[:, chunk.blocks]), self.chosen)
+        return np.asarray(sum(parts[1:], parts[0]))
 
 
 def solved(model: Model, start: Sequence[float] | None, options: Options, state: Checkpoint | None) -> GLMMSolution:
@@ -203,10 +226,24 @@ def solved(model: Model, start: Sequence[float] | None, options: Options, state:
     return solution
 
 
+def resumed(
+    model: Model, beta: np.ndarray, factors: Sequence[np.ndarray], tau: float, options: Options
+) -> tuple[GLMMProblem, GLMMSolution]:
+    """The problem over all rows and its optimum, from estimates in the user's coordinates."""
+    theta = [lower_factor(term.R @ factor) for term, factor in zip(model.random, factors, strict=True)]
+    elements = [star[i, j] for star in theta for j in range(len(star)) for i in range(j, len(star))]
+    psi = np.concatenate([model.fixed.R @ beta, elements, [tau] if model.density.family.shape else []])
+    u = np.zeros((model.kernel.q, model.rows.spool.n_blocks))
+    typical = _moments(model, psi, model.rows.spool.some(START_SHARE, START_CHUNKS))[1]
+    problem = _problem(model, _Passes(model, None, u), typical)
+    return problem, solve_glmm(problem, psi, tol=options.tol, max_evaluations=options.max_passes)
+
+
 def _problem(model: Model, scan: _Passes, typical: np.ndarray) -> GLMMProblem:
     central = model.rows.spool.n_rows <= CENTRAL_ROWS
-    shape, bound = model.density.family.shape, _tau_bound(model)
-    return GLMMProblem(scan, model.Q, model.kernel.entries, model.kernel.q, shape, typical, central, bound)
+    shape, bound = model.density.family.shape, tau_bound(model)
+    second = scan.second if has_hessian(model.kernel) else None
+    return GLMMProblem(scan, model.Q, model.kernel.entries, model.kernel.q, shape, typical, central, bound, second)
 
 
 def _start(model: Model, some: Sequence[int], options: Options) -> tuple[np.ndarray, np.ndarray]:
@@ -233,8 +270,12 @@ def _moments(model: Model, psi: np.ndarray, some: Sequence[int]) -> tuple[np.nda
 
 
 def _given(model: Model, psi: np.ndarray, theta: Sequence[float]) -> np.ndarray:
-    """psi with the user's theta (lower triangles by column, terms in order). Raises ConfigError for a wrong number."""
-    values, at, out = np.asarray(theta, dtype=float), 0, []
+    """psi with the user's theta (lower triangles by column, terms in order). Raises ConfigError for what is not as many numbers."""
+    try:
+        values = np.asarray(theta, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"start = {theta!r} is not a list of numbers", code="start") from error
+    at, out = 0, []
     if not np.isfinite(values).all():
         raise ConfigError("start holds a value that is not finite", code="start")
     if values.shape != (len(model.kernel.entries),):

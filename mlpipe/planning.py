@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import expr
 from .design import Atom, Variable, code, level_label, variables_of
 from .engines.base import Columns, Engine
-from .errors import ColumnNotFoundError, ConfigError, DataError, FormulaError, did_you_mean
+from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Coordinates, Recipe, closure, extended, level_labels, needed, response_column, response_variables
 from .formula import Formula, parse, parse_expression
 from .looks import Looks, used_columns
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from sqlglot import exp
 
     from .sql import Names
+    from .statements import Part
 
-NESTED = ("LIST", "[", "STRUCT", "MAP", "ARRAY", "OBJECT", "UNION")  # in the names of types that cannot be grouped by
+# in the names of types that cannot be grouped by: nested ones, and those whose values Arrow cannot hold
+UNGROUPABLE = ("LIST", "[", "STRUCT", "MAP", "ARRAY", "OBJECT", "UNION", "VARIANT", "BIT", "TIME WITH TIME ZONE")
 WIDE = 25  # features above which BLAS on streamed rows beats sums in SQL
+COLLECTS = ("fit", "blocks", "blocks+xx")
 FLOOR = 256 << 20  # bytes: interpreter, libraries and the engine's least working memory
 
 
@@ -49,6 +52,17 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """What a generalized model of several factors will take: about so many `levels` of each, the `path` ("exact", "iterative"), `nbytes`
+    of the solver, `evaluations` of the likelihood."""
+
+    levels: dict[str, int]
+    path: str
+    nbytes: int
+    evaluations: int
+
+
+@dataclass(frozen=True)
 class Expected:
     """What the spool of an iterative fit will hold, as far as counts and a sample tell: at most so many `rows`, `ratio` of them a
     cell (1 where rows are not compressed), `nbytes` in all."""
@@ -56,6 +70,7 @@ class Expected:
     rows: int
     ratio: float
     nbytes: int
+    joint: Joint | None = None
 
 
 @dataclass
@@ -63,7 +78,8 @@ class Plan:
     """What a fit will do. `print(plan)` explains it; `plan.sql` holds the statements that will run.
 
     Attributes: `recipe`, what is summed; `path`, how the blocks are summed ("second level", "blocks", "none"), or "spool" for iterative
-    fits; `names`, where the columns stand; `notes`, choices made and why; `expected`, of the spool, where it was asked for.
+    fits; `names`, where the columns stand; `notes`, choices made and why; `expected`, of the spool, where it was asked for;
+    `several`, lines on several factors.
     """
 
     engine: Engine
@@ -73,6 +89,7 @@ class Plan:
     path: str
     notes: list[str] = field(default_factory=list)
     expected: Expected | None = None
+    several: Sequence[str] = ()
 
     @property
     def columns(self) -> Columns:
@@ -99,9 +116,16 @@ class Plan:
         if self.path != "none":
             if self.path == "crossed":
                 return out
-            grouped = statements.second_level if self.path == "second level" else statements.block_sums
-            out[self.path.replace(" ", "_")] = render(grouped(self.recipe, self.names), self.engine.dialect, pretty=True)
+            second = self.path == "second level"
+            grouped = statements.second_level(self.recipe, self.names) if second else self.block_sums()
+            out[self.path.replace(" ", "_")] = render(grouped, self.engine.dialect, pretty=True)
         return out
+
+    def block_sums(self, part: Part | None = None) -> exp.Select:
+        """The statement of the sums per block, of all or of one part of them."""
+        from .statements import block_sums
+
+        return block_sums(self.recipe, self.names, part, whole=self.whole)
 
     def cells(self, *, compressed: bool) -> exp.Select:
         """The statement of an iterative fit's rows, in the order of their blocks."""
@@ -112,11 +136,23 @@ class Plan:
         keys = [self.names.key(group).name for group in self.recipe.groups]
         return over(arranged(self.recipe, keys, compressed=compressed), used_rows(self.recipe, self.names, keys=True), "used")
 
+    @property
+    def whole(self) -> bool:
+        """Whether the blocks keep all of their own cross-products."""
+        return self.request.collect == "blocks+xx" and self.path == "blocks"
+
+    @property
+    def sums_per_block(self) -> int:
+        """The number of sums that are made for each block."""
+        from .statements import rest_names
+
+        return len(self.recipe.pairs()) + (len(rest_names(self.recipe)) if self.whole else 0)
+
     def bytes_needed(self) -> int:
         """The least memory in bytes that the plan can run in."""
         sums = len(self.recipe.pairs())
         cluster = 64 * sums * sums * 8 if self.path in ("second level", "blocks") else 0
-        return FLOOR + 4 * len(self.recipe.features) ** 2 * 8 + 4 * 65_536 * sums * 8 + cluster
+        return FLOOR + 4 * len(self.recipe.features) ** 2 * 8 + 4 * 65_536 * self.sums_per_block * 8 + cluster
 
     def __str__(self) -> str:
         recipe, limit = self.recipe, self.request.options.memory_bytes
@@ -125,15 +161,17 @@ class Plan:
         read, passes = len(self.columns.values | self.columns.keys), 2 if self.path in ("second level", "blocks", "crossed") else 1
         summed = {
             "second level": "blocks compressed by their size inside the engine",
-            "blocks": f"{len(recipe.pairs())} sums per block, compressed here where blocks share Z'wZ",
+            "blocks": f"{self.sums_per_block} sums per block, "
+            + ("compressed here where blocks share Z'wZ" if self.request.collect == "fit" else "kept with their keys"),
             "crossed": f"{len(recipe.pairs())} sums per level of {len(recipe.factors)} grouping factors, and the cells of levels that meet",
             "none": "no grouping factor",
         }[self.path]
         return self._explained([
             f"reads:   {read} of {len(self.names.positions)} columns, {passes} full passes",
             f"sums:    {len(recipe.features)} features {'by BLAS on streamed rows' if self.wide else 'in SQL'}; {summed}",
-            f"memory:  at least {self.bytes_needed() / 1e6:,.0f} MB of {limit / 1e6:,.0f} MB; "
-            "per-block sums above a quarter of the limit go to a mapped file",
+            *self.several,
+            f"memory:  at least {self.bytes_needed() / 1e6:,.0f} MB of {limit / 1e6:,.0f} MB"
+            + ("" if self.several else "; per-block sums above a quarter of the limit go to a mapped file"),
         ])  # fmt: skip
 
     def _explained(self, what: list[str]) -> str:
@@ -157,7 +195,8 @@ class Plan:
         if sizes:
             effects = "1 random effect" if sum(sizes) == 1 else f"{sum(sizes)} random effects"
             rule = "the mode alone (Laplace)" if request.nagq == 1 else f"{request.nagq ** sum(sizes):,} nodes"
-            lines.append(f"nagq:    {request.nagq} with {effects} a block: {rule}")
+            where = "over all grouping factors, jointly" if self.recipe.factors else "a block"
+            lines.append(f"nagq:    {request.nagq} with {effects} {where}: {rule}")
         return [*lines, f"params:  {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
 
     def _spool(self) -> list[str]:
@@ -173,7 +212,21 @@ class Plan:
                 f"spool:   at most {rows:,} rows, {order}{held}",
                 f"memory:  about {nbytes / 1e6:,.1f} MB of spool {place}, a quarter of the limit being {limit / 4e6:,.0f} MB",
             ]
+            lines += self._joint(self.expected.joint) if self.expected.joint is not None else []
         return lines
+
+    def _joint(self, expected: Joint) -> list[str]:
+        """How several factors are solved."""
+        levels = ", ".join(f"about {n:,} of {group}" for group, n in expected.levels.items())
+        how = {
+            "exact": "all random effects jointly, exactly: elimination, and a dense matrix of what is crossed",
+            "iterative": "all random effects jointly, by conjugate gradients and probes, with a stated Monte Carlo error",
+        }[expected.path]
+        return [
+            f"levels:  {levels}",
+            f"solver:  {expected.path}: {how}; about {expected.nbytes / 1e6:,.1f} MB",
+            f"passes:  about {expected.evaluations} evaluations of the likelihood, each a few passes over the spool",
+        ]
 
 
 def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Plan:
@@ -207,6 +260,8 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     second = unweighted and request.collect == "fit" and len(recipe.features) <= WIDE
     path = "none" if not recipe.groups else "second level" if second else "blocks"
     path = "spool" if request.family is not None else "crossed" if recipe.factors else path
+    if recipe.factors and request.collect == "blocks+xx":
+        raise ConfigError('collect="blocks+xx" is for one grouping factor', code="several_factors", hint='collect="blocks"')
     plan = Plan(engine, request, recipe, names, path, [*notes, *engine.identity().notes, *looks.notes])
     limit = request.options.memory_bytes
     if plan.bytes_needed() > limit:
@@ -247,7 +302,7 @@ def _second_level(
 
 
 def _check_request(request: Request) -> None:
-    for name, allowed in (("na", ("drop", "raise")), ("collect", ("fit", "blocks"))):
+    for name, allowed in (("na", ("drop", "raise")), ("collect", COLLECTS)):
         value = getattr(request, name)
         if value not in allowed:
             hint = did_you_mean(str(value), list(allowed))
@@ -268,8 +323,10 @@ def _names(engine: Engine, formula: Formula, request: Request) -> tuple[Names, l
         if schema[name].kind == "other":
             raise DataError(f"the column {name!r} of type {schema[name].name} cannot be a covariate", code="column_type", column=name)
     for name in keys:
-        if schema[name].kind == "other" and any(part in schema[name].name.upper() for part in NESTED):
-            raise DataError(f"the column {name!r} of type {schema[name].name} cannot be a grouping key", code="column_type", column=name)
+        kind = schema[name]
+        if kind.name == "BIGNUM" or (kind.kind == "other" and any(part in kind.name.upper() for part in UNGROUPABLE)):
+            message = f"the column {name!r} of type {kind.name} cannot be a grouping key"
+            raise DataError(message, code="column_type", column=name, hint="cast it")
     positions = {name: i for i, name in enumerate(schema)}
     return Names(positions, {name: column.kind for name, column in schema.items()}), []
 
@@ -292,11 +349,6 @@ def used_names(formula: Formula, request: Request) -> tuple[str, ...]:
 def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[str, Variable], responses: tuple[str, ...]) -> Recipe:
     """A recipe without features, for statements that only need to know which rows enter."""
     factors = tuple(dict.fromkeys(bar.groups for bar in formula.random))
-    if len(factors) > 1 and request.family is not None:
-        raise FormulaError(
-            "several grouping factors: " + ", ".join(sorted(":".join(g) for g in factors)) + "; a generalized model takes one",
-            code="several_factors",
-        )
     return Recipe(
         formula=formula,
         kinds={name: names.kinds[name] for name in used_names(formula, request)},
@@ -328,7 +380,7 @@ def settle(
     covariates, z = needed([*fixed, *random], coordinates), needed(random, coordinates)
     atoms = [feature for feature in needed(outcome, coordinates) if feature]
     extra = [()] if any(coordinates.scalings[a][0] for feature in atoms for a in feature) else []
-    if collect == "blocks":
+    if collect != "fit":
         covariates, z = closure(covariates), closure(z) if z else []
     covariates = sorted(dict.fromkeys([*extra, *covariates]), key=len)
     return replace(

@@ -11,6 +11,7 @@ from . import expr
 from .design import Variable
 from .features import Recipe
 from .formula import parse_expression
+from .outcome import TRIALS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +45,13 @@ def value_names(recipe: Recipe, response: bool) -> list[str]:
     return list(dict.fromkeys(name for node in nodes for name in expr.columns(node)))
 
 
+def size_names(recipe: Recipe) -> list[str]:
+    """The columns that a row's precision weight, or its number of trials, is made of."""
+    nodes = [parse_expression(recipe.weights)] if recipe.weights else []
+    nodes += [recipe.variables[TRIALS].expression] if TRIALS in recipe.variables else []
+    return list(dict.fromkeys(name for node in nodes for name in expr.columns(node)))
+
+
 def _key(group: str, recipe: Recipe, names: Names, keys: pa.DataType) -> exp.Expr:
     """A grouping column of the source as it is compared with the modes' keys of type `keys`."""
     import pyarrow as pa
@@ -51,6 +59,8 @@ def _key(group: str, recipe: Recipe, names: Names, keys: pa.DataType) -> exp.Exp
 
     if recipe.kinds[group] == "text" or keys == pa.float64():
         return names.value(group)
+    if pa.types.is_decimal(keys):  # Polars has whole numbers of 128 bits, Arrow only decimals
+        return exp.cast(names.key(group), f"decimal({keys.precision}, {keys.scale})")
     return exp.cast(names.key(group), "bigint") if keys == pa.int64() else names.key(group)
 
 
@@ -70,7 +80,7 @@ def statement_of(
     fixed = combination(fit.gamma.tolist(), recipe, names, inside=False)
     for offset in _offsets(recipe):
         fixed = plus(fixed, numeric(offset, names))
-    usable = both([*_known_levels(recipe, names), *(names.present(name) for name in value_names(recipe, False))])
+    usable = scorable(recipe, names)
     every = {"population": fixed}
     if joined is not None:
         every["conditional"] = plus(fixed.copy(), _random_part(recipe, names))
@@ -81,8 +91,13 @@ def statement_of(
             every[f"z{k}"] = feature(recipe.features[i], recipe, names) if recipe.features[i] else number(1)
     if "variance" in parts:
         every["variance"] = _variance(fit, names)
+    if "size" in parts:
+        every["size"] = _size(recipe, names)
     if "observed" in parts:
         every["observed"] = _observed(recipe, names)
+    for i, monomial in enumerate(recipe.features):
+        if f"f{i}" in parts:
+            every[f"f{i}"] = feature(monomial, recipe, names) if monomial else number(1)
     columns: list[exp.Expr] = [exp.column(f"r{i}", table="src") for i in shown.values()]
     for k, part in enumerate(parts):
         value = every[part].copy()
@@ -105,6 +120,13 @@ def random_features(recipe: Recipe) -> list[str]:
     return [f"z{k}" for k in range(len(recipe.z))]
 
 
+def scorable(recipe: Recipe, names: Names) -> exp.Expr:
+    """True where a row has all covariates, and of each factor a level that the fit knows."""
+    from .sql import both
+
+    return both([*_known_levels(recipe, names), *(names.present(name) for name in value_names(recipe, False))])
+
+
 def _known_levels(recipe: Recipe, names: Names) -> Iterator[exp.Expr]:
     """For each factor: true where the row has one of its levels."""
     from sqlglot import exp
@@ -117,17 +139,15 @@ def _known_levels(recipe: Recipe, names: Names) -> Iterator[exp.Expr]:
 
 
 def _random_part(recipe: Recipe, names: Names) -> exp.Expr:
-    from functools import reduce
-
     from sqlglot import exp
 
-    from .sql import feature, number, plus, times
+    from .sql import feature, number, summed, times
 
     parts: list[exp.Expr] = []
     for k, i in enumerate(recipe.z):
         h = exp.Coalesce(this=exp.column(f"h{k}"), expressions=[number(0)])
         parts.append(times(h, feature(recipe.features[i], recipe, names)) if recipe.features[i] else h)
-    return reduce(plus, parts)
+    return summed(parts)
 
 
 def _residual(fit: MixedFit, names: Names, fitted: exp.Expr) -> exp.Expr:
@@ -141,9 +161,17 @@ def _residual(fit: MixedFit, names: Names, fitted: exp.Expr) -> exp.Expr:
     return minus(response, fitted.copy())
 
 
+def _size(recipe: Recipe, names: Names) -> exp.Expr:
+    """What divides a row's variance: its precision weight, or the trials of a proportion; NaN where it is not above 0."""
+    from .sql import case, number, numeric
+
+    node = parse_expression(recipe.weights) if recipe.weights else recipe.variables[TRIALS].expression
+    value = numeric(node, names)
+    return case([(_positive(value), value.copy())], number(float("nan")))
+
+
 def _observed(recipe: Recipe, names: Names) -> exp.Expr:
     """The response of a generalized model as it is modelled: with trials, the proportion of successes."""
-    from .outcome import TRIALS
     from .sql import case, number, numeric, ratio
 
     response = numeric(recipe.variables[recipe.responses[0]].expression, names)
@@ -164,9 +192,7 @@ def _positive(value: exp.Expr) -> exp.Expr:
 
 def _variance(fit: MixedFit, names: Names) -> exp.Expr:
     """The variance z'Ψz of the random part at a row, over the features."""
-    from functools import reduce
-
-    from .sql import feature, number, plus, times
+    from .sql import feature, number, summed, times
 
     recipe, parts = fit.recipe, []
     half = np.hstack([term.Q @ term.star for term in fit.terms])
@@ -177,7 +203,7 @@ def _variance(fit: MixedFit, names: Names) -> exp.Expr:
             for k in (i, j):
                 product = times(product, feature(recipe.features[k], recipe, names)) if recipe.features[k] else product
             parts.append(product)
-    return reduce(plus, parts)
+    return summed(parts)
 
 
 def made(output: Output, parts: dict[str, Any]) -> Any:

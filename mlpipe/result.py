@@ -18,7 +18,9 @@ from .stats import SuffStats
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .held import Held
     from .options import Options
+    from .plot import Plots
     from .predictions import Output
     from .solve.lmm import LMMSolution
 
@@ -84,6 +86,7 @@ class MixedFit:
     effects_tables: dict[str, pa.Table] = field(default_factory=dict)
 
     family = "gaussian"
+    link = "identity"
     more: ClassVar[tuple[str, ...]] = ()  # further fields that are written with the fit
     residual_scaled = True  # whether Λ is relative to sigma, as in a linear mixed model
 
@@ -137,8 +140,43 @@ class MixedFit:
         return variance.varcorr(self)
 
     def tidy(self, conf_level: float = 0.95, ddf: str = "wald") -> pa.Table:
-        """Estimates, standard errors, Wald tests and intervals of fixed effects and of variance parameters."""
+        """Estimates, standard errors, tests and intervals of fixed effects and of variance parameters.
+
+        `ddf`: "wald" (z), "satterthwaite" (Giesbrecht and Burns 1985) or "kenward-roger" (1997, standard errors adjusted too; needs
+        REML), which give `df` and t tests of the fixed effects of linear mixed models, from the statistics that the fit keeps.
+        """
         return variance.tidy(self, conf_level, ddf)
+
+    def confint(self, method: str = "wald", level: float = 0.95, *, draws: int = 1000) -> pa.Table:
+        """Confidence intervals `term`, `conf_low`, `conf_high` of the fixed effects and, with R's names, the variance parameters.
+
+        `method`: "wald"; "profile", where the signed root of the (ML or Laplace/AGQ) deviance is a normal quantile (Bates et al. 2015,
+        section 5.1), from the statistics that a linear fit keeps, by passes over a spool made once for a generalized one; "boot",
+        percentiles of `draws` parametric bootstrap fits (Efron and Tibshirani 1993; `options.seed`).
+        Raises ConvergenceError where a profile has no limit, DataError where what is needed is gone.
+        """
+        from . import intervals
+
+        return intervals.confint(self, method, level, draws)
+
+    def test(self, hypothesis: Any, ddf: str = "wald") -> pa.Table:
+        """Wald test of linear hypotheses on the fixed effects: `statistic` is χ² with `df`, or F with `df` and `df_denominator`.
+
+        `hypothesis`: text such as "x1 = x2 = 0" or "x1 - 2 * x2 = 1, x3 = 0", or a matrix (k, p) of contrasts that are zero.
+        `ddf`: as in `tidy`; Satterthwaite's joint degrees of freedom are Fai and Cornelius's (1996).
+        Raises ConfigError for what cannot be read or names no coefficient.
+        """
+        from . import hypotheses
+
+        return hypotheses.test(self, hypothesis, ddf)
+
+    def drop1(self) -> pa.Table:
+        """Likelihood-ratio tests of the fixed terms that marginality lets go, each dropped alone: `term`, `n_params`, `loglik`, `aic`,
+        `statistic`, `df`, `p_value`. Linear models by ML from their statistics, generalized ones by one more fit a term.
+        """
+        from . import hypotheses
+
+        return hypotheses.drop1(self)
 
     def glance(self) -> pa.Table:
         """One row: nobs, likelihood, information criteria, status."""
@@ -167,9 +205,57 @@ class MixedFit:
             "seconds": self.seconds,
         }
 
-    def icc(self) -> dict[str, float]:
-        """Intraclass correlation per grouping factor: the share of the intercept variance (random slopes at zero)."""
-        return variance.icc(self)
+    def icc(self, at: Mapping[str, Any] | None = None, level: float | None = None) -> dict[str, Any]:
+        """Intraclass correlation per grouping factor: the share of the intercept variance (random slopes at zero), or, where `at` gives
+        values of all columns of the random part, of z'Ψz there (a list for lists). Generalized: on the latent scale.
+
+        `level`: (share, low, high) in place of a share, by the delta method on the logit scale.
+        """
+        from . import quality
+
+        return quality.icc(self, at, level)
+
+    def r2(self, data: Any = None, *, options: Options | None = None) -> dict[str, float]:
+        """Marginal and conditional R² (Nakagawa and Schielzeth 2013; with random slopes Johnson 2014; generalized: on the latent scale,
+        Nakagawa, Johnson and Schielzeth 2017). From the fit's sums; with precision weights, or for other `data`, by one scan."""
+        from . import quality
+
+        return quality.r2(self, data, options)
+
+    def residuals(self, data: Any = None, *, options: Options | None = None) -> pa.Table:
+        """Response and Pearson residuals given the random effects in summary: n, moments (excess kurtosis), quartiles; one scan.
+
+        Quartiles are exact up to 16,384 rows, then from a sketch whose ranks are good to 0.1 % of the rows.
+        """
+        from . import quality
+
+        return quality.residuals(self, data, options)
+
+    def influence(self, top: int = 20, data: Any = None, *, options: Options | None = None) -> pa.Table:
+        """The blocks whose deletion moves the fixed effects most, variances held: keys, `rows`, `leverage`, `cooks_distance` and, per
+        coefficient, `dfbetas_<term>` (Cook 1977; Belsley, Kuh and Welsch 1980; for mixed models Christensen, Pearson and Johnson 1992).
+
+        By decreasing distance; before all others, with nulls, blocks without which a coefficient is not determined. One scan; none
+        over statistics of collect="blocks+xx".
+        """
+        from . import influence
+
+        return influence.influence(self, top, data, options)
+
+    def normality(self) -> pa.Table:
+        """Per random coefficient the standardized conditional modes in summary, and their correlation with normal quantiles.
+
+        Standardized is b / sqrt(Var(b) - Var(b | y)), of variance 1 where the model holds (Lange and Ryan 1989).
+        """
+        from . import quality
+
+        return quality.normality(self)
+
+    def qq(self, of: str = "residuals", *, points: int = 200, data: Any = None, options: Options | None = None) -> pa.Table:
+        """Sample against normal quantiles of Pearson residuals (one scan), or of a group's standardized conditional modes."""
+        from . import quality
+
+        return quality.qq(self, of, points, data, options)
 
     @property
     def groups(self) -> list[str]:
@@ -208,6 +294,8 @@ class MixedFit:
         *,
         effects: str | Sequence[str] = "conditional",
         kind: str = "response",
+        interval: str | None = None,
+        level: float = 0.95,
         new_levels: str = "population",
         ordered: bool = True,
         prefix: str = "",
@@ -217,12 +305,18 @@ class MixedFit:
 
         `effects`: "conditional" on the random effects, "population" (random effects zero), "marginal" (the mean over them), or a list of
         factors. `kind`: "response" or "link". `new_levels`: "population", "null" or "raise" where the fit has not seen a level.
+
+        `interval` adds `lower` and `upper`: "confidence" from the covariance of the fixed effects, and for conditional predictions the
+        conditional variances of the random effects given theta (their covariance with the fixed effects left out; factors with several
+        coefficients a level have none); on the link scale, then transformed. "prediction" (linear models) adds the residual variance
+        (over the weight), and without a known level the variance of the random part. theta and sigma are taken as known.
         """
         from . import scoring
 
         return scoring.predict(
-            self, data, effects=effects, kind=kind, new_levels=new_levels, ordered=ordered, prefix=prefix, options=options
-        )
+            self, data, effects=effects, kind=kind, interval=interval, level=level, new_levels=new_levels, ordered=ordered, prefix=prefix,
+            options=options,
+        )  # fmt: skip
 
     def augment(
         self, data: Any = None, columns: Sequence[str] | None = None, prefix: str = "", *, options: Options | None = None
@@ -231,6 +325,74 @@ class MixedFit:
         from . import scoring
 
         return scoring.augment(self, data, columns=columns, prefix=prefix, options=options)
+
+    @property
+    def plot(self) -> Plots:
+        """`coefficients()`, `caterpillar()`, `residuals()`, `qq()`, `influence()`: each a table ready to draw, and an Altair chart."""
+        from .plot import Plots
+
+        return Plots(self)
+
+    def effects(self, data: Any = None, conf_level: float = 0.95, *, options: Options | None = None) -> pa.Table:
+        """Coefficients given the random effects ("subject_specific"), those of the means over them ("population_average"), and mean
+        effects on these means over the rows ("average_marginal"). One scan of the fit's source, or of `data`.
+
+        A numeric covariate's effect is the derivative by its column, in all terms; a factor's level is compared with the base level.
+        """
+        from . import averaged
+
+        return averaged.effects(self, data, conf_level, options)
+
+    def marginal(
+        self, data: Any, block: Any = None, *, prefix: str = "", options: Options | None = None
+    ) -> pa.Table | pa.RecordBatchReader:
+        """The rows of `data` with `mean` and `variance` of the response, the random effects integrated out; or, of the rows of one block,
+        `covariance` and `correlation`, a row each pair (`row1`, `row2` from 1 in the source's order; up to 1,000 rows).
+
+        `block`: the value of the grouping column (a tuple of several), or a dict of grouping columns to values.
+        """
+        from . import implied
+
+        return implied.rows(self, data, prefix, options) if block is None else implied.block(self, data, block, options)
+
+    def means(
+        self, term: str | Sequence[str], *, kind: str = "response", effects: str = "population",
+        at: Mapping[str, Any] | None = None, data: Any = None, conf_level: float = 0.95, options: Options | None = None,
+    ) -> pa.Table:  # fmt: skip
+        """Marginal means over the levels of a factor, or of combinations of factors (Searle, Speed and Milliken 1980), as R's emmeans.
+
+        Over a grid of all factors' levels, equally weighted, with numeric covariates at their means over the rows (one scan, kept with
+        the fit) or as in `at`. Averages are of linear predictors; kind="response" transforms them back. effects="marginal" integrates
+        the random effects out and averages means.
+        """
+        from . import means
+
+        return means.means(self, term, kind=kind, effects=effects, at=at, data=data, conf_level=conf_level, options=options)
+
+    def contrasts(
+        self, term: str | Sequence[str], method: str | Mapping[str, Sequence[float]] = "pairwise", *, adjust: str | None = None,
+        kind: str = "response", effects: str = "population", at: Mapping[str, Any] | None = None, data: Any = None,
+        conf_level: float = 0.95, options: Options | None = None,
+    ) -> pa.Table:  # fmt: skip
+        """Contrasts of `means`: differences of all pairs, of each level from the first ("reference"), or named coefficients.
+
+        `adjust`: "tukey" (the default for pairs), "bonferroni", "holm" (intervals by Bonferroni's) or "none" (the default else).
+        """
+        from . import means
+
+        return means.contrasts(
+            self, term, method, adjust=adjust, kind=kind, effects=effects, at=at, data=data, conf_level=conf_level, options=options
+        )
+
+    def simulate(self, n: int = 1, seed: int | None = None, *, prefix: str = "") -> pa.RecordBatchReader:
+        """The rows of the fit's own source, in their order, with n simulated responses `sim_1`, `sim_2`, …: new random effects and new
+        residuals at the estimates. Where there are trials, numbers of successes; null where a row was not used.
+
+        `seed`: `options.seed` if None. Raises DataError where the source is gone or changed.
+        """
+        from . import simulation
+
+        return simulation.simulate(self, n, seed, prefix)
 
     def write(
         self, target: Any, *, prefix: str = "mlpipe", mode: str = "error", run_id: str | None = None, ranef: bool = True
@@ -264,7 +426,9 @@ class MixedFit:
 
 @dataclass(repr=False)
 class LMMFit(MixedFit):
-    """A fitted linear mixed model; see MixedFit."""
+    """A fitted linear mixed model; see MixedFit. `held`: its statistics, while they are in memory or mapped."""
+
+    held: Held | None = None
 
     @classmethod
     def from_solution(
@@ -277,6 +441,7 @@ class LMMFit(MixedFit):
         theta_covariance: Array,
         data: Any,
         options: Options | None = None,
+        held: Held | None = None,
     ) -> LMMFit:
         """The fit from a solver's solution, in the user's coordinates."""
         factors, stars = reduced.factors(solution.lambda_), reduced.split(solution.lambda_)
@@ -309,6 +474,7 @@ class LMMFit(MixedFit):
             info={**stats.info, "evaluations": solution.evaluations, "score": solution.score},
             source=data,
             options=options,
+            held=held,
         )
 
 

@@ -1,7 +1,7 @@
 """Predictions where the rows are: every row of a source, in its order, with the linear predictor."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from . import effects as modes
 from .arrays import column
 from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Recipe
-from .predictions import Output, made, statement_of, value_names
+from .predictions import Output, made, size_names, statement_of, value_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,6 +28,8 @@ def predict(
     *,
     effects: str | Sequence[str],
     kind: str,
+    interval: str | None,
+    level: float,
     new_levels: str,
     ordered: bool,
     prefix: str,
@@ -41,7 +43,13 @@ def predict(
         raise ConfigError("a mean over the random effects has no linear predictor", hint='kind="response", or effects="population"')
     output = Output((wanted,)) if kind == "link" and wanted != "marginal" else fit.output(wanted)
     factors = [] if wanted != "conditional" else fit.groups if isinstance(effects, str) else list(effects)
-    return _scored(fit, data, {f"{prefix}predicted": output}, factors, new_levels, ordered, None, options)
+    outputs = {f"{prefix}predicted": output}
+    if interval is not None:
+        from .bands import bands
+
+        lower, upper = bands(fit, wanted, kind, interval, level, factors)
+        outputs |= {f"{prefix}lower": lower, f"{prefix}upper": upper}
+    return _scored(fit, data, outputs, factors, new_levels, ordered, None, options)
 
 
 def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: str, options: Options | None) -> pa.RecordBatchReader:
@@ -50,6 +58,14 @@ def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: 
     outputs = {f"{prefix}fitted": fit.output(best), f"{prefix}resid": fit.output("residual")}
     outputs[f"{prefix}fitted_fixed"] = fit.output("population")
     return _scored(fit, data, outputs, fit.groups, "population", True, columns, options)
+
+
+def scored(
+    fit: MixedFit, data: Any, outputs: dict[str, Output], conditional: Sequence[str], options: Options | None, *,
+    columns: Sequence[str] | None,
+) -> pa.RecordBatchReader:  # fmt: skip
+    """The columns `columns` of the source (None: all, and in its order) with `outputs`, null where a level is not known to the fit."""
+    return _scored(fit, data, outputs, conditional, "null", columns is None, columns, options)
 
 
 def _wanted(fit: MixedFit, effects: str | Sequence[str]) -> str:
@@ -84,10 +100,12 @@ def _scored(
         engine = stack.enter_context(_engine(fit, data, options))
         parts = list(dict.fromkeys(part for output in outputs.values() for part in output.parts))
         observed = "residual" in parts or "observed" in parts
-        names = located(engine, fit.recipe, observed, bool(conditional))
-        shown = _shown(engine, columns, list(outputs))
-        if fit.recipe.factors and conditional:
-            from . import several_scoring
+        sizes = size_names(fit.recipe) if "size" in parts else []
+        names = located(engine, fit.recipe, observed, bool(conditional), sizes)
+        shown = shown_columns(engine, columns, list(outputs))
+        from . import several_scoring
+
+        if conditional and (fit.recipe.factors or several_scoring.MODE_VARIANCE in parts):
 
             return several_scoring.scored(fit, engine, names, shown, outputs, conditional, new_levels, ordered, stack)
         joined = _joined(fit, engine, names) if conditional else None
@@ -95,7 +113,8 @@ def _scored(
         from .engines.base import Columns
 
         groups = fit.recipe.groups if conditional else ()
-        values = frozenset(names.positions[name] for name in (*value_names(fit.recipe, observed), *groups))
+        values = frozenset(names.positions[name] for name in (*value_names(fit.recipe, observed), *sizes))
+        values |= {names.positions[name] for name in groups if fit.recipe.kinds[name] in ("number", "text")}
         wanted = Columns(values, frozenset(names.positions[name] for name in groups), everything=True, row_number=ordered)
         reader = engine.query(statement, wanted, joined=joined)
         return _finished(fit, reader, list(shown), parts, outputs, new_levels, stack)
@@ -112,16 +131,20 @@ def _engine(fit: MixedFit, data: Any, options: Options | None) -> Any:
     return modes.reopened(fit, options) if data is None else closing(open_source(data, options=options))
 
 
-def located(engine: Engine, recipe: Recipe, observed: bool, conditional: bool) -> Names:
+def located(engine: Engine, recipe: Recipe, observed: bool, conditional: bool, more: Sequence[str] = ()) -> Names:
     """Where the columns that scoring needs stand in a source. Raises where one is missing or of another kind."""
+    return found(engine, recipe, [*value_names(recipe, observed), *(recipe.groups if conditional else ()), *more])
+
+
+def found(engine: Engine, recipe: Recipe, wanted: Sequence[str]) -> Names:
+    """Where all columns of a source stand. Raises where one that is wanted is missing or of another kind than the fit's."""
     from .sql import Names
 
     schema = engine.schema()
-    values = value_names(recipe, observed)
-    for name in [*values, *(recipe.groups if conditional else ())]:
+    for name in wanted:
         if name not in schema:
             raise ColumnNotFoundError(f"there is no column {name!r}", column=name, hint=did_you_mean(name, list(schema)))
-    for name in [*values, *(recipe.groups if conditional else ())]:
+    for name in wanted:
         if schema[name].kind != recipe.kinds[name]:
             raise DataError(
                 f"the column {name!r} is of kind {schema[name].kind} ({schema[name].name}), the fit had {recipe.kinds[name]}",
@@ -131,7 +154,7 @@ def located(engine: Engine, recipe: Recipe, observed: bool, conditional: bool) -
     return Names({name: i for i, name in enumerate(schema)}, recipe.kinds)
 
 
-def _shown(engine: Engine, columns: Sequence[str] | None, outputs: Sequence[str]) -> dict[str, int]:
+def shown_columns(engine: Engine, columns: Sequence[str] | None, outputs: Sequence[str]) -> dict[str, int]:
     """The source's columns that are handed on, with their positions."""
     positions = {name: i for i, name in enumerate(engine.schema())}
     for name in columns or ():
@@ -171,7 +194,8 @@ def _key_types(engine: Engine, recipe: Recipe, names: Names) -> list[pa.DataType
 
 def _comparable(group: str, keys: pa.ChunkedArray, source: pa.DataType) -> pa.ChunkedArray:
     """The keys in a type that `_key` compares with the source's by value: text for enums and the like, 64-bit integers for
-    integers of different widths, doubles for other numbers of different types. Raises DataError for other types that differ."""
+    integers of different widths, decimals for wider ones, doubles for other numbers of different types, the source's own type for times,
+    null where that cannot hold them. Raises DataError for other types that differ."""
     import pyarrow as pa
 
     kind = keys.type.value_type if pa.types.is_dictionary(keys.type) else keys.type
@@ -179,11 +203,34 @@ def _comparable(group: str, keys: pa.ChunkedArray, source: pa.DataType) -> pa.Ch
         return keys.cast(pa.large_string())
     if _narrow(kind) and _narrow(source):
         return keys.cast(pa.int64())
-    if kind == source:
+    if _whole(kind) and _whole(source):
+        return keys.cast(pa.decimal128(38, 0))
+    if kind == source or (pa.types.is_duration(kind) and source == pa.month_day_nano_interval()):
         return keys
+    if any(_alike(test, kind, source) for test in (pa.types.is_timestamp, pa.types.is_duration, pa.types.is_time)):
+        return _exactly(keys, source)
     if _number(kind) and _number(source):
         return keys.cast(pa.float64(), safe=False)
     raise DataError(f"the column {group!r} is of type {source}, the fit had {kind}", code="column_type", column=group, hint="cast it")
+
+
+def _alike(test: Callable[[pa.DataType], bool], kind: pa.DataType, source: pa.DataType) -> bool:
+    """Whether both types pass a test, and both or neither have a time zone."""
+    return test(kind) and test(source) and (getattr(kind, "tz", None) is None) == (getattr(source, "tz", None) is None)
+
+
+def _exactly(keys: pa.ChunkedArray, source: pa.DataType) -> pa.ChunkedArray:
+    """The keys in another type of time, null where that cannot hold them."""
+    import pyarrow.compute as pc
+
+    cast = keys.cast(source, safe=False)
+    return pc.if_else(pc.equal(cast.cast(keys.type, safe=False), keys), cast, None)
+
+
+def _whole(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0))
 
 
 def _narrow(kind: pa.DataType) -> bool:

@@ -1,49 +1,71 @@
-"""Temporary directories that a killed process leaves behind, and that the next one removes."""
+"""Temporary directories that outlive nothing: removed when their owner is done or the process ends, by the next run if it was killed."""
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
 import tempfile
+import weakref
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
-from typing import IO
 
-PREFIX, LOCK = "mlpipe-", ".lock"
+PREFIX, SUFFIX = "mlpipe-", ".tmp"
 
 
-class ScratchDirectory(tempfile.TemporaryDirectory[str]):
-    """A directory `name` that goes with this object. A lock in it, which the kernel releases when its process dies, tells that it is used.
-
-    Making one removes those of dead processes beside it. Raises OSError where it cannot be made.
-    """
+class Scratch:
+    """One temporary directory, `name`. Its owner holds a lock on it that the kernel releases when the process dies: an unlocked one is
+    what a killed run left, and goes when another is made beside it."""
 
     def __init__(self, parent: str | None) -> None:
-        swept(parent)
-        super().__init__(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True)
-        self._lock = _locked(Path(self.name))
+        """Makes the directory under `parent` (None: the system's). Raises OSError where it cannot."""
+        parent = parent or tempfile.gettempdir()
+        _sweep(parent)
+        while True:
+            self.name = tempfile.mkdtemp(prefix=PREFIX, suffix=SUFFIX, dir=parent)
+            with suppress(FileNotFoundError):  # swept away before it was locked
+                handle = os.open(self.name, os.O_RDONLY)
+                if _locked(handle) is not False and os.path.exists(self.name):
+                    break
+                os.close(handle)
+        self._remove = weakref.finalize(self, _remove, self.name, handle)
 
     def cleanup(self) -> None:
-        """Removes the directory and what is in it; may be called again."""
-        self._lock.close()
-        super().cleanup()
+        """Removes the directory and what is in it."""
+        self._remove()
 
 
-def _locked(folder: Path) -> IO[bytes]:
-    """The lock of a new directory, which nobody can see before it is held."""
-    unseen = folder / f"{LOCK}.new"
-    file = unseen.open("wb")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    unseen.rename(folder / LOCK)
-    return file
+def _remove(path: str, handle: int) -> None:
+    shutil.rmtree(path, True)
+    os.close(handle)
 
 
-def swept(parent: str | None) -> None:
-    """Removes the directories of processes that are gone; what is not ours, or in use, stays."""
-    for folder in Path(parent or tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # another process may be sweeping too, or it is another user's
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-                continue
-            with (folder / LOCK).open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+def _locked(handle: int) -> bool | None:
+    """Takes the lock of a directory; None where the file system has none to give."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _sweep(parent: str) -> None:
+    """Removes what killed runs of this user left."""
+    for path in _ours(parent):
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            try:
+                if _locked(handle):
+                    shutil.rmtree(path, True)
+            finally:
+                os.close(handle)
+
+
+def _ours(parent: str) -> Iterator[str]:
+    with suppress(OSError), os.scandir(parent) as entries:
+        for entry in entries:
+            name = entry.name
+            ours = name.startswith(PREFIX) and name.endswith(SUFFIX) and len(name) == len(PREFIX) + 8 + len(SUFFIX)
+            if ours and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
+                yield entry.path

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,33 +13,75 @@ import numpy as np
 from .arrays import arrow
 from .errors import ConfigError, DataError, ResourceError
 from .formula import Formula
+from .held import Held
 from .progress import stage
 from .reduction import Coded, Random, coded, lower_factor
 from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
+from .solve.refit import with_log_sigma
 from .stats import SuffStats, full_map
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .crossing import Crossed
+    from .factors import Crossed
     from .options import Options
+    from .planning import Plan
 
 Array = np.ndarray
 
 
+OBSERVED = 1e-7  # scaled score from which the observed information replaces the average one, which is good enough to come that far
 MOST_WORK = 1e10  # operations of one evaluation above which conjugate gradients are faster
+
+
+def _fits(rest: int, limit: int) -> bool:
+    """Whether the dense matrix of the factors but the largest, with two more of its size, takes at most half the memory limit."""
+    return 3 * 8 * rest**2 <= limit // 2
+
+
+def _work(rest: int, filling: float) -> float:
+    """Operations of one exact evaluation; `filling`: the squared number of cells of each level of the largest factor, added up."""
+    return 2.0 * rest**3 + 600.0 * filling
+
+
+def expected(plan: Plan) -> list[str]:
+    """What a fit of several factors will do, as lines of its plan, from about how many levels and combinations of keys there are."""
+    from .collect import row_count
+    from .crossing import combinations as count
+    from .design import code
+
+    recipe, limit = plan.recipe, plan.request.options.memory_bytes
+    bars = recipe.formula.random
+    q = {f: sum(len(code(bar.terms, recipe.variables)) for bar in bars if bar.groups == f) for f in recipe.factors}
+    levels = {f: max(round(count(plan, f)), 1) for f in recipe.factors}
+    order = sorted(recipe.factors, key=lambda f: -levels[f] * q[f])
+    cells = min(round(count(plan, recipe.groups)), row_count(plan))
+    pairs, products = len(order) * (len(order) - 1) // 2, len(recipe.z) * (len(recipe.z) + 1) // 2
+    rest, filling = sum(levels[f] * q[f] for f in order[1:]), cells**2 / levels[order[0]] * (len(order) - 1)
+    if all(set(outer) <= set(inner) for inner, outer in zip(order[:-1], order[1:], strict=True)):
+        solver = "exact, factor by factor: nested"
+    elif _fits(rest, limit) and _work(rest, filling) < MOST_WORK:
+        solver = f"exact, with a dense matrix of {rest:,} rows at most"
+    else:
+        solver = f"conjugate gradients, unless nested: a dense matrix of {rest:,} rows is too much work or too large"
+    held = 8 * sum(levels.values()) * (1 + len(recipe.pairs())) + cells * pairs * (4 + 8 * products)
+    return [
+        f"levels:  about {', '.join(f'{levels[f]:,} of ' + ':'.join(f) for f in order)}; about {cells:,} combinations",
+        f"solver:  {solver}; about ten evaluations",
+        f"cells:   up to {held / 1e6:,.1f} MB of sums; cells above a quarter of the limit go to a mapped file",
+    ]
 
 
 @dataclass
 class Solved:
-    """What either path leaves behind: the optimum, the estimates there, the evaluator, the diagonal blocks of M⁻¹ of every factor, and what
-    Monte Carlo error there is."""
+    """What either path leaves behind: the optimum, the estimates there, `along`: how log σ moves with θ on the profile, the diagonal blocks
+    of M⁻¹ of every factor, and what Monte Carlo error there is."""
 
     solution: GLMMSolution
     at: Evaluation
-    exact: Exact
+    along: Array
     inverses: list[Array]
     carlo: dict[str, Any] | None = None
 
@@ -51,9 +94,10 @@ class Several:
         self.stats, self.parts, self.crossed = stats, parts, stats.crossed
         self.bars = [[i for i, bar in enumerate(formula.random) if bar.groups == groups] for groups in stats.recipe.factors]
         self.order = [k for k in np.argsort([-self._size(k) for k in range(len(self.bars))], kind="stable").tolist() if self.bars[k]]
-        Z = [np.hstack([parts.random[i].Q for i in self.bars[k]]) for k in self.order]
-        factors = tuple(self._factor(self.crossed, k, z) for k, z in zip(self.order, Z, strict=True))
-        cells = {(a, b): self._cells(self.order[a], self.order[b], Z[a], Z[b]) for a in range(len(Z)) for b in range(a + 1, len(Z))}
+        self.maps = [np.hstack([parts.random[i].Q for i in self.bars[k]]) for k in self.order]
+        factors = tuple(self._factor(self.crossed, k, z) for k, z in zip(self.order, self.maps, strict=True))
+        self.pairs = {(a, b): self.crossed.between(self.order[a], self.order[b]) for a, b in combinations(range(len(self.order)), 2)}
+        cells = {pair: self._cells(*pair) for pair in self.pairs}
         terms = tuple(tuple(len(parts.random[i].names) for i in self.bars[k]) for k in self.order)
         WW = parts.W.T @ stats.gram @ parts.W
         self.problem = CrossedProblem(factors, cells, WW, stats.n, stats.sum_log_w, reml, terms)
@@ -70,22 +114,14 @@ class Several:
         S = (V[:, :q].reshape(q * q, -1) @ sums).reshape(q, q, -1)
         return Factor(S, (V[:, q:].reshape(q * p1, -1) @ sums).reshape(q, p1, -1))
 
-    def _cells(self, k: int, h: int, left: Array, right: Array) -> Cells:
-        """The blocks Z_k'wZ_h of the pairs of levels that occur, sorted by level of k, then of h."""
-        from scipy.sparse import coo_matrix
-
-        crossed, recipe = self.crossed, self.stats.recipe
-        shape = len(crossed.factors[k].levels), len(crossed.factors[h].levels)
-        z = {a: i for i, a in enumerate(recipe.z)}
-        products: Array | None = None
-        for place, (a, b) in enumerate(crossed.pairs):
-            weights = np.ones(len(crossed.codes[k])) if crossed.products is None else crossed.products[place]
-            cells = coo_matrix((weights, (crossed.codes[k], crossed.codes[h])), shape=shape).tocsr()  # adds up what repeats
-            products = np.zeros((len(z), len(z), cells.nnz)) if products is None else products
-            products[z[a], z[b]] = products[z[b], z[a]] = cells.data
-        assert products is not None
-        rows = np.repeat(np.arange(shape[0]), np.diff(cells.indptr))
-        return Cells(rows, cells.indices.astype(np.intp), np.einsum("ia,ijc,jb->abc", left, products, right, optimize=True))
+    def _cells(self, a: int, b: int) -> Cells:
+        """The blocks Z_k'wZ_h of the pairs of levels that occur, sorted by level of k, then of h, for the a-th and b-th factor in order."""
+        held, nz = self.pairs[a, b], len(self.stats.recipe.z)
+        left, right = self.maps[a], self.maps[b]
+        if nz == 1:
+            return Cells(held.rows, held.columns, (held.products * (left[0, 0] * right[0, 0]))[None])
+        products = _square(held.products, self.crossed.pairs, self.stats.recipe.z)
+        return Cells(held.rows, held.columns, np.einsum("ia,ijc,jb->abc", left, products, right, optimize=True))
 
     def nested(self) -> list[str]:
         """Which factors lie within which: their cells are as many as their levels."""
@@ -107,14 +143,14 @@ class Several:
         Raises ResourceError where the exact one was asked for and its rest exceeds half the memory limit.
         """
         problem, rest = self.problem, sum(f.size for f in self.problem.factors[1:])
-        if method == "iterative" or Exact(problem).stays_sparse():
+        if method == "iterative" or problem.stays_sparse:
             return "iterative" if method == "iterative" and len(problem.factors) > 1 else "exact"
-        fits = 3 * 8 * rest**2 <= limit // 2
+        fits = _fits(rest, limit)
         if method == "exact" and not fits:
             message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
             raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
         filling = sum(float((np.bincount(cells.rows) ** 2.0).sum()) for (k, _), cells in problem.cells.items() if k == 0)
-        return "exact" if method == "exact" or (fits and 2.0 * rest**3 + 600.0 * filling < MOST_WORK) else "iterative"
+        return "exact" if method == "exact" or (fits and _work(rest, filling) < MOST_WORK) else "iterative"
 
     def solved(self, start: Array | None, options: Options, method: str) -> Solved:
         """The optimum, by the path that `method` and the sizes call for."""
@@ -122,54 +158,50 @@ class Several:
         start = self._start() if start is None else start
         if self.path(method, options.memory_bytes) == "exact":
             exact = Exact(problem)
-            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical)
+            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical, observe=OBSERVED)
             solution = solve_glmm(search, start, tol=options.tol, max_evaluations=options.max_passes)
             at, _ = exact.evaluate(solution.lambda_)
-            return Solved(solution, at, exact, at.M.inverse_blocks())
+            return Solved(solution, at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
         return self._iterated(start, options)
 
     def _iterated(self, start: Array, options: Options) -> Solved:
         from .solve.iterative import BLUP_SAMPLES, solve_iterative
 
         found = solve_iterative(
-            self.problem, start, tol=options.tol, max_evaluations=options.max_passes, seed=options.seed,
+            self.problem, start, self.draws(), tol=options.tol, max_evaluations=options.max_passes, seed=options.seed,
             threads=options.threads or os.cpu_count() or 1,
         )  # fmt: skip
         carlo = {
             "probes": found.probes, "error": found.error.tolist(), "loglik_error": found.loglik_error,
             "blup_variance_samples": BLUP_SAMPLES,
         }  # fmt: skip
-        inverses = found.solver.variances(found.solution.lambda_, self._draws())
-        return Solved(found.solution, found.at, found.solver, inverses, carlo)
+        return Solved(found.solution, found.at, found.along, found.inverses, carlo)
 
-    def _draws(self) -> Callable[[np.random.Generator], Array]:
-        """A function that draws Z'w^½ε over single effects, from the cells."""
-        crossed, nz = self.crossed, len(self.stats.recipe.z)
-        n = len(crossed.codes[0])
-        root = np.ones((1, 1, 1))
-        if crossed.products is not None:
-            s = np.empty((n, nz, nz))
-            place = {a: i for i, a in enumerate(self.stats.recipe.z)}
-            for values, (a, b) in zip(crossed.products, crossed.pairs, strict=True):
-                s[:, place[a], place[b]] = s[:, place[b], place[a]] = values
-            values, vectors = np.linalg.eigh(s)
+    def draws(self, *, normal: bool = False) -> Callable[[np.random.Generator], Array] | None:
+        """A function that draws Z'w^½ε over single effects, from the cells, ε of random signs (only second moments matter) or normal; None
+        for more than two factors, where pairs do not tell it."""
+        if len(self.order) != 2:
+            return None
+        held, cells, nz = self.pairs[0, 1], self.problem.cells[0, 1], len(self.stats.recipe.z)
+        n, maps, sizes = len(held), self.maps, [f.levels for f in self.problem.factors]
+        if nz == 1:
+            root = np.sqrt(held.products[None])
+        else:
+            values, vectors = np.linalg.eigh(_square(held.products, self.crossed.pairs, self.stats.recipe.z).transpose(2, 0, 1))
             root = (vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]).transpose(1, 2, 0)
-        maps = [np.hstack([self.parts.random[i].Q for i in self.bars[k]]) for k in self.order]
 
         def draw(rng: np.random.Generator) -> Array:
-            signs = np.unpackbits(np.frombuffer(rng.bytes(nz * (n // 8 + 1)), dtype=np.uint8)).reshape(nz, -1)[:, :n] * 2.0 - 1.0
-            e = signs if crossed.products is None else np.einsum("abn,bn->an", root, signs)  # only second moments matter
+            e = np.einsum("abn,bn->an", root, rng.normal(size=(nz, n)) if normal else _signs(rng, nz, n))
             out = []
-            for k, Z in zip(self.order, maps, strict=True):
-                m = len(crossed.factors[k].levels)
-                out.append(np.stack([np.bincount(crossed.codes[k], row, minlength=m) for row in Z.T @ e], axis=1).ravel())
+            for code, Z, m in zip((cells.rows, cells.columns), maps, sizes, strict=True):
+                out.append(np.stack([np.bincount(code, row, minlength=m) for row in Z.T @ e], axis=1).ravel())
             return np.concatenate(out)
 
         return draw
 
     def _start(self) -> Array:
         """Relative standard deviations by moments of the least-squares residuals' sums per level, E c² = s²(S + ψ Σz⁴), one
-        factor at a time."""
+        factor at a time; a few times what a level can tell for several effects a level, whose moments also hold their covariances."""
         problem, p = self.problem, self.problem.p
         beta = np.linalg.solve(problem.WW[:p, :p], problem.WW[:p, p]) if p else np.zeros(0)
         s2 = float(problem.WW[p, p] - problem.WW[p, :p] @ beta) / problem.degrees
@@ -179,6 +211,9 @@ class Several:
             S = np.einsum("aam->am", f.S)
             psi = (c**2 / s2 - S).sum(axis=1) / np.maximum((S**2).sum(axis=1), 1e-300)
             typical = np.maximum(S.mean(axis=1), 1e-300)
+            if f.q > 1:
+                sds += np.minimum(1.0, 3.0 / np.sqrt(typical)).tolist()
+                continue
             sds += np.sqrt(np.clip(psi, 0.1 / typical, np.maximum(100.0 / typical, 4.0))).tolist()
         return np.array([sds[i] if i == j else 0.0 for i, j in problem.entries])
 
@@ -213,6 +248,11 @@ class Several:
         return [out[i] for i in range(len(out))]
 
 
+def _signs(rng: np.random.Generator, rows: int, n: int) -> Array:
+    bits = np.unpackbits(np.frombuffer(rng.bytes(rows * (n // 8 + 1)), dtype=np.uint8))
+    return np.asarray(bits.reshape(rows, -1)[:, :n] * 2.0 - 1.0)
+
+
 def fitted(
     text: str, formula: Formula, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options, method: str,
     coding: dict[str, Any] | None = None,
@@ -220,6 +260,9 @@ def fitted(
     """The fit from statistics of several factors."""
     assert stats.crossed is not None
     for factor in stats.crossed.factors:
+        if len(factor.levels) < 2:
+            group = factor.levels.group
+            raise DataError(f"the grouping factor {group} has fewer than two levels", code="one_level", column=factor.levels.columns[0])
         if len(factor.levels) >= stats.n and stats.recipe.weights is None:
             raise DataError(
                 f"the grouping factor {factor.levels.group} has as many levels as there are rows ({stats.rows:,}): "
@@ -231,10 +274,10 @@ def fitted(
     with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
         solved = model.solved(None if start is None else model.theta_star(start), options, method)
         fields |= {"evaluations": solved.solution.evaluations, "score": solved.solution.score}
-    return _result(text, model, solved, data, options)
+    return _result(text, model, solved, data, options, coding)
 
 
-def _result(text: str, model: Several, solved: Solved, data: Any, options: Options) -> LMMFit:
+def _result(text: str, model: Several, solved: Solved, data: Any, options: Options, coding: dict[str, Any]) -> LMMFit:
     stats, parts, problem, solution, at = model.stats, model.parts, model.problem, solved.solution, solved.at
     terms, places = [], model.places()
     for term, row in ((parts.random[i], places[i][1]) for i in model.sequence):
@@ -258,10 +301,19 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
         gamma=parts.fixed.Q @ beta_star, terms=tuple(terms), sigma=math.sqrt(at.s2) * scale, loglik=loglik, nobs=stats.n, rows=stats.rows,
         n_blocks=max(info["levels"].values()), converged=solution.converged, singular=solution.singular, score=solution.score,
         evaluations=solution.evaluations, message=solution.message, theta_covariance=_theta_covariance(model, solved), info=info,
-        source=data if stats.info.get("rescannable", True) else None, options=options,
+        source=data if stats.info.get("rescannable", True) else None, options=options, held=_held(model, coding),
     )  # fmt: skip
     fit.effects_tables = _modes(model, solution.lambda_, at.u * scale, fit.sigma, solved.inverses)
     return fit
+
+
+def _held(model: Several, coding: dict[str, Any]) -> Held:
+    """The statistics for later questions."""
+    parts, bars = model.parts, [i for k in model.order for i in model.bars[k]]
+    order = tuple(bars.index(i) for i in model.sequence)
+    random = tuple(parts.random[i] for i in bars)
+    base = np.zeros(len(parts.fixed.names))
+    return Held(model.stats, model.problem, parts.fixed, random, order, parts.scale, parts.offset, base, coding)
 
 
 def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
@@ -275,25 +327,15 @@ def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[
 
 
 def _theta_covariance(model: Several, solved: Solved) -> Array:
-    """The covariance of (theta*, log sigma), terms in the fit's order. Along the profile log sigma moves by -g'Δθ / (2 dof), and has
-    1 / (2 dof) of its own."""
+    """The covariance of (theta*, log sigma), terms in the fit's order."""
     sizes = [len(term.names) * (len(term.names) + 1) // 2 for term in model.parts.random]
     first, at = {}, 0
     for i in (i for k in model.order for i in model.bars[k]):
         first[i] = at
         at += sizes[i]
-    order = np.concatenate([first[i] + np.arange(sizes[i]) for i in model.sequence])
-    out = np.zeros((len(order) + 1,) * 2)
-    out[:-1, :-1] = solved.solution.vcov[np.ix_(order, order)]
-    lambda_, degrees = solved.solution.lambda_, model.problem.degrees
-    t = solved.exact.residual(lambda_, solved.at)
-    slope = -(solved.exact.working(lambda_, solved.at, t).T @ t)[order] / (2.0 * degrees * solved.at.s2)
-    inside = np.flatnonzero(np.isfinite(np.diag(out)[:-1]))  # theta on the boundary is taken as known
-    along = out[np.ix_(inside, inside)] @ slope[inside]
-    out[-1, :-1] = out[:-1, -1] = math.nan
-    out[-1, inside] = out[inside, -1] = along
-    out[-1, -1] = slope[inside] @ along + 1.0 / (2.0 * degrees)
-    return out
+    whole = with_log_sigma(solved.solution.vcov, solved.along, model.problem.degrees)
+    order = np.concatenate([*(first[i] + np.arange(sizes[i]) for i in model.sequence), [at]]).astype(np.intp)
+    return whole[np.ix_(order, order)]
 
 
 def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: list[Array]) -> dict[str, pa.Table]:
@@ -315,6 +357,14 @@ def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: lis
         for name, mode, sd in zip(coefficient_names(terms), modes, sds, strict=True):
             columns |= {name: arrow(mode), f"{name}_se": arrow(sd)}
         out[factor.levels.group] = pa.table(columns)
+    return out
+
+
+def _square(products: Array, pairs: Sequence[tuple[int, int]], z: Sequence[int]) -> Array:
+    """Sums per cell (K, c) of the products of random features as symmetric matrices (z, z, c)."""
+    place, out = {feature: i for i, feature in enumerate(z)}, np.empty((len(z), len(z), products.shape[1]))
+    for values, (a, b) in zip(products, pairs, strict=True):
+        out[place[a], place[b]] = out[place[b], place[a]] = values
     return out
 
 

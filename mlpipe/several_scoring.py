@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .effects import coefficient_names
 from .engines.base import Columns
 from .errors import DataError
 from .levels import Levels
-from .predictions import Output, made, random_features, statement_of, value_names
+from .predictions import Output, made, random_features, size_names, statement_of, value_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from .sql import Names
 
 UNSEEN = "unseen_levels"
+MODE_VARIANCE = "mode variance"
 
 
 class Modes:
-    """The modes of one factor's levels over the random features."""
+    """The modes of one factor's levels over the random features, and their conditional variances where a level has one coefficient."""
 
     def __init__(self, fit: MixedFit, group: str, columns: tuple[str, ...]) -> None:
         import pyarrow as pa
@@ -36,14 +37,51 @@ class Modes:
         names = coefficient_names(terms)
         keys = table.column_names[: table.num_columns - 2 * len(names)]
         self.levels = Levels(group, columns, pa.table({name: table.column(key) for name, key in zip(columns, keys, strict=True)}))
+        self.design = np.column_stack([term.design for term in terms])
         b = np.column_stack([column(table, name) for name in names])
-        design = np.column_stack([term.design for term in terms])
-        self.h = np.vstack([b @ design.T, np.zeros(design.shape[0])])  # the last row is for a level that is not known
+        self.h = np.vstack([b @ self.design.T, np.zeros(self.design.shape[0])])  # the last row is for a level that is not known
+        se = np.column_stack([column(table, f"{name}_se") for name in names])
+        psi = np.concatenate([np.sum((fit.effect_scale * term.factor) ** 2, axis=1) for term in terms])
+        self.variance = np.vstack([se**2, psi])
 
-    def part(self, keys: list[Any], features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Zb at each row (n,), and where the level is not known."""
-        code = self.levels.codes(keys)
-        return np.einsum("kn,nk->n", features, self.h[code]), code < 0
+    def part(self, code: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """Zb at each row (n,)."""
+        return np.asarray(np.einsum("kn,nk->n", features, self.h[code]))
+
+    def spread(self, code: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """The conditional variance of Zb at each row, that of the population where the level is not known."""
+        return np.asarray((self.design.T @ features)[0] ** 2 * self.variance[code, 0])
+
+
+class Reading:
+    """A source's rows with the linear predictor of the fixed part, the random features, further `parts` of a scoring statement, and the
+    keys of grouping factors."""
+
+    def __init__(
+        self, fit: MixedFit, engine: Engine, names: Names, shown: dict[str, int], parts: Sequence[str], keys: Sequence[str], ordered: bool
+    ) -> None:
+        recipe = fit.recipe
+        self.features = random_features(recipe)
+        self.parts = list(dict.fromkeys(["population", *self.features, *parts]))
+        statement = statement_of(fit, names, shown, self.parts, None, ordered).select(*(names.key(name) for name in keys), copy=False)
+        used = value_names(recipe, bool({"residual", "observed"} & set(self.parts)))
+        used += size_names(recipe) if "size" in self.parts else []
+        values = frozenset(names.positions[name] for name in used)
+        read = Columns(values, frozenset(names.positions[name] for name in keys), everything=True, row_number=ordered)
+        self.reader = engine.query(statement, read)
+        self.first, self.place = len(shown), {name: len(shown) + len(self.parts) + i for i, name in enumerate(keys)}
+        self.fields = [self.reader.schema.field(i).with_name(name).with_nullable(True) for i, name in enumerate(shown)]
+
+    def __iter__(self) -> Iterator[tuple[pa.RecordBatch, dict[str, np.ndarray], np.ndarray]]:
+        """(batch, parts by name, random features (k, n))."""
+        for batch in self.reader:
+            held = {part: _plain(batch.column(self.first + k)) for k, part in enumerate(self.parts)}
+            rows = [held[name] for name in self.features]
+            yield batch, held, np.stack(rows) if rows else np.zeros((0, batch.num_rows))
+
+    def codes(self, batch: pa.RecordBatch, levels: Levels) -> np.ndarray:
+        """The level (n,) of each row, -1 where it is not known."""
+        return levels.codes([batch.column(self.place[name]) for name in levels.columns])
 
 
 def scored(
@@ -54,35 +92,30 @@ def scored(
     import pyarrow as pa
 
     recipe = fit.recipe
-    modes = [Modes(fit, ":".join(groups), groups) for groups in recipe.factors if ":".join(groups) in factors]
-    parts = ["population", *random_features(recipe)]
-    wanted = {part for output in outputs.values() for part in output.parts}
-    parts += [part for part in ("residual", "observed", "variance") if part in wanted]
+    modes = [Modes(fit, ":".join(groups), groups) for groups in recipe.factors or (recipe.groups,) if ":".join(groups) in factors]
+    wanted = dict.fromkeys(part for output in outputs.values() for part in output.parts)
     keys = list(dict.fromkeys(name for mode in modes for name in mode.levels.columns))
-    statement = statement_of(fit, names, shown, parts, None, ordered).select(*(names.key(name) for name in keys), copy=False)
-    values = frozenset(names.positions[name] for name in value_names(recipe, bool({"residual", "observed"} & wanted)))
-    read = Columns(values, frozenset(names.positions[name] for name in keys), everything=True, row_number=ordered)
-    reader = engine.query(statement, read)
-    first, place = len(shown), {name: len(shown) + len(parts) + i for i, name in enumerate(keys)}
-    fields = [reader.schema.field(i).with_name(name).with_nullable(True) for i, name in enumerate(shown)]
-    schema = pa.schema([*fields, *(pa.field(name, pa.float64()) for name in outputs)])
+    made_here = ("conditional", MODE_VARIANCE)
+    reading = Reading(fit, engine, names, shown, [part for part in wanted if part not in made_here], keys, ordered)
+    schema = pa.schema([*reading.fields, *(pa.field(name, pa.float64()) for name in outputs)])
     counts = {"rows": 0, UNSEEN: 0, "null_predictions": 0}
 
     def batches() -> Iterator[pa.RecordBatch]:
         fit.info["scored"] = counts
         with stack:
-            for batch in reader:
-                held = {part: _plain(batch.column(first + k)) for k, part in enumerate(parts)}
-                features = np.stack([held[name] for name in random_features(recipe)])
-                random, unseen = np.zeros(batch.num_rows), np.zeros(batch.num_rows, dtype=bool)
+            for batch, held, features in reading:
+                random, spread, unseen = np.zeros(batch.num_rows), np.zeros(batch.num_rows), np.zeros(batch.num_rows, dtype=bool)
                 for mode in modes:
-                    part, missing = mode.part([batch.column(place[name]) for name in mode.levels.columns], features)
-                    random, unseen = random + part, unseen | missing
+                    code = reading.codes(batch, mode.levels)
+                    random, unseen = random + mode.part(code, features), unseen | (code < 0)
+                    if MODE_VARIANCE in wanted:
+                        spread = spread + mode.spread(code, features)
+                held[MODE_VARIANCE] = spread
                 _settle(held, random, unseen, new_levels, counts)
                 columns = [made(output, {name: _arrow(value) for name, value in held.items()}) for output in outputs.values()]
                 counts["rows"] += batch.num_rows
                 counts["null_predictions"] += columns[0].null_count
-                yield pa.RecordBatch.from_arrays([*(batch.column(i) for i in range(first)), *columns], schema=schema)
+                yield pa.RecordBatch.from_arrays([*(batch.column(i) for i in range(len(shown))), *columns], schema=schema)
 
     return pa.RecordBatchReader.from_batches(schema, batches())
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .atomic import replacing, synced
 from .errors import ConfigError, DataError, ResourceError
-from .scratch import ScratchDirectory
+from .scratch import Scratch
 from .stats import SuffStats
 
 if TYPE_CHECKING:
@@ -171,15 +171,15 @@ class DatabaseShelf:
         rows = self._run(f"select content from {BLOBS} where state = ?", state)
         if not rows:
             raise DataError(f"the store {self.name} has lost a state", code="store", hint=REBUILD)
-        with _disk(Path(self.name)), ScratchDirectory(self.parent) as folder:
-            path = Path(folder) / "state.arrow"
+        with _disk(Path(self.name)), _scratch(self.parent) as folder:
+            path = folder / "state.arrow"
             path.write_bytes(rows[0][0])
             return _loaded(path, self.name)
 
     def save(self, state: str, stats: SuffStats) -> None:
         """See Shelf."""
-        with _disk(Path(self.name)), ScratchDirectory(self.parent) as folder:
-            path = Path(folder) / "state.arrow"
+        with _disk(Path(self.name)), _scratch(self.parent) as folder:
+            path = folder / "state.arrow"
             _written(stats, path)
             self._run(f"create table if not exists {BLOBS} (state varchar, content blob)")
             self._run(f"delete from {BLOBS} where state = ?", state)
@@ -231,6 +231,15 @@ def _loaded(path: Path, name: str) -> SuffStats:
         return SuffStats.load(path)
     except DataError as error:
         raise DataError(f"the store {name} has lost a state: {error.message}", code="store", hint=REBUILD) from error
+
+
+@contextmanager
+def _scratch(parent: str | None) -> Iterator[Path]:
+    scratch = Scratch(parent)
+    try:
+        yield Path(scratch.name)
+    finally:
+        scratch.cleanup()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 
 from .arrays import arrow, column
 from .errors import ResourceError
-from .scratch import ScratchDirectory
+from .scratch import Scratch
 from .solve.family import Cells
 from .solve.kernel import Chunk, Rows
 
@@ -66,7 +66,7 @@ class Spool:
 
     layout: Layout
     threads: int
-    directory: ScratchDirectory | None = None
+    directory: Scratch | None = None
     n_rows: int = 0
     n_blocks: int = 0
     constant: float = 0.0
@@ -273,7 +273,7 @@ class _Writer:
     def _open(self) -> None:
         import pyarrow as pa
 
-        self.spool.directory = ScratchDirectory(self.parent)
+        self.spool.directory = Scratch(self.parent)
         self.schema = pa.schema([(name, pa.float64()) for name in self.layout.columns])
         self.sink = pa.ipc.new_file(str(self._path()), self.schema)
         for parts, _, _ in self.spool.parts:

@@ -50,6 +50,14 @@ def plus(left: Expression, right: Expression) -> Expression:
     return binary(exp.Add, left, right)
 
 
+def summed(parts: Sequence[Expression]) -> Expression:
+    """The sum of parts, 0 of none; added in pairs, as parsers and generators of SQL recurse into what is nested."""
+    parts = list(parts) or [number(0)]
+    while len(parts) > 1:
+        parts = [plus(*parts[i : i + 2]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
 def minus(left: Expression, right: Expression) -> Expression:
     """left - right."""
     return binary(exp.Sub, left, right)
@@ -72,7 +80,7 @@ def total(node: Expression, name: str, comment: str | None = None) -> Expression
 
 def named(node: Expression, name: str, comment: str | None = None) -> Expression:
     """node as name, with the true name in a comment."""
-    alias = exp.alias_(node, name, quoted=False)
+    alias = exp.Alias(this=node, alias=exp.to_identifier(name, quoted=False))
     if comment:
         alias.comments = [comment]
     return alias

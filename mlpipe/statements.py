@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
 from itertools import combinations_with_replacement
 from typing import NamedTuple
 
@@ -26,9 +25,9 @@ from .sql import (
     number,
     numeric,
     over,
-    plus,
     scalar,
     skeleton,
+    summed,
     times,
     total,
     weighted,
@@ -134,10 +133,20 @@ def row_counts(by: Sequence[str], names: Names) -> exp.Select:
     return statement.group_by(*(key.copy() for key in keys), copy=False) if keys else statement
 
 
-def block_sums(recipe: Recipe, names: Names, part: Part | None = None) -> exp.Select:
-    """Per block: its keys, row_count, and s0, s1, … in the order of `recipe.pairs()`; of all blocks, or of one part of them."""
+def rest_names(recipe: Recipe) -> list[str]:
+    """The columns of `block_sums` beyond s0, s1, …, where whole cross-products are asked for."""
+    return [*(f"x{k}" for k in range(len(recipe.rest()))), *(column.alias for column in _weight_sums(recipe))]
+
+
+def block_sums(recipe: Recipe, names: Names, part: Part | None = None, *, whole: bool = False) -> exp.Select:
+    """Per block: its keys, row_count, and s0, s1, … in the order of `recipe.pairs()`; of all blocks, or of one part of them.
+
+    `whole`: also x0, x1, … in the order of `recipe.rest()`, and n and sum_log_w where rows have frequencies and weights.
+    """
     keys = [names.key(group) for group in recipe.groups]
     sums = [_sum(recipe, a, j, f"s{k}") for k, (a, j) in enumerate(recipe.pairs())]
+    if whole:
+        sums += [_sum(recipe, a, j, f"x{k}") for k, (a, j) in enumerate(recipe.rest())] + _weight_sums(recipe)
     statement = skeleton("block_sums").select(*keys, *sums, copy=False).group_by(*(key.copy() for key in keys), copy=False)
     rows = used_rows(recipe, names, keys=True)
     if part is not None:
@@ -203,15 +212,17 @@ def missing(columns: Iterable[str], keys: Iterable[str], weights: Mapping[str, s
         numeric_column = names.kinds[name] == "number"
         absent: Expression = exp.Is(this=value, expression=exp.Null())
         if numeric_column:
-            infinite = exp.or_(*(exp.EQ(this=value.copy(), expression=number(bound)) for bound in (math.inf, -math.inf)))
+            infinite = _infinite(value)
             statement = statement.select(_count(infinite, f"infinite_{k}"), copy=False)
-            absent = exp.or_(absent, both([exp.Not(this=exp.Paren(this=side)) for side in (finite(value.copy()), infinite.copy())]))
+            absent = exp.or_(absent, _nan(value, infinite))
         statement = statement.select(_count(absent, f"missing_{k}"), copy=False)
     for k, name in enumerate(keys):
         key = names.key(name)
         absent = exp.Is(this=key, expression=exp.Null())
         if names.kinds[name] == "number":
-            absent = exp.or_(absent, exp.Not(this=exp.Paren(this=finite(names.value(name)))))
+            infinite = _infinite(names.value(name))
+            statement = statement.select(_count(infinite, f"infinite_key_{k}"), copy=False)
+            absent = exp.or_(absent, _nan(names.value(name), infinite))
         statement = statement.select(_count(absent, f"key_{k}"), copy=False)
     for name, text in weights.items():
         weight = numeric(parse_expression(text), names)
@@ -221,6 +232,14 @@ def missing(columns: Iterable[str], keys: Iterable[str], weights: Mapping[str, s
             copy=False,
         )
     return statement
+
+
+def _infinite(value: Expression) -> Expression:
+    return exp.or_(*(exp.EQ(this=value.copy(), expression=number(bound)) for bound in (math.inf, -math.inf)))
+
+
+def _nan(value: Expression, infinite: Expression) -> Expression:
+    return both([exp.Not(this=exp.Paren(this=side)) for side in (finite(value.copy()), infinite.copy())])
 
 
 def _count(condition: Expression, name: str) -> Expression:
@@ -259,7 +278,7 @@ def combination(coefficients: Sequence[float], recipe: Recipe, names: Names, *, 
         if value:
             column = exp.column(f"f{i}") if inside else feature(recipe.features[i], recipe, names)
             parts.append(times(number(float(value)), column) if recipe.features[i] else number(float(value)))
-    return reduce(plus, parts) if parts else number(0)
+    return summed(parts)
 
 
 def blup_sums(recipe: Recipe, names: Names, residual: Sequence[float]) -> exp.Select:

@@ -6,24 +6,38 @@ Statistics of disjoint sets of rows add up to those of their union, block by blo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .arrays import column
-from .blocks import Blocks, stack
+from .arrays import arrow, column
+from .blocks import BATCH, Blocks, stack
 from .design import Level, Monomial, ordered_levels
 from .errors import ConfigError, DataError
 from .features import CONSTANT, Coordinates, Recipe, extended, multiplied
 
 if TYPE_CHECKING:
-    from .crossing import Crossed
+    import pyarrow as pa
+
+    from .factors import Crossed
     from .options import Options
 
 FORMAT = "mlpipe.suffstats/1"
+PRODUCTS = 64 << 20  # bytes of whole cross-products that are unpacked at once
+
+
+class BlockProducts(NamedTuple):
+    """A batch of B blocks: `keys` (the grouping columns, in the order of `Recipe.groups`), `rows` (B,), `n` (B,) the same with
+    frequency weights counted, `sum_log_w` (B,), `gram` (B, features, features)."""
+
+    keys: list[pa.Array]
+    rows: np.ndarray
+    n: np.ndarray
+    sum_log_w: np.ndarray
+    gram: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -36,9 +50,9 @@ class SuffStats:
         sum_log_w: sum of the logarithms of the precision weights.
         gram: (features, features) cross-products over all rows, weighted.
         blocks: per-block sums in the order of `recipe.pairs()`; None without a grouping factor.
-        collect: "fit" (second level; does not merge), "blocks".
+        collect: "fit" (second level; does not merge), "blocks", "blocks+xx" (each block's own cross-products too).
         info: rows read, dropped by cause, passes, seconds by stage, choices made.
-        crossed: sums and cells of several grouping factors, in place of blocks; these do not merge.
+        crossed: sums and cells of several grouping factors, in place of blocks.
     """
 
     recipe: Recipe
@@ -58,6 +72,8 @@ class SuffStats:
 
     def __repr__(self) -> str:
         blocks = f", {self.blocks.n_blocks:,} blocks" if self.blocks else ""
+        if self.crossed:
+            blocks = "".join(f", {factor.levels.group}: {len(factor.levels):,} levels" for factor in self.crossed.factors)
         return f"<SuffStats of {self.recipe.formula.text!r}: {self.rows:,} rows{blocks}, {self.nbytes:,} bytes>"
 
     def __add__(self, other: SuffStats) -> SuffStats:
@@ -77,6 +93,16 @@ class SuffStats:
             if error.code != "empty":
                 raise
             return replace(self, info={**self.info, "empty_updates": self.info.get("empty_updates", 0) + 1})
+
+    def block_products(self) -> Iterator[BlockProducts]:
+        """Each block's own cross-products F'wF over the features, batch by batch, in the order in which the blocks are held.
+
+        With `W` (features, p + 1) of `reduction.coded`, W' F'wF W is the block's [X* y*]'w[X* y*]. Raises DataError where they were
+        not collected (collect="blocks+xx").
+        """
+        if self.collect != "blocks+xx" or self.blocks is None:
+            raise DataError("the statistics hold no X'X per block", code="not_collected", hint='collect with collect="blocks+xx"')
+        return _block_products(self.recipe, self.blocks)
 
     def save(self, path: str | Path) -> None:
         """Writes one Arrow file. Raises DataError where only the second level was kept (collect="fit")."""
@@ -119,7 +145,7 @@ def _rewritten(feature: Monomial, source: Coordinates, target: Coordinates) -> d
 
 def union_recipe(a: Recipe, b: Recipe) -> Recipe:
     """The first recipe with the levels of both; raises DataError where they are not of one formula."""
-    same = ("kinds", "contrasts", "responses", "weights", "freq", "offset", "groups")
+    same = ("kinds", "contrasts", "responses", "weights", "freq", "offset", "groups", "factors")
     if a.formula.text != b.formula.text or any(getattr(a, name) != getattr(b, name) for name in same):
         raise DataError("statistics of different formulas, column types or weights cannot be merged", code="not_mergeable")
     variables, new = dict(a.variables), dict[str, tuple[Level, ...]]()
@@ -143,8 +169,8 @@ def merge(a: SuffStats, b: SuffStats) -> SuffStats:
 
     Raises DataError where they are of different formulas or hold the second level only (collect="fit").
     """
-    if a.crossed is not None or b.crossed is not None:
-        raise DataError("statistics of several grouping factors do not merge in this version", code="not_mergeable")
+    if a.collect != b.collect and "fit" not in (a.collect, b.collect):
+        raise DataError(f'collect="{a.collect}" and collect="{b.collect}" do not merge', code="not_mergeable", hint="collect both alike")
     if "fit" in (a.collect, b.collect):
         raise DataError('the second level of compression does not merge', code="not_mergeable", hint='collect with collect="blocks"')
     recipe = union_recipe(a.recipe, b.recipe)
@@ -153,7 +179,16 @@ def merge(a: SuffStats, b: SuffStats) -> SuffStats:
     if left.blocks is not None and right.blocks is not None:
         blocks = _merged_blocks(left, right)
     info = {key: a.info.get(key, 0) + b.info.get(key, 0) for key in ("rows_read", "rows_dropped")}
-    return SuffStats(recipe, a.rows + b.rows, a.n + b.n, a.sum_log_w + b.sum_log_w, left.gram + right.gram, blocks, a.collect, info)
+    crossed = _merged_factors(left.crossed, right.crossed) if left.crossed is not None and right.crossed is not None else None
+    gram = left.gram + right.gram
+    return SuffStats(recipe, a.rows + b.rows, a.n + b.n, a.sum_log_w + b.sum_log_w, gram, blocks, a.collect, info, crossed)
+
+
+def _merged_factors(a: Crossed, b: Crossed) -> Crossed:
+    from .factors import merged
+    from .options import Options
+
+    return merged(a, b, budget=Options().memory_bytes // 4, parent=None)
 
 
 def transformed(stats: SuffStats, recipe: Recipe) -> SuffStats:
@@ -161,22 +196,74 @@ def transformed(stats: SuffStats, recipe: Recipe) -> SuffStats:
     if recipe is stats.recipe or recipe == stats.recipe:
         return stats
     M = change(stats.recipe, recipe)
-    blocks = None
-    if stats.blocks is not None and stats.blocks.table is not None:
-        import pyarrow as pa
+    blocks = _mapped(stats.blocks, stats.recipe, recipe, M) if stats.blocks is not None and stats.blocks.table is not None else None
+    crossed = stats.crossed
+    if crossed is not None:
+        from .factors import transformed as over
 
-        V = pair_map(stats.recipe, M[list(stats.recipe.z)][:, list(recipe.z)], M, recipe.pairs(), recipe.z)
-        table = stats.blocks.table
-        kept = [name for name in table.column_names if name not in stats.blocks.names]
-        names = [f"s{k}" for k in range(len(V))]
-        parts = [
-            pa.table([*(batch.column(k) for k in kept), *(V @ stack(batch, stats.blocks.names))], names=[*kept, *names])
-            for batch in table.to_batches()
-        ]
-        nothing = [table.schema.empty_table().column(k) for k in kept] + [pa.array([], pa.float64())] * len(names)
-        empty = pa.table(nothing, names=[*kept, *names])
-        blocks = replace(stats.blocks, names=names, table=pa.concat_tables([empty, *parts]), directory=None)
-    return replace(stats, recipe=recipe, gram=M.T @ stats.gram @ M, blocks=blocks)
+        left = M[list(stats.recipe.z)][:, list(recipe.z)]
+        crossed = over(crossed, pair_map(stats.recipe, left, M, recipe.pairs(), recipe.z), left, recipe.z)
+    return replace(stats, recipe=recipe, gram=M.T @ stats.gram @ M, blocks=blocks, crossed=crossed)
+
+
+def _mapped(blocks: Blocks, source: Recipe, target: Recipe, M: np.ndarray) -> Blocks:
+    """The blocks over the features of another recipe, target features = source features @ M."""
+    import pyarrow as pa
+
+    assert blocks.table is not None
+    kept = [*blocks.keys, "row_count"]
+    names, rest = [f"s{k}" for k in range(len(target.pairs()))], []
+    if blocks.rest:
+        own = len(source.rest())
+        rest = [*(f"x{k}" for k in range(len(target.rest()))), *blocks.rest[own:]]
+    schema = pa.schema([*(blocks.table.schema.field(name) for name in kept), *(pa.field(name, pa.float64()) for name in [*names, *rest])])
+    sums = _whole_sums(blocks, source, target, M) if rest else _pair_sums(blocks, source, target, M)
+    parts = [
+        pa.RecordBatch.from_arrays([*(batch.column(name) for name in kept), *map(arrow, new)], schema=schema) for batch, new in sums
+    ]
+    return replace(blocks, names=names, rest=rest, table=pa.Table.from_batches(parts, schema), directory=None)
+
+
+def _pair_sums(blocks: Blocks, source: Recipe, target: Recipe, M: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+    """Batches of blocks, with the sums (K, B) of the target's pairs."""
+    assert blocks.table is not None
+    V = pair_map(source, M[list(source.z)][:, list(target.z)], M, target.pairs(), target.z)
+    for batch in blocks.table.to_batches():
+        yield batch, V @ stack(batch, blocks.names)
+
+
+def _whole_sums(blocks: Blocks, source: Recipe, target: Recipe, M: np.ndarray) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+    """The same with the target's rest, and what follows it as it is."""
+    i, j = np.array([*target.pairs(), *target.rest()]).T
+    more = blocks.rest[len(source.rest()) :]
+    for batch in _batches(blocks, max(source.matrix_bytes, target.matrix_bytes)):
+        gram = M.T @ _grams(source, blocks, batch) @ M
+        yield batch, np.vstack([gram[:, i, j].T, *(column(batch, name) for name in more)])
+
+
+def _block_products(recipe: Recipe, blocks: Blocks) -> Iterator[BlockProducts]:
+    more = blocks.rest[len(recipe.rest()) :]
+    for batch in _batches(blocks, recipe.matrix_bytes):
+        rows = column(batch, "row_count")
+        n = column(batch, "n") if "n" in more else rows.astype(float)
+        logs = column(batch, "sum_log_w") if "sum_log_w" in more else np.zeros(len(rows))
+        yield BlockProducts([batch.column(key) for key in blocks.keys], rows, n, logs, _grams(recipe, blocks, batch))
+
+
+def _batches(blocks: Blocks, each: int) -> list[pa.RecordBatch]:
+    """The blocks in batches whose cross-products, of `each` bytes a block, take PRODUCTS at most."""
+    assert blocks.table is not None
+    batches: list[pa.RecordBatch] = blocks.table.to_batches(max_chunksize=max(1, min(BATCH, PRODUCTS // each)))
+    return batches
+
+
+def _grams(recipe: Recipe, blocks: Blocks, batch: pa.RecordBatch) -> np.ndarray:
+    """The blocks' own cross-products (B, features, features)."""
+    pairs = [*recipe.pairs(), *recipe.rest()]
+    out = np.empty((batch.num_rows, len(recipe.features), len(recipe.features)))
+    for (i, j), name in zip(pairs, [*blocks.names, *blocks.rest[: len(recipe.rest())]], strict=True):
+        out[:, i, j] = out[:, j, i] = column(batch, name)
+    return out
 
 
 def pair_map(recipe: Recipe, left: np.ndarray, right: np.ndarray, pairs: list[tuple[int, int]], z: tuple[int, ...]) -> np.ndarray:
@@ -204,30 +291,30 @@ def _merged_blocks(a: SuffStats, b: SuffStats) -> Blocks:
     import pyarrow as pa
 
     assert a.blocks is not None and b.blocks is not None and a.blocks.table is not None and b.blocks.table is not None
-    names = a.blocks.names
-    tables = (a.blocks.table, b.blocks.table)
-    keys, keys_b = ([name for name in table.column_names if name not in names and name != "row_count"] for table in tables)
+    names, rest, keys = a.blocks.names, a.blocks.rest, a.blocks.keys
     # keys are named by their place in the source, which another source need not share
-    other = b.blocks.table.rename_columns(dict(zip(keys_b, keys, strict=True))).select(a.blocks.table.column_names)
+    other = b.blocks.table.rename_columns(dict(zip(b.blocks.keys, keys, strict=True))).select(a.blocks.table.column_names)
     try:
         joined = pa.concat_tables([a.blocks.table, other], promote_options="permissive")
     except pa.ArrowInvalid as error:
         raise DataError("the grouping keys of the statistics have different types", code="not_mergeable") from error
-    summed = joined.group_by(keys, use_threads=False).aggregate([("row_count", "sum"), *((name, "sum") for name in names)])
+    summed = joined.group_by(keys, use_threads=False).aggregate([(name, "sum") for name in ("row_count", *names, *rest)])
     table = summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names]).select(a.blocks.table.column_names)
     rows = column(table, "row_count")
-    return Blocks(names, len(table), table, largest=float(rows.max()), smallest=float(rows.min()))
+    return Blocks(names, len(table), table, largest=float(rows.max()), smallest=float(rows.min()), rest=rest)
 
 
 def save(stats: SuffStats, path: Path) -> None:
     """See `SuffStats.save`."""
     import pyarrow as pa
 
-    if stats.crossed is not None:
-        raise DataError("statistics of several grouping factors are not saved in this version", code="not_mergeable")
     if stats.collect == "fit":
         raise DataError('statistics of collect="fit" cannot be saved', code="not_mergeable", hint='collect with collect="blocks"')
     table = stats.blocks.table if stats.blocks is not None and stats.blocks.table is not None else pa.table({})
+    if stats.crossed is not None:
+        from .factors import to_arrow
+
+        table = to_arrow(stats.crossed)
     head = {
         "format": FORMAT,
         "recipe": stats.recipe.to_json(),
@@ -236,6 +323,7 @@ def save(stats: SuffStats, path: Path) -> None:
         "sum_log_w": stats.sum_log_w,
         "gram": stats.gram.tolist(),
         "names": stats.blocks.names if stats.blocks else None,
+        "rest": stats.blocks.rest if stats.blocks else [],
         "collect": stats.collect,
         "info": {key: stats.info[key] for key in ("rows_read", "rows_dropped") if key in stats.info},
     }
@@ -268,6 +356,13 @@ def load(path: Path) -> SuffStats:
     if head["names"] is not None:
         rows = column(table, "row_count").astype(float)
         largest, smallest = float(rows.max(initial=0)), float(rows.min(initial=np.inf))
-        blocks = Blocks(head["names"], len(table), table, largest=largest, smallest=smallest)
+        blocks = Blocks(head["names"], len(table), table, largest=largest, smallest=smallest, rest=head.get("rest", []))
+        keys = {key: f"k{i}" for i, key in enumerate(blocks.keys)}
+        blocks.table = table.rename_columns([keys.get(name, name) for name in table.column_names])
     recipe, gram = Recipe.from_json(head["recipe"]), np.array(head["gram"])
-    return SuffStats(recipe, head["rows"], head["n"], head["sum_log_w"], gram, blocks, head["collect"], dict(head["info"]))
+    crossed = None
+    if recipe.factors:
+        from .factors import from_arrow
+
+        crossed = from_arrow(table, recipe.factors, recipe.z)
+    return SuffStats(recipe, head["rows"], head["n"], head["sum_log_w"], gram, blocks, head["collect"], dict(head["info"]), crossed)

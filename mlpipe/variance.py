@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError
 from .reduction import lower_factor
 
 if TYPE_CHECKING:
@@ -54,36 +54,54 @@ def _variance(group: str, term1: str | None, term2: str | None, variance: float,
     return {"group": group, "term1": term1, "term2": term2, "variance": float(variance), "sd": float(sd)}
 
 
-def icc(fit: MixedFit) -> dict[str, float]:
-    """Var(intercept) / (all intercept variances + sigma²) per grouping factor."""
-    share: dict[str, float] = {}
-    for term, psi in zip(fit.terms, covariances(fit), strict=True):
-        for i, name in enumerate(term.names):
-            if name == "(Intercept)":
-                share[term.group] = share.get(term.group, 0.0) + float(psi[i, i])
-    total = sum(share.values()) + fit.sigma**2
-    return {group: value / total for group, value in share.items()}
+def spreads(fit: MixedFit, gram: np.ndarray, n: float) -> dict[str, float]:
+    """The variance (n - 1) over n rows of the fixed part, and the mean of z'Ψz, from the features' cross-products; nothing where these
+    lack the constant."""
+    recipe = fit.recipe
+    m, z = recipe.n_covariates, list(recipe.z)
+    if () not in recipe.features[:m]:
+        return {}
+    g, total = fit.gamma[:m], gram[:m, :m]
+    average = float(g @ total[recipe.features.index(())]) / n
+    half = fit.effect_scale * np.hstack([term.Q @ term.star for term in fit.terms])
+    random = float(np.einsum("iq,ij,jq->", half, total[np.ix_(z, z)], half)) / n
+    return {"fixed_variance": max(float(g @ total @ g) - n * average**2, 0.0) / max(n - 1.0, 1.0), "random_variance": random}
 
 
 def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:
-    """See `LMMFit.tidy`. Raises ConfigError for a confidence level outside (0, 1) or unknown degrees of freedom."""
+    """See `LMMFit.tidy`. Raises ConfigError for a confidence level outside (0, 1) or degrees of freedom that the fit has not."""
     import pyarrow as pa
 
     if not 0 < conf_level < 1:
         raise ConfigError(f"conf_level = {conf_level!r} is not between 0 and 1")
-    if ddf != "wald":
-        raise ConfigError(f"ddf = {ddf!r} is not available in this version", hint=did_you_mean(ddf, ["wald"]))
-    normal = NormalDist()
-    z = normal.inv_cdf(0.5 + conf_level / 2)
+    z = NormalDist().inv_cdf(0.5 + conf_level / 2)
+    rows = _wald(fit, z) if ddf == "wald" else _with_degrees(fit, conf_level, ddf)
+    for (group, name, estimate), se in zip(random_parameters(fit), random_errors(fit), strict=True):
+        rows.append(_estimate("ran_pars", group, name, estimate, se, z))
+    rows += [_estimate("ran_pars", *parameter, z) for parameter in fit.family_parameters()]
+    return pa.Table.from_pylist(rows, schema=_tidy_schema())
+
+
+def _wald(fit: MixedFit, z: float) -> list[Row]:
     rows = []
     for name, estimate, se in zip(fit.names, fit.beta, standard_errors(fit), strict=True):
         statistic = float(estimate / se) if se > 0 else math.nan
         p_value = math.erfc(abs(statistic) / math.sqrt(2))
         rows.append(_estimate("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})
-    for (group, name, estimate), se in zip(random_parameters(fit), random_errors(fit), strict=True):
-        rows.append(_estimate("ran_pars", group, name, estimate, se, z))
-    rows += [_estimate("ran_pars", *parameter, z) for parameter in fit.family_parameters()]
-    return pa.Table.from_pylist(rows, schema=_tidy_schema())
+    return rows
+
+
+def _with_degrees(fit: MixedFit, conf_level: float, ddf: str) -> list[Row]:
+    """Fixed effects by t tests; the standard errors are the adjusted ones of Kenward and Roger's method."""
+    from .inference import Tests, t_quantile, t_tail
+
+    tests, rows = Tests(fit, ddf), []
+    found = tests.each(np.eye(len(fit.names)))
+    for name, estimate, se, df in zip(fit.names, fit.beta, np.sqrt(np.diag(tests.covariance)), found, strict=True):
+        statistic, df = float(estimate / se), float(df)
+        row = _estimate("fixed", None, name, estimate, se, t_quantile(conf_level, df))
+        rows.append(row | {"statistic": statistic, "df": df, "p_value": t_tail(statistic, df)})
+    return rows
 
 
 def _tidy_schema() -> pa.Schema:
@@ -138,12 +156,12 @@ def random_errors(fit: MixedFit) -> np.ndarray:
             values += _sd_cor(scale * raw @ raw.T)
         return np.array(values)
 
-    J = _jacobian(parameters, at)
+    J = jacobian(parameters, at)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.sqrt(np.einsum("ij,jk,ik->i", J, fit.theta_covariance, J)))
 
 
-def _jacobian(function: Callable[[np.ndarray], np.ndarray], at: np.ndarray) -> np.ndarray:
+def jacobian(function: Callable[[np.ndarray], np.ndarray], at: np.ndarray) -> np.ndarray:
     """Central differences with steps of 1e-6 of each coordinate's size."""
     columns = []
     for i in range(len(at)):

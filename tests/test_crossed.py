@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from mlpipe.solve.crossed import Exact, flat, per_level
 from mlpipe.solve.elimination import Dense, Next
 from mlpipe.solve.glmm import GLMMProblem, solve_glmm
+from mlpipe.solve.nested import Nested
 
 from .dense_several import DenseSeveral, Grouping
 
@@ -210,14 +211,15 @@ def test_inner_products_with_the_inverse(name: str, kind: str) -> None:
 def test_nested_designs_stay_sparse(name: str) -> None:
     truth = model(name, True)
     exact, rest = Exact(truth.problem()), Exact(truth.problem()).factored(lambda_of(truth, "regular")).rest
-    assert exact.stays_sparse() == (name in SPARSE)
+    assert exact.problem.stays_sparse == (name in SPARSE)
     seen = []
     while rest is not None:
         seen.append(type(rest))
-        rest = rest.rest if isinstance(rest, Next) else None
+        rest = rest.rest if isinstance(rest, Next | Nested) else None
     assert (Dense in seen) == (name not in SPARSE)
     assert len(seen) == len(truth.factors) - 1 or Dense in seen
-    assert (Next in seen) == (name == "nested in two crossed" or (name in SPARSE and len(truth.factors) > 1))
+    assert (Next in seen) == (name == "nested in two crossed")
+    assert (Nested in seen) == (name in SPARSE and len(truth.factors) > 1)
 
 
 def test_solving_multiplies_back() -> None:

@@ -5,6 +5,9 @@ import json
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import date
@@ -471,6 +474,52 @@ def test_blocks_without_variation_are_counted() -> None:
     assert fit.info["separation"] == []
 
 
+@pytest.mark.parametrize("nagq", [1, 9])
+def test_a_response_that_only_the_blocks_decide_separates_them(nagq: int) -> None:
+    g = np.arange(2000) % 100
+    frame = pl.DataFrame({"g": g, "x": np.random.default_rng(0).normal(size=2000), "y": (g > 50).astype(int)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit = mp.glmm("y ~ x + (1 | g)", frame, family="binomial", nagq=nagq)
+    assert fit.info["separation"] == ["g"] and mp.SeparationWarning in {w.category for w in caught}
+    assert "separation: g" in str(fit) and "information" not in fit.info
+
+
+@pytest.mark.parametrize(
+    ("family", "rows", "hint"), [("poisson", 1, True), ("poisson", 10, False), ("gamma", 2, True), ("gaussian", 2, False)]
+)
+def test_small_blocks_of_other_families_get_the_hint(family: str, rows: int, hint: bool) -> None:
+    link = "identity" if family == "gaussian" else "log"
+    frame = simulated(family, link, blocks=60, rows=rows).with_columns(p=pl.col.p if family != "poisson" else (pl.col.p / 8).round())
+    fit = mp.glmm("p ~ x + (1 | g)", frame, family=family, link=link)
+    assert any("nagq" in note for note in fit.info["notes"]) == hint
+
+
+@pytest.mark.parametrize("family", ["gamma", "inverse_gaussian", "gaussian"])
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_the_unit_of_the_response_does_not_matter(family: str, scale: float) -> None:
+    frame = simulated(family, "log")
+    fit, scaled = (mp.glmm("p ~ x + (1 | g)", f, family=family, link="log") for f in (frame, frame.with_columns(p=pl.col.p * scale)))
+    assert fit.converged and scaled.converged
+    np.testing.assert_allclose(scaled.beta - [math.log(scale), 0.0], fit.beta, rtol=1e-6)
+    assert scaled.loglik == pytest.approx(fit.loglik - len(frame) * math.log(scale), rel=1e-9)
+
+
+def test_a_response_far_from_zero_for_its_spread() -> None:
+    """The variance of the response is taken about one of its values."""
+    frame = simulated("gaussian", "identity").with_columns(p=pl.col.p + 1e7)
+    fit, near = (mp.glmm("p ~ x + (1 | g)", f, family="gaussian") for f in (frame, frame.with_columns(p=pl.col.p - 1e7)))
+    assert fit.converged
+    np.testing.assert_allclose([fit.beta[1], fit.theta[0], fit.sigma], [near.beta[1], near.theta[0], near.sigma], rtol=1e-4)
+
+
+def test_an_exact_fit_is_said_so() -> None:
+    x = np.random.default_rng(0).normal(size=300)
+    frame = pl.DataFrame({"x": x, "g": np.arange(300) % 10, "y": 1.0 + 2.0 * x})
+    with pytest.warns(mp.ConvergenceWarning, match="fitted exactly"):
+        mp.glmm("y ~ x + (1 | g)", frame, family="gaussian")
+
+
 def test_few_rows_a_block_get_a_hint() -> None:
     frame = simulated("binomial", "logit", blocks=100, rows=3).with_columns(y=(pl.col.p > 0.5).cast(pl.Int8))
     laplace, many = (mp.glmm("y ~ x + (1 | g)", frame, family="binomial", nagq=k) for k in (1, 7))
@@ -533,6 +582,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one level": ({"formula": "k ~ x + (1 | z)"}, mp.DataError, "two levels"),
     "no random term": ({"formula": "k ~ x"}, mp.ConfigError, "glm"),
     "NaN start": ({"start": [math.nan]}, mp.ConfigError, "start"),
+    "start of text": ({"start": "abc"}, mp.ConfigError, "start.*numbers"),
+    "nodes whose weights underflow": ({"nagq": 301}, mp.ConfigError, "more than 300"),
+    "checkpoint is a directory": ({"checkpoint": "/"}, mp.ConfigError, "checkpoint"),
+    "constant gaussian": ({"formula": "m ~ x + (1 | g)", "family": "gaussian"}, mp.DataError, "1 in every row"),
+    "constant gamma": ({"formula": "m ~ x + (1 | g)", "family": "gamma"}, mp.DataError, "1 in every row"),
+    "huge": ({"formula": "h ~ x + (1 | g)", "family": "gamma"}, mp.DataError, "too large"),
+    "tiny": ({"formula": "i ~ x + (1 | g)", "family": "gamma"}, mp.DataError, "too small"),
     "start of two": ({"start": [1.0, 1.0]}, mp.ConfigError, "start"),
     "no closed form": ({"family": "negbinomial1", "options": mp.Options(curvature="expected")}, mp.ConfigError, "curvature"),
     "iterative": ({"method": "iterative"}, mp.ConfigError, "exactly"),
@@ -545,6 +601,7 @@ def test_what_is_refused(case: str) -> None:
     asked = {"family": "binomial"} | asked
     rng = np.random.default_rng(0)
     frame = pl.DataFrame({"k": rng.integers(0, 2, 300), "x": rng.normal(size=300), "g": np.arange(300) % 20, "t": ["a", "b", "c"] * 100})
+    frame = frame.with_columns(h=1e200 * (1.0 + pl.col.k), i=1e-200 * (1.0 + pl.col.k))
     frame = frame.with_columns(z=pl.lit(0.0), m=pl.lit(1.0), n=pl.lit(None, dtype=pl.Float64)).head(asked.pop("rows", 300))
     with pytest.raises(kind) as caught:
         mp.glmm(asked.pop("formula", "k ~ x + (1 | g)"), frame, **asked)
@@ -655,6 +712,33 @@ def test_a_fit_goes_on(steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     same(fit, whole, 1e-6)
     assert fit.converged and fit.evaluations <= whole.evaluations
     assert os.listdir(tmp_path) == ["state"]
+
+
+KILLED = """
+import os, signal, sys
+import mlpipe as mp
+from mlpipe.checkpoint import Checkpoint
+save = Checkpoint.save
+
+def dying(self, psi):
+    save(self, psi)
+    if self.steps == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Checkpoint.save = dying
+mp.glmm("p ~ x + (1 + x | g)", sys.argv[1], family="poisson", checkpoint=sys.argv[2])
+"""
+
+
+def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
+    data, state = tmp_path / "data.parquet", tmp_path / "state"
+    simulated("poisson", "log", q=2, blocks=30).write_parquet(data)
+    died = subprocess.run([sys.executable, "-c", KILLED, str(data), str(state)], check=False)
+    assert died.returncode == -signal.SIGKILL and json.loads(state.read_text())["steps"] == 2
+    whole = mp.glmm("p ~ x + (1 + x | g)", data, family="poisson")
+    fit = mp.glmm("p ~ x + (1 + x | g)", data, family="poisson", checkpoint=state)
+    same(fit, whole, 1e-6)
+    assert fit.evaluations < whole.evaluations
 
 
 OTHERS = {

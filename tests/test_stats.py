@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -163,6 +165,32 @@ def test_keys_of_different_widths_merge() -> None:
     frame, formula = data(), "y ~ x + (1 | g)"
     narrow = frame[:300].with_columns(pl.col("g").cast(pl.Int16))
     same(mp.lmm(formula, mp.suffstats(formula, narrow) + mp.suffstats(formula, frame[300:])), mp.lmm(formula, frame))
+
+
+def test_where_the_columns_stand_does_not_matter_to_merging(tmp_path: Path) -> None:
+    """Keys are matched by their place in the formula: with two of one type a mix-up would give numbers."""
+    frame = data().with_columns(h=pl.col("g") % 5)
+    formula = "y ~ x + (1 | g:h)"
+    early, late = frame[:300], frame[300:].select("h", "g", "x", "f", "y")
+    early.write_parquet(tmp_path / "early.parquet")
+    stats = mp.suffstats(formula, tmp_path / "early.parquet")
+    for merged in (stats + mp.suffstats(formula, late), mp.suffstats(formula, late) + stats, stats.update(late)):
+        fit = mp.lmm(formula, merged)
+        same(fit, mp.lmm(formula, frame))
+        assert fit.ranef().select(["g", "h"]).to_pylist() == mp.lmm(formula, frame).ranef().select(["g", "h"]).to_pylist()
+
+
+def test_statistics_that_an_earlier_version_saved(tmp_path: Path) -> None:
+    """Keys were named by their place in the source."""
+    formula, path = "y ~ x + (1 | g)", tmp_path / "s"
+    mp.suffstats(formula, data()[:300]).save(path)
+    table = pa.ipc.open_file(path).read_all()
+    head = json.loads(table.schema.metadata[b"mlpipe"])
+    del head["rest"]
+    table = table.rename_columns(["k5" if name == "k0" else name for name in table.column_names])
+    with pa.ipc.new_file(path, table.schema.with_metadata({"mlpipe": json.dumps(head)})) as writer:
+        writer.write_table(table.replace_schema_metadata({"mlpipe": json.dumps(head)}))
+    same(mp.lmm(formula, mp.SuffStats.load(path).update(data()[300:])), mp.lmm(formula, data()))
 
 
 def test_duckdb_and_polars_statistics_merge(tmp_path: Path) -> None:

@@ -98,11 +98,11 @@ def _to_polars(node: exp.Expr) -> exp.Expr:
     return node
 
 
-def render(node: exp.Expr, dialect: str, pretty: bool = False) -> str:
-    """The text of a node for an engine ("duckdb" or "polars"; other names are sqlglot's own).
+def render(node: exp.Expr, dialect: str, pretty: bool = False, *, copy: bool = True) -> str:
+    """The text of a node for an engine ("duckdb" or "polars"; other names are sqlglot's own); `copy=False`: the node is used up.
 
     Polars takes DuckDB's text with its own names for some functions; ConfigError (code "engine_lacks") for one it lacks.
     """
     if dialect != "polars":
-        return node.sql(dialect=dialect, pretty=pretty)
+        return node.sql(dialect=dialect, pretty=pretty, copy=copy)
     return node.transform(_to_polars).sql(dialect="duckdb", pretty=pretty)

@@ -84,7 +84,7 @@ class DuckDBEngine:
         """See Engine. A result of up to 32 MB is read before this returns, and the connection free again; a larger one streams,
         and holds a user's connection until it is read out or dropped."""
         source = source_rows(self._origin, columns, sample)
-        sql = render(with_source(statement, source, joined is not None), "duckdb")
+        sql = render(with_source(statement, source, joined is not None), "duckdb", copy=False)
         with self._checked():
             con = self._connection()
             relation = _bound(sql, self._origin, con, joined)

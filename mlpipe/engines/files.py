@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ResourceError
-from ..scratch import ScratchDirectory
+from ..scratch import Scratch
 from .base import fingerprint
 from .dialects import widens
 
@@ -29,21 +29,21 @@ class Workspace:
 
     def __init__(self, parent: str | None) -> None:
         self._parent = parent
-        self._directory: ScratchDirectory | None = None
+        self._scratch: Scratch | None = None
 
     def path(self) -> str:
         """The directory. Raises ResourceError (code "temp_directory") where it cannot be made."""
-        if self._directory is None:
+        if self._scratch is None:
             try:
-                self._directory = ScratchDirectory(self._parent)
+                self._scratch = Scratch(self._parent)
             except OSError as error:
                 raise ResourceError(f"no temporary directory in {self._parent!r}: {error}", code="temp_directory") from error
-        return self._directory.name
+        return self._scratch.name
 
     def close(self) -> None:
         """Remove the directory and what is in it."""
-        if self._directory is not None:
-            self._directory.cleanup()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 def format_of(path: str) -> str:

@@ -68,10 +68,10 @@ def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> 
     for file in files:
         starts.append(starts[-1] + counts[file])
     numbered = not {"file_row_number", "file_index", "filename"} & {name.lower() for name in names}
-    schemas = _arrow_schemas(con, files)
+    schemas, unread = _arrow_schemas(con, files)
     levels, notes = _levels(schemas, files)
     return FileTable(
-        read, names, levels, merged.problems, (*merged.notes, *notes), starts[-1],
+        read, names, levels, merged.problems, (*merged.notes, *notes, *unread), starts[-1],
         _durations(schemas, names), _row_number(starts) if numbered else None, _slices(files, starts) if numbered else None,
     )  # fmt: skip
 
@@ -163,12 +163,19 @@ def _parts(starts: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, 
             return
 
 
-def _arrow_schemas(con: DuckDBPyConnection, files: Sequence[str]) -> list[pa.Schema]:
-    """The different Arrow schemas in the footers."""
+def _arrow_schemas(con: DuckDBPyConnection, files: Sequence[str]) -> tuple[list[pa.Schema], tuple[str, ...]]:
+    """The different Arrow schemas in the footers, and a note where there is one that this version of Arrow does not know."""
     import pyarrow as pa
 
     query = exp.select("value").distinct().from_(_read("parquet_kv_metadata", files)).where("key = 'ARROW:schema'::BLOB", dialect="duckdb")
-    return [pa.ipc.read_schema(pa.py_buffer(base64.b64decode(value))) for (value,) in con.sql(render(query, "duckdb")).fetchall()]
+    schemas: list[pa.Schema] = []
+    notes: dict[str, None] = {}
+    for (value,) in con.sql(render(query, "duckdb")).fetchall():
+        try:
+            schemas.append(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(value))))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:  # Polars' integers of 128 bits
+            notes[f"orders of levels and durations that the files' Arrow schema declares are not known: {error}"] = None
+    return schemas, tuple(notes)
 
 
 def _durations(schemas: Iterable[pa.Schema], names: Sequence[str]) -> dict[int, Convert]:

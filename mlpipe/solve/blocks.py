@@ -52,6 +52,7 @@ class BlockSums:
         e: (q, q) Σ E, E = F'TSF = F'Z'V⁻¹ZF.
         ee: (q, q, q, q) Σ E[i, j] E[k, l].
         weighted: (q, q, q, q) Σ (h QQ' h')[i, j] E[k, l] for a given Q, else zero.
+        triple: (q, q, q, p + 1, q, p + 1) Σ E[i, j] vec(h) vec(h)' where asked for, else None.
         F, F_inverse: (q, q) lower triangular.
     """
 
@@ -63,6 +64,7 @@ class BlockSums:
     weighted: Array
     F: Array
     F_inverse: Array
+    triple: Array | None = None
 
 
 class _Factors(NamedTuple):
@@ -112,7 +114,7 @@ def pseudo_blocks(count: Array, CC: Array) -> tuple[Array, Index]:
     return rows[order], owner[order]
 
 
-def block_sums(chunks: Iterable[BlockChunk], lambda_: Array, p1: int, Q: Array | None = None) -> BlockSums:
+def block_sums(chunks: Iterable[BlockChunk], lambda_: Array, p1: int, Q: Array | None = None, *, triple: bool = False) -> BlockSums:
     """Takes one look at all blocks (FORMULAS R1).
 
     Args:
@@ -120,12 +122,13 @@ def block_sums(chunks: Iterable[BlockChunk], lambda_: Array, p1: int, Q: Array |
         lambda_: (q, q) relative factor, lower triangular; may be singular.
         p1: p + 1, the number of columns of each C.
         Q: (p + 1, r) asks for `BlockSums.weighted`.
+        triple: asks for `BlockSums.triple`.
 
     Along a column of F that is Λ's, h is û = M⁻¹Λ'C and E is M⁻¹Λ'SF, without cancellation for any Λ'SΛ; along a unit
     vector h = C − SΛû and E = S − SΛM⁻¹Λ'S, whose relative error along Λ is EPS·‖Λ'SΛ‖.
     """
     q = len(lambda_)
-    sums = _Sums(q, p1)
+    sums = _Sums(q, p1, triple)
     F = F_inverse = np.eye(q)
     work: _Work | None = None
     for chunk in chunks:
@@ -161,11 +164,12 @@ def _coordinates(lambda_: Array, s: Array) -> tuple[list[bool], Array, Array]:
 class _Sums:
     """The sums while they grow, symmetric matrices as lower triangles by rows."""
 
-    def __init__(self, q: int, p1: int) -> None:
+    def __init__(self, q: int, p1: int, triple: bool) -> None:
         d = q * (q + 1) // 2
         self.q, self.p1, self.logdet = q, p1, 0.0
         self.uu, self.hh = np.zeros((p1, p1)), np.zeros((q * p1, q * p1))
         self.e, self.ee, self.weighted = np.zeros(d), np.zeros((d, d)), np.zeros((d, d))
+        self.triple = np.zeros((d, q * p1, q * p1)) if triple else None
 
     def finish(self, F: Array, F_inverse: Array) -> BlockSums:
         """The sums as full arrays."""
@@ -176,7 +180,8 @@ class _Sums:
         pairs = place[:, :, None, None], place
         uu, hh = (self.uu + self.uu.T) / 2, (self.hh + self.hh.T) / 2
         hh = hh.reshape(q, self.p1, q, self.p1)
-        return BlockSums(self.logdet, uu, hh, self.e[place], self.ee[pairs], self.weighted[pairs], F, F_inverse)
+        triple = None if self.triple is None else self.triple[place].reshape(q, q, q, self.p1, q, self.p1)
+        return BlockSums(self.logdet, uu, hh, self.e[place], self.ee[pairs], self.weighted[pairs], F, F_inverse, triple)
 
 
 class _Work:
@@ -266,6 +271,10 @@ def _add_products(sums: _Sums, C: Array, factors: _Factors, work: _Work, Q: Arra
                 _combine(factors.N[a], U, h[a], scratch)
                 np.subtract(C[a], h[a], out=h[a])
     sums.hh += _gram(work.h[:, :n], 0, q * p1)
+    if sums.triple is not None:
+        rows = work.h[:-1, :n]
+        for total, e in zip(sums.triple, factors.e, strict=True):
+            total += (rows * e) @ rows.T
     if Q is not None:
         hq = np.matmul(Q.T, h)
         sums.weighted += np.einsum("irn,jrn->ijn", hq, hq)[np.tril_indices(q)] @ factors.e.T

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,8 +18,11 @@ import scipy.sparse as sp
 from .elimination import Eliminated, eliminate
 from .kernel import Look, Point
 from .link import Array
+from .nested import Children, Family, Nested
 from .small import flat as flat
 from .small import per_level as per_level
+
+Places: TypeAlias = np.ndarray | slice
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,18 @@ class Cells:
     rows: np.ndarray
     columns: np.ndarray
     values: Array
+
+    def pattern(self, shape: tuple[int, int]) -> tuple[sp.csr_matrix, Places]:
+        """Where blocks are, as a matrix over levels sorted by row and column, and the place of each in `values`."""
+        kind = np.int32 if max(*shape, len(self.rows)) < 2**31 else np.int64
+        if _sorted(self):
+            indptr = np.concatenate([[0], np.cumsum(np.bincount(self.rows, minlength=shape[0]))]).astype(kind)
+            return csr(self.values[0, 0], self.columns.astype(kind, copy=False), indptr, shape), slice(None)
+        places = np.arange(len(self.rows), dtype=kind)
+        by_column = sp.csc_matrix(sp.coo_matrix((places, (self.rows, self.columns)), shape=shape, copy=False))
+        out = sp.csr_matrix(by_column)
+        order = out.data
+        return csr(self.values[0, 0, order], out.indices, out.indptr, shape), order
 
 
 @dataclass(frozen=True)
@@ -98,36 +114,58 @@ class CrossedProblem:
             out[a:b, a:b] = f.S.mean(axis=2)
         return out
 
+    @cached_property
+    def stays_sparse(self) -> bool:
+        """Whether elimination meets no dense rest: each level of a factor meets at most one of each later factor (nested designs)."""
+        return all(len(cells.rows) == self.factors[k].levels for (k, _), cells in self.cells.items())
+
     def lambdas(self, lambda_: Array) -> list[Array]:
         """Λ of each factor."""
         return [lambda_[a:b, a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
     @cached_property
-    def patterns(self) -> dict[tuple[int, int], tuple[sp.csr_matrix, np.ndarray]]:
-        """For each pair: a CSR matrix of the cells' pattern over single effects, and the place of each of its values in `Cells.values`."""
-        out = {}
-        for (k, h), cells in self.cells.items():
-            qk, qh = cells.values.shape[:2]
-            i = (cells.rows[None, None] * qk + np.arange(qk)[:, None, None] + np.zeros((1, qh, 1), dtype=np.intp)).ravel()
-            j = (cells.columns[None, None] * qh + np.arange(qh)[None, :, None] + np.zeros((qk, 1, 1), dtype=np.intp)).ravel()
-            order = np.lexsort((j, i)) if qk * qh > 1 or not _sorted(cells) else np.arange(len(i))
-            shape = (self.factors[k].size, self.factors[h].size)
-            counts = np.bincount(i, minlength=shape[0])
-            indptr = np.concatenate([[0], np.cumsum(counts)])
-            pattern = sp.csr_matrix((np.ones(len(i)), j[order], indptr), shape=shape)
-            out[k, h] = pattern, order
-        return out
+    def patterns(self) -> dict[tuple[int, int], tuple[sp.csr_matrix, Places]]:
+        """Where the blocks of each pair are: see `Cells.pattern`."""
+        levels = [f.levels for f in self.factors]
+        return {(k, h): cells.pattern((levels[k], levels[h])) for (k, h), cells in self.cells.items()}
 
     def cross(self, pair: tuple[int, int], left: Array, right: Array) -> sp.csr_matrix:
         """left' (Z_k'wZ_h) right over single effects, left and right being one level's maps."""
-        pattern, order = self.patterns[pair]
-        values = np.einsum("ia,ijc,jb->abc", left, self.cells[pair].values, right, optimize=True)
-        return sp.csr_matrix((values.ravel()[order], pattern.indices, pattern.indptr), shape=pattern.shape)
+        held = self.cells[pair].values
+        if held.shape[:2] == (1, 1):
+            factor = float(left[0, 0] * right[0, 0])
+            values = held if factor == 1.0 else held * factor
+        else:
+            values = np.einsum("ia,ijc,jb->abc", left, held, right, optimize=True)
+        return by_effects(*self.patterns[pair], values)
+
+
+def by_effects(pattern: sp.csr_matrix, places: Places, values: Array) -> sp.csr_matrix:
+    """Blocks `values[:, :, places]` (q, r, c) in a pattern over levels, as a matrix over single effects."""
+    q, r = values.shape[:2]
+    if q == r == 1:
+        return csr(values[0, 0, places], pattern.indices, pattern.indptr, pattern.shape)
+    blocks = values[:, :, places].transpose(2, 0, 1)
+    shape = pattern.shape[0] * q, pattern.shape[1] * r
+    return sp.csr_matrix(sp.bsr_matrix((blocks, pattern.indices, pattern.indptr), shape=shape).tocsr())
+
+
+def csr(values: Array, columns: np.ndarray, indptr: np.ndarray, shape: tuple[int, int]) -> sp.csr_matrix:
+    """A CSR matrix over these arrays themselves, whose columns ascend in each row."""
+    out = sp.csr_matrix(shape, dtype=values.dtype)
+    out.data, out.indices, out.indptr = values, columns, indptr
+    out.has_sorted_indices = out.has_canonical_format = True
+    return out
 
 
 def _sorted(cells: Cells) -> bool:
-    key = cells.rows.astype(np.int64) * (int(cells.columns.max(initial=0)) + 1) + cells.columns
-    return bool((key[1:] > key[:-1]).all())
+    """Whether the cells are in the order of their rows, then of their columns, a million at a time."""
+    for first in range(0, len(cells.rows) - 1, 1 << 20):
+        part = slice(first, first + (1 << 20) + 1)
+        rows, columns = cells.rows[part], cells.columns[part]
+        if not ((rows[1:] > rows[:-1]) | ((rows[1:] == rows[:-1]) & (columns[1:] > columns[:-1]))).all():
+            return False
+    return True
 
 
 INVERTIBLE = 1e-3  # diagonal of Λ, in units of what a level tells, from which Λ⁻¹ is safe
@@ -144,7 +182,24 @@ class Evaluation:
     s2: float
     C: Array
     u: Array
-    M: Eliminated
+    M: Eliminated | Nested
+
+
+class _Tree:
+    """What no Λ changes of nested factors: the children of every level, and the cells in the order of their inner levels."""
+
+    def __init__(self, problem: CrossedProblem) -> None:
+        self.family: Family = {}
+        self.blocks: dict[tuple[int, int], Array] = {}
+        for (k, h), cells in problem.cells.items():
+            order = slice(None) if (np.diff(cells.rows) > 0).all() else np.argsort(cells.rows)
+            self.family[k, h] = Children(cells.columns[order], problem.factors[h].levels)
+            self.blocks[k, h] = cells.values[:, :, order]
+
+    def factored(self, diagonals: list[Array], lams: list[Array]) -> Nested:
+        """M from the diagonal blocks of each factor."""
+        cross = {(k, h): np.einsum("ia,ijc,jb->abc", lams[k], A, lams[h], optimize=True) for (k, h), A in self.blocks.items()}
+        return Nested(diagonals, cross, self.family)
 
 
 class Exact:
@@ -153,22 +208,21 @@ class Exact:
     def __init__(self, problem: CrossedProblem) -> None:
         self.problem = problem
         self.identity = [np.eye(f.q) for f in problem.factors]
+        self.tree = _Tree(problem) if problem.stays_sparse else None
         self.plain = {pair: problem.cross(pair, self.identity[pair[0]], self.identity[pair[1]]) for pair in problem.cells}
 
     def __call__(self, points: Sequence[Point], main: bool) -> list[Look]:
         return [self.look(point.lambda_) for point in points]
 
-    def factored(self, lambda_: Array) -> Eliminated:
+    def factored(self, lambda_: Array) -> Eliminated | Nested:
         """M at Λ."""
         problem = self.problem
         lams = problem.lambdas(lambda_)
         every = zip(self.identity, problem.factors, lams, strict=True)
-        diagonals = [one[:, :, None] + np.einsum("ia,ijm,jb->abm", lam, f.S, lam) for one, f, lam in every]
+        diagonals: list[Array] = [one[:, :, None] + np.einsum("ia,ijm,jb->abm", lam, f.S, lam) for one, f, lam in every]
+        if self.tree is not None:
+            return self.tree.factored(diagonals, lams)
         return eliminate(diagonals, {(k, h): problem.cross((k, h), lams[k], lams[h]) for k, h in problem.cells})
-
-    def stays_sparse(self) -> bool:
-        """Whether elimination meets no dense rest: each level of a factor meets at most one of each later factor (nested designs)."""
-        return all(len(np.unique(cells.rows)) == len(cells.rows) for cells in self.problem.cells.values())
 
     def spherical(self, lambda_: Array) -> Array:
         """Λ'Z'w[X y] over single effects."""
@@ -207,21 +261,26 @@ class Exact:
         both = rhs - self.times(_apply(self.problem, lambda_, U))
         return both[:, p] - both[:, :p] @ at.beta, both[:, :p]
 
-    def residual(self, lambda_: Array, at: Evaluation) -> Array:
-        """t = Z'V⁻¹r (all effects,) from the estimates."""
+    def along(self, lambda_: Array, at: Evaluation) -> Array:
+        """∂ log s / ∂θ (entries,) on the profile: -g_D't / (2 dof s²)."""
         p, rhs = self.problem.p, np.concatenate([flat(f.C) for f in self.problem.factors])
-        return np.asarray(rhs[:, p] - rhs[:, :p] @ at.beta - self.times(_apply(self.problem, lambda_, at.u[:, None]))[:, 0])
+        t = rhs[:, p] - rhs[:, :p] @ at.beta - self.times(_apply(self.problem, lambda_, at.u[:, None]))[:, 0]
+        return np.asarray(-(self.working(lambda_, at, t).T @ t) / (2.0 * self.problem.degrees * at.s2))
 
     def times(self, b: Array) -> Array:
         """Z'wZ b for b (all effects, k)."""
         problem = self.problem
         ends = np.concatenate([[0], np.cumsum([f.size for f in problem.factors])])
         parts = [b[a:e] for a, e in zip(ends[:-1], ends[1:], strict=True)]
-        out = [flat(np.einsum("ijm,jkm->ikm", f.S, per_level(part, f.q))) for f, part in zip(problem.factors, parts, strict=True)]
-        for (k, h), a in self.plain.items():
-            out[k] = out[k] + a @ parts[h]
-            out[h] = out[h] + a.T @ parts[k]
+        out = [_own(f, part) for f, part in zip(problem.factors, parts, strict=True)]
+        for k, h in problem.cells:
+            out[k] += self.cross_times(k, h, parts[h])
+            out[h] += self.cross_times(h, k, parts[k])
         return np.concatenate(out)
+
+    def cross_times(self, k: int, h: int, x: Array) -> Array:
+        """Z_k'wZ_h x for x over factor h's effects."""
+        return np.asarray(self.plain[k, h] @ x if k < h else self.plain[h, k].T @ x)
 
     def score(self, lambda_: Array, at: Evaluation, U: Array, t: Array, H: Array) -> Array:
         """∂ℓ/∂Λ by the entries: -tril[Σ Z'wZΛM⁻¹ - Σ t u'/s² - [REML] Σ H C Ĥ'] (R5, first form where Λ is singular)."""
@@ -237,15 +296,20 @@ class Exact:
             tk, uk = t[rows].reshape(-1, f.q), at.u[rows].reshape(-1, f.q)
             G = traces[k] - tk.T @ uk / at.s2
             if problem.reml and p:
-                Hk, Uk = H[rows].reshape(-1, f.q, p), U[rows, :p].reshape(-1, f.q, p)
-                G = G - np.einsum("iap,pr,ibr->ab", Hk, at.C, Uk)
+                HC, Uk = (H[rows] @ at.C).reshape(-1, f.q, p), U[rows, :p].reshape(-1, f.q, p)
+                G = G - np.einsum("iap,ibp->ab", HC, Uk)
             out.append(-G)
+        return self.entries_of(out)
+
+    def entries_of(self, blocks: list[Array]) -> Array:
+        """The free elements of Λ, from a matrix of each factor."""
+        problem = self.problem
         full = np.zeros((problem.offsets[-1],) * 2)
-        for G, a, b in zip(out, problem.offsets[:-1], problem.offsets[1:], strict=True):
+        for G, a, b in zip(blocks, problem.offsets[:-1], problem.offsets[1:], strict=True):
             full[a:b, a:b] = G
         return np.array([full[i, j] for i, j in problem.entries])
 
-    def traces(self, lambda_: Array, M: Eliminated) -> list[Array]:
+    def traces(self, lambda_: Array, M: Eliminated | Nested) -> list[Array]:
         """T_k = Σ_i (Z'wZΛM⁻¹)_ki,ki, from Λ_k'T_k = m_k I - Σ_i (M⁻¹)_ki,ki where Λ_k is safely invertible."""
         out: list[Array] = []
         for k, (f, lam) in enumerate(zip(self.problem.factors, self.problem.lambdas(lambda_), strict=True)):
@@ -253,18 +317,10 @@ class Exact:
             if diagonal.min() < INVERTIBLE:
                 out.append(self._direct(lambda_, M, k))
                 continue
-            sums = np.zeros((f.q, f.q))
-            for a in range(f.q):
-                for b in range(a + 1):
-                    P = np.zeros((f.q, f.q))
-                    P[a, b] = P[b, a] = 1.0 if a == b else 0.5
-                    every: list[Array | None] = [None] * len(self.problem.factors)
-                    every[k] = P
-                    sums[a, b] = sums[b, a] = M.inner(every)
-            out.append(np.asarray(np.linalg.solve(lam.T, f.levels * np.eye(f.q) - sums), dtype=np.float64))
+            out.append(np.asarray(np.linalg.solve(lam.T, f.levels * np.eye(f.q) - M.sums(k)), dtype=np.float64))
         return out
 
-    def _direct(self, lambda_: Array, M: Eliminated, k: int) -> Array:
+    def _direct(self, lambda_: Array, M: Eliminated | Nested, k: int) -> Array:
         """T_k element by element: T_k[a, b] = tr(M⁻¹P), P having row (i, a) of Z_k'wZΛ as its row (i, b), and nothing else."""
         problem, lams = self.problem, self.problem.lambdas(lambda_)
         f = problem.factors[k]
@@ -316,6 +372,11 @@ class Exact:
         return np.column_stack(columns) if columns else np.zeros((int(starts[-1]), 0))
 
 
+def _own(f: Factor, x: Array) -> Array:
+    """Z_k'wZ_k x for x over single effects."""
+    return x * f.S[0, 0][:, None] if f.q == 1 else flat(np.einsum("ijm,jkm->ikm", f.S, per_level(x, f.q)))
+
+
 def _apply(problem: CrossedProblem, lambda_: Array, b: Array, *, transpose: bool = False) -> Array:
     """Λb (or Λ'b) over single effects."""
     out, place = np.empty_like(b), 0
@@ -323,5 +384,8 @@ def _apply(problem: CrossedProblem, lambda_: Array, b: Array, *, transpose: bool
         rows = slice(place, place + f.size)
         place += f.size
         map_ = lam.T if transpose else lam
-        out[rows] = np.einsum("ab,mbk->mak", map_, b[rows].reshape(f.levels, f.q, -1)).reshape(f.size, -1)
+        if f.q == 1:
+            np.multiply(b[rows], map_[0, 0], out=out[rows])
+        else:
+            out[rows] = np.einsum("ab,mbk->mak", map_, b[rows].reshape(f.levels, f.q, -1)).reshape(f.size, -1)
     return out

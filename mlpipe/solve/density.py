@@ -30,11 +30,23 @@ class Terms(NamedTuple):
     curvature_shape: Array | None = None
 
 
+class Curvatures(NamedTuple):
+    """Each row's derivatives of log f by eta, times its size, (n,): `score` the first, `w` minus the second, with its first derivative
+    `slope` and its second, `bend`."""
+
+    score: Array
+    w: Array
+    slope: Array
+    bend: Array
+
+
 class Density:
     """One family and link; `expected`: whether the expected curvature stands in the Laplace determinant.
 
-    `concave`: whether log f is concave in eta for every response.
+    `concave`: whether log f is concave in eta for every response; `fourth`: whether `curvatures` are known.
     """
+
+    fourth = False
 
     def __init__(self, family: Family, link: Link, *, expected: bool = False) -> None:
         self.family, self.link, self.expected = family, link, expected
@@ -91,6 +103,10 @@ class Density:
         score, observed, curvature, *rest = (_sized(v, c, outside) for v in out)
         return Terms(value, score, observed, curvature if self.expected else observed, *rest)
 
+    def curvatures(self, eta: Array, c: Cells) -> Curvatures:
+        """See Curvatures; only where `fourth`."""
+        raise NotImplementedError
+
     def by_shape(self, eta: Array, c: Cells, tau: float) -> ByShape:
         """Derivatives by tau, (n,): of log f, of its score by eta (`score`; `curvature` of that), and the second by tau."""
         m, outside = self._means(eta)
@@ -106,6 +122,8 @@ def _sized(value: Array, c: Cells, outside: np.ndarray | None) -> Array:
 
 class _BinomialLogit(Density):
     """The same without the detour by the mean's derivatives: W = mu (1 - mu)."""
+
+    fourth = True
 
     def loglik(self, eta: Array, c: Cells, tau: float) -> Array:
         out = c.y * eta - np.maximum(eta, 0.0) - np.log(1.0 + np.exp(-np.abs(eta)))
@@ -124,6 +142,12 @@ class _BinomialLogit(Density):
             value, score, w = c.size * value, c.size * score, c.size * w
         return Terms(value, score, w, w, w * (1.0 - 2.0 * mu))
 
+    def curvatures(self, eta: Array, c: Cells) -> Curvatures:
+        mu = _logistic(eta)
+        v = mu - mu * mu
+        score, w = (c.y - mu, v) if c.size is None else (c.size * (c.y - mu), c.size * v)
+        return Curvatures(score, w, w * (1.0 - 2.0 * mu), w * (1.0 - 6.0 * v))
+
 
 def _logistic(eta: Array) -> Array:
     """1 / (1 + exp(-eta)); the mean's complement loses digits only where its weight is below rounding."""
@@ -137,6 +161,8 @@ def _logistic(eta: Array) -> Array:
 class _PoissonLog(Density):
     """The same for counts: W = mu."""
 
+    fourth = True
+
     def loglik(self, eta: Array, c: Cells, tau: float) -> Array:
         out = c.y * eta - np.exp(np.clip(eta, -LARGEST, LARGEST))
         return out if c.size is None else c.size * out
@@ -148,6 +174,10 @@ class _PoissonLog(Density):
     def terms(self, eta: Array, c: Cells, tau: float) -> Terms:
         score, w = self.newton(eta, c, tau)
         return Terms(c.y * eta * (1.0 if c.size is None else c.size) - w, score, w, w, w)
+
+    def curvatures(self, eta: Array, c: Cells) -> Curvatures:
+        score, w = self.newton(eta, c, 0.0)
+        return Curvatures(score, w, w, w)
 
 
 _FAST: dict[tuple[str, str], type[Density]] = {("binomial", "logit"): _BinomialLogit, ("poisson", "log"): _PoissonLog}

@@ -22,7 +22,7 @@ class Eliminated:
     def __init__(self, diagonals: list[Array], cross: dict[tuple[int, int], sp.csr_matrix], make: Callable[..., Rest]) -> None:
         self.q, self.size = len(diagonals[0]), diagonals[0].shape[0] * diagonals[0].shape[2]
         self.L = small.cholesky(diagonals[0])
-        self.K = len(diagonals)
+        self.K, self.widths = len(diagonals), [len(D) for D in diagonals]
         self.V = [self._down(cross[0, h]) for h in range(1, self.K)]
         self.sizes = [self.size, *(d.shape[0] * d.shape[2] for d in diagonals[1:])]
         others = {(k - 1, h - 1): a for (k, h), a in cross.items() if k > 0}
@@ -75,6 +75,18 @@ class Eliminated:
         """tr(M⁻¹P) for symmetric P with diagonal blocks (q_k, q_k, m_k) of some factors and `cross` blocks of pairs."""
         others = [_block_diagonal(blocks[k]) if k in blocks else None for k in range(1, self.K)]
         return self._inner(blocks.get(0), others, cross)
+
+    def sums(self, k: int) -> Array:
+        """Σ over levels (q_k, q_k) of the diagonal blocks of M⁻¹ of factor k."""
+        q = self.widths[k]
+        out = np.zeros((q, q))
+        for a in range(q):
+            for b in range(a + 1):
+                every: list[Array | None] = [None] * self.K
+                every[k] = np.zeros((q, q))
+                every[k][a, b] = every[k][b, a] = 1.0 if a == b else 0.5  # type: ignore[index]
+                out[a, b] = out[b, a] = self.inner(every)
+        return out
 
     def inverse_blocks(self) -> list[Array]:
         """The diagonal blocks (q_k, q_k, m_k) of M⁻¹ of every factor."""

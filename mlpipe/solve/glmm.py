@@ -31,7 +31,9 @@ class GLMMProblem:
     next pass starts if `keep`.
 
     `Q` (m, p): gamma = Q beta*. `entries`: free elements of Λ (q, q). `shape`: whether tau is a parameter. `typical` (q, q): the mean of
-    Z'WZ over blocks, which makes Λ dimensionless. `central`: whether the information may take two looks a parameter.
+    Z'WZ over blocks, which makes Λ dimensionless. `central`: whether the information may take two looks a parameter. `observe`: scaled
+    score from which the information is observed, None for what suits outer products. `second`: the second derivatives by gamma, Λ's
+    elements and tau in one pass, where they are known; else the information comes from differences of scores.
     """
 
     scan: Callable[[Sequence[Point], bool], list[Look]]
@@ -42,6 +44,8 @@ class GLMMProblem:
     typical: Array
     central: bool = True
     tau_bound: float = math.inf
+    second: Callable[[Point], Array] | None = None
+    observe: float | None = None
 
     @property
     def p(self) -> int:
@@ -79,11 +83,23 @@ class GLMMProblem:
         """Looks without outer products at points near the last."""
         return [self._mapped(look) for look in self.scan([self.point(psi) for psi in psis], False)]
 
-    def _mapped(self, look: Look) -> Look:
+    def information(self, psi: Array) -> Array:
+        """Minus the exact second derivatives (size, size) at psi; only where `second` is known."""
+        assert self.second is not None
+        H = self.second(self.point(psi))
+        J = self._map(len(H))
+        return -J.T @ H @ J
+
+    def _map(self, n: int) -> Array:
+        """The derivatives (n, size) of the kernel's parameters by psi."""
         m = len(self.Q)
-        J = np.zeros((len(look.score), self.size))
+        J = np.zeros((n, self.size))
         J[:m, : self.p] = self.Q
-        J[m:, self.p :] = np.eye(len(look.score) - m)
+        J[m:, self.p :] = np.eye(n - m)
+        return J
+
+    def _mapped(self, look: Look) -> Look:
+        J = self._map(len(look.score))
         return Look(look.loglik, J.T @ look.score, J.T @ look.outer @ J, look.rough)
 
 
@@ -168,7 +184,7 @@ class _Search:
             self.psi = start = start * np.where(problem.of_lambda, 0.3, 1.0)
             self.look = problem.look(start)
         self.curvature, self.trace = _Curvature(), list[Step]()
-        self.observed_at, self.near = start, NEAR if problem.central else NEAR_LARGE
+        self.observed_at, self.near = start, problem.observe or (NEAR if problem.central else NEAR_LARGE)
         self.evaluations, self.damping, self.slow, self.best = 1, 0.0, 0, math.inf
         self.zero = {j for j in range(problem.q) if not np.any(start[problem.column(j)])}
         self.kept: dict[int, float] = {}  # columns that were tried at zero in vain, and their size then
@@ -281,8 +297,8 @@ class _Search:
         return score < self.near or self.slow >= STALLED
 
     def _observe(self) -> None:
-        """The observed information at psi, by differences along directions that make it nearly the identity, in one pass."""
-        self.curvature, self.observed_at = _Curvature(self._differences()), self.psi
+        """The observed information at psi in one pass."""
+        self.curvature, self.observed_at = _Curvature(self._exact() if self.problem.second else self._differences()), self.psi
         self.slow, self.best = 0, math.inf
 
     def _strayed(self) -> bool:
@@ -298,7 +314,15 @@ class _Search:
         self._observe()
         return True
 
+    def _exact(self) -> Array:
+        self.evaluations += 1
+        out = np.zeros((self.problem.size,) * 2)
+        at = np.ix_(self.free, self.free)
+        out[at] = self.problem.information(self.psi)[at]
+        return (out + out.T) / 2.0
+
     def _differences(self) -> Array:
+        """By differences of the score along directions that make the information nearly the identity."""
         free = self.free
         directions = np.zeros((self.problem.size, len(free)))
         directions[free] = _whitened(self.curvature.at(self.look)[np.ix_(free, free)])

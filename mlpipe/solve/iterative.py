@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 
 from . import small
-from .conjugate import Crosses, Operator, Solves, dots
+from .conjugate import Operator, Solves, dots
 from .crossed import CrossedProblem, Evaluation, Exact, Factor, flat, per_level
+from .crosses import Crosses, by_size, over_effects
 from .glm import newton_step
 from .glmm import SMALL, GLMMSolution
+from .lanczos import normal
 
 Array: TypeAlias = np.ndarray  # of doubles or of singles
 
 PROBES, MOST_PROBES = 16, 256
 ERROR = 0.05  # Monte Carlo error of a parameter, as a share of its standard error, that is good enough
-CG_TIGHT, CG_LOOSE = 1e-9, 1e-4  # residual over right-hand side, at the solution and on the way
+CG_TIGHT = 1e-10  # residual over right-hand side of what estimates are made of: they are first-order in it
 CG_SINGLE, CG_HESSIAN = 1e-6, 1e-4  # the same of probes, and of the average information, which need no more
-NEAR = 0.05  # scaled score from which solves are tight
 NEWTON = 1.0  # scaled score from which the scores' own changes correct the average information
 ENOUGH = 1e-3  # scaled score that ends the search: far below the Monte Carlo error
+ROUNDING = 1e-2  # scaled score that will do where it falls no further: probes are solved in single precision
 BLUP_SAMPLES = 32  # a conditional variance is then good to about 9 %
 LEAST = 0.03  # diagonal of Λ, in units of what a level tells, that stands for zero on the way: Λ⁻¹ multiplies the probes' rounding
 
@@ -37,9 +39,10 @@ class Iterative(Exact):
     below their own."""
 
     def __init__(self, problem: CrossedProblem, seed: int, threads: int) -> None:
-        super().__init__(problem)
-        self.rng, self.threads = np.random.default_rng(seed), threads
-        self.double, self.half = Crosses(self.plain, np.float64), Crosses(self.plain, np.float32)
+        self.problem = problem
+        self.rng = np.random.default_rng(seed)
+        self.double = Crosses(problem, threads)
+        self.half = self.double.single()
         self.probes = np.zeros((sum(f.size for f in problem.factors[1:]), 0), dtype=np.float32)
         self.warm: tuple[Array | None, Array | None] = (None, None)
         self.add(PROBES)
@@ -51,26 +54,30 @@ class Iterative(Exact):
 
     def operator(self, lambda_: Array) -> Operator:
         """M at Λ."""
-        return Operator(self.problem, lambda_, self.double, self.threads)
+        return Operator(self.problem, lambda_, self.double)
 
-    def newton(self, lambda_: Array, tol: float) -> tuple[Evaluation, Array, Array, Array]:
-        """The estimates, the score over the entries of Λ, the average information, and the score per probe."""
+    def cross_times(self, k: int, h: int, x: Array) -> Array:
+        """See Exact."""
+        return self.double.times(k, h, x)
+
+    def newton(self, lambda_: Array) -> tuple[Evaluation, Array, Array, Array]:
+        """The estimates, the score over the entries of Λ, the average information, and the score's part by traces per probe."""
         M = self.operator(lambda_)
         single = M.single(self.half)
         c = self.spherical(lambda_)
         y = M.down(c[: M.size])
-        x = M.solve_rest(c[M.size :] - M.transposed(y), tol, self.warm[0]).x
-        g = single.solve_rest(single.by_blocks(_lower, self.probes), max(tol, CG_SINGLE), self.warm[1]).x
+        x = M.solve_rest(c[M.size :] - M.transposed(y), CG_TIGHT, self.warm[0]).x
+        g = single.solve_rest(single.by_blocks(_lower, self.probes), CG_SINGLE, self.warm[1]).x
         self.warm = x, g
         U = np.concatenate([M.up(y - M.times(x)), x])
         at = self._estimates(c, U, M)
         t, H = self.residual_sums(lambda_, at, U)
         traces = self._traces(single, M, g)
-        score = self._by_entries(lambda_, at, U, t, H, [part.mean(axis=2) for part in traces])
-        each = np.column_stack(
-            [self._by_entries(lambda_, at, U, t, H, [part[:, :, i] for part in traces]) for i in range(self.probes.shape[1])]
-        )
-        return at, score, self._information(lambda_, at, t, H, M, max(tol, CG_HESSIAN)), each
+        each = np.column_stack([-self.entries_of(self._gaps(lambda_, [part[:, :, i] for part in traces])) for i in range(g.shape[1])])
+        score = self.score_from(at, U, t, H, self._gaps(lambda_, [part.mean(axis=2) for part in traces]))
+        G = self.working(lambda_, at, t)
+        AI = self.information_from(lambda_, at, t, H, G, lambda b: single.solve(b.astype(np.float32), CG_HESSIAN))
+        return at, score, AI, each
 
     def _estimates(self, c: Array, U: Array, M: Operator) -> Evaluation:
         problem, p = self.problem, self.problem.p
@@ -87,7 +94,7 @@ class Iterative(Exact):
         g = single.by_blocks(small.backward, self.probes)
         first, base = single.up(single.times(x)), single.up(single.times(g))
         inverse = small.inverse_factor(M.L)
-        known = np.einsum("kam,kbm->ab", inverse, inverse) + self._expected(M)
+        known = np.einsum("kam,kbm->ab", inverse, inverse) + M.expected()
         each = [known[:, :, None] + _products(base, first - base, len(M.L))]
         for R, a, b in zip(M.R, M.ends[:-1], M.ends[1:], strict=True):
             inverse = small.inverse_factor(R)
@@ -95,27 +102,12 @@ class Iterative(Exact):
             each.append(known[:, :, None] + _products(g[a:b], x[a:b] - g[a:b], len(R)))
         return each
 
-    def _expected(self, M: Operator) -> Array:
-        """Σ_i of the blocks of L⁻ᵀV B⁻¹ V'L⁻¹, cell by cell: what the control variate is on average."""
-        out = np.zeros((len(M.L), len(M.L)))
-        for h, R in enumerate(M.R, start=1):
-            cells = self.problem.cells[0, h]
-            half = small.backward(M.L[:, :, cells.rows], M.cells[h])
-            W = small.forward(R[:, :, cells.columns], half.transpose(1, 0, 2))
-            out += np.einsum("jac,jbc->ab", W, W)
-        return out
-
-    def _by_entries(self, lambda_: Array, at: Evaluation, U: Array, t: Array, H: Array, sums: Sequence[Array]) -> Array:
-        """The score of `Exact` with traces of M⁻¹ from probes."""
-        traces = []
+    def _gaps(self, lambda_: Array, sums: Sequence[Array]) -> list[Array]:
+        """T_k of `Exact.score_from` from Σ_i (M⁻¹)_ki,ki."""
+        out = []
         for f, lam, total in zip(self.problem.factors, self.problem.lambdas(lambda_), sums, strict=True):
-            gap = f.levels * np.eye(f.q) - (total + total.T) / 2.0
-            traces.append(np.linalg.solve(lam.T, gap))
-        return self.score_from(at, U, t, H, traces)
-
-    def _information(self, lambda_: Array, at: Evaluation, t: Array, H: Array, M: Operator, tol: float) -> Array:
-        G = self.working(lambda_, at, t)
-        return self.information_from(lambda_, at, t, H, G, lambda b: M.solve(b, tol))
+            out.append(np.linalg.solve(lam.T, f.levels * np.eye(f.q) - (total + total.T) / 2.0))
+        return out
 
     def loglik(self, lambda_: Array) -> tuple[float, float]:
         """The log-likelihood at Λ and its Monte Carlo error, by Lanczos quadrature with a control variate (R6)."""
@@ -123,7 +115,8 @@ class Iterative(Exact):
         M = self.operator(lambda_)
         single = M.single(self.half)
         c = self.spherical(lambda_)
-        at = self._estimates(c, M.solve(c, CG_TIGHT), M)
+        U = M.solve(c, CG_TIGHT, self.warm[0])
+        at = self._estimates(c, U, M)
         rhs = single.by_blocks(_lower, self.probes)
         solved = single.solve_rest(rhs, CG_SINGLE, keep=True)
         size = len(rhs)
@@ -142,15 +135,13 @@ class Iterative(Exact):
         """R⁻¹ S R⁻ᵀ x."""
         return M.by_blocks(small.forward, M.rest(M.by_blocks(small.backward, x)))
 
-    def variances(self, lambda_: Array, draw: Callable[[np.random.Generator], Array]) -> list[Array]:
-        """Blocks (q_k, q_k, m_k) of M⁻¹ of every factor, from samples v ~ N(0, M⁻¹) (R7); `draw` gives Z'w^½ε over single effects."""
+    def variances(self, lambda_: Array, draw: Callable[[np.random.Generator], Array] | None) -> list[Array]:
+        """Blocks (q_k, q_k, m_k) of M⁻¹ of every factor, from samples v ~ N(0, M⁻¹) (R7); `draw` gives Z'w^½ε over single effects, where
+        the cells tell it."""
         problem = self.problem
         M = self.operator(lambda_)
         single = M.single(self.half)
-        noise = np.column_stack([draw(self.rng) for _ in range(BLUP_SAMPLES)])
-        rhs = np.concatenate(
-            [flat(np.einsum("ia,ikm->akm", lam, per_level(part, f.q))) for f, lam, part in self._by_factor(lambda_, noise)]
-        ) + self.rng.standard_normal(noise.shape)
+        rhs = self._drawn(lambda_, draw) if draw is not None else normal(M, self.rng, BLUP_SAMPLES)
         v = single.solve(rhs.astype(np.float32), CG_SINGLE)
         out, place = [], 0
         for f, D in zip(problem.factors, M.D, strict=True):
@@ -160,8 +151,14 @@ class Iterative(Exact):
             off = per_level(rhs[rows], f.q) - np.einsum("ijm,jkm->ikm", D, per_level(v[rows], f.q))
             shifted = small.solve(L, off)
             inverse = small.inverse_factor(L)
-            out.append(np.einsum("kam,kbm->abm", inverse, inverse) + np.einsum("ikm,jkm->ijm", shifted, shifted) / noise.shape[1])
+            out.append(np.einsum("kam,kbm->abm", inverse, inverse) + np.einsum("ikm,jkm->ijm", shifted, shifted) / BLUP_SAMPLES)
         return out
+
+    def _drawn(self, lambda_: Array, draw: Callable[[np.random.Generator], Array]) -> Array:
+        """Samples (all effects, BLUP_SAMPLES) from N(0, M)."""
+        noise = np.column_stack([draw(self.rng) for _ in range(BLUP_SAMPLES)])
+        parts = [flat(np.einsum("ia,ikm->akm", lam, per_level(part, f.q))) for f, lam, part in self._by_factor(lambda_, noise)]
+        return np.asarray(np.concatenate(parts) + self.rng.standard_normal(noise.shape))
 
     def _by_factor(self, lambda_: Array, x: Array) -> list[tuple[Factor, Array, Array]]:
         ends = np.concatenate([[0], np.cumsum([f.size for f in self.problem.factors])])
@@ -197,62 +194,95 @@ def _quadrature(solved: Solves, k: int) -> float:
 
 @dataclass
 class IterativeSolution:
-    """A GLMMSolution whose `information` is the average one, the estimates there, `error`: the Monte Carlo error of each θ as a share
-    of its standard error, `loglik_error`, and how many `probes`."""
+    """A GLMMSolution whose `information` is the average one, the estimates there, `along` (see Exact), `inverses`: diagonal blocks
+    (q_k, q_k, m_k) of M⁻¹, `error`: the Monte Carlo error of each θ as a share of its standard error, `loglik_error`, and `probes`."""
 
     solution: GLMMSolution
     at: Evaluation
+    along: Array
+    inverses: list[Array]
     error: Array
     loglik_error: float
     probes: int
-    solver: Iterative
 
 
 def solve_iterative(
-    problem: CrossedProblem, start: Array, *, tol: float, max_evaluations: int, seed: int, threads: int
-) -> IterativeSolution:
-    """The root of the score from θ `start` (entries of Λ)."""
-    solver = Iterative(problem, seed, threads)
+    problem: CrossedProblem, start: Array, draw: Callable[[np.random.Generator], Array] | None, *, tol: float, max_evaluations: int,
+    seed: int, threads: int,
+) -> IterativeSolution:  # fmt: skip
+    """The root of the score from θ `start` (entries of Λ); `draw` gives Z'w^½ε over single effects, ε ~ N(0, I),
+    where the cells tell it."""
+    inside, orders = by_size(problem)
+    places = over_effects(orders, [f.q for f in problem.factors])
+    solver = Iterative(inside, seed, threads)
+    root = _root(solver, start, max(tol, ENOUGH), max_evaluations)
+    theta, at = root.theta, root.at
+    lambda_ = _lambda(problem, theta)
+    loglik, loglik_error = solver.loglik(lambda_)
+    blocks = solver.variances(lambda_, None if draw is None else lambda rng: draw(rng)[places])
+    inverses = [part[:, :, np.argsort(order)] for part, order in zip(blocks, orders, strict=True)]
+    u = np.empty_like(at.u)
+    u[places] = at.u
+    final = _lambda(problem, np.where(root.held, 0.0, theta))
+    solution = GLMMSolution(
+        np.array([final[i, j] for i, j in problem.entries]), final, loglik, *_covariance(root), root.converged,
+        bool(root.held.any()) or _rank_deficient(problem, final), root.score, root.evaluations, root.message,
+    )  # fmt: skip
+    error = _error(root.AI, root.each, root.held)
+    return IterativeSolution(solution, replace(at, u=u), solver.along(lambda_, at), inverses, error, loglik_error, solver.probes.shape[1])
+
+
+@dataclass
+class _Root:
+    """Where the search for the root stands."""
+
+    theta: Array
+    at: Evaluation
+    AI: Array
+    each: Array
+    held: np.ndarray
+    score: float
+    evaluations: int
+    converged: bool
+    message: str
+
+
+def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int) -> _Root:
+    """Newton's method on the average information, corrected by what the scores showed."""
+    problem = solver.problem
     floor = LEAST / np.sqrt(np.maximum(np.diag(problem.typical), 1e-300))
-    theta, message, converged, evaluations = start.copy(), "out of evaluations", False, 0
-    tolerance, score, shorter, last = CG_LOOSE, math.inf, 1.0, math.inf
+    theta, shorter, last, best, since = start.copy(), 1.0, math.inf, math.inf, 0
     pairs: list[tuple[Array, Array]] = []
     previous: tuple[Array, Array] | None = None
-    while evaluations < max_evaluations:
-        at, s, AI, each = solver.newton(_lambda(problem, theta), tolerance)
-        evaluations += 1
+    for evaluation in range(1, max_evaluations + 1):
+        at, s, AI, each = solver.newton(_lambda(problem, theta))
         held = _at_floor(problem, theta, s, floor)
         if previous is not None and last < NEWTON:
             pairs = [*pairs, (theta - previous[0], previous[1] - s)][-4:]
-        H = _corrected(AI, pairs, held)
-        step = np.where(held, 0.0, _free_step(H, s, held))
+        step = np.where(held, 0.0, _free_step(_corrected(AI, pairs, held), s, held))
         score = math.sqrt(max(float(step @ s), 0.0))
-        tight = tolerance == CG_TIGHT
-        if score < NEAR and not tight:
-            tolerance = CG_TIGHT
-        if score < max(tol, ENOUGH) and tight:
+        best, since = (score, 0) if score < best / 2.0 else (best, since + 1)
+        found = _Root(theta, at, AI, each, held, score, evaluation, False, "out of evaluations")
+        if score < enough or (score < ROUNDING and since >= 3):
             error = _error(AI, each, held)
             if error.max(initial=0.0) <= ERROR or solver.probes.shape[1] >= MOST_PROBES:
-                converged, message = True, "the scaled score is small"
-                break
+                found.converged, found.message = True, "the scaled score is small"
+                return found
             solver.add(min(_wanted(error, solver.probes.shape[1]), MOST_PROBES) - solver.probes.shape[1])
-            previous, pairs = None, []
+            previous, pairs, best, since = None, [], math.inf, 0
             continue
         shorter = max(0.25, shorter * 0.5) if score > 2.0 * last else min(1.0, shorter * 2.0)
         last, previous = score, (theta.copy(), s)
         theta = _stepped(problem, theta, shorter * step, floor)
-    lam = _lambda(problem, np.where(held, 0.0, theta)) if held.any() else _lambda(problem, theta)
-    error = _error(AI, each, held)
-    loglik, loglik_error = solver.loglik(_lambda(problem, theta))
-    information = np.where(np.outer(~held, ~held), AI, np.nan)
-    vcov = np.full_like(AI, np.nan)
-    free = np.flatnonzero(~held)
-    vcov[np.ix_(free, free)] = np.linalg.pinv(AI[np.ix_(free, free)], hermitian=True)
-    singular = bool(held.any()) or _rank_deficient(problem, lam)
-    solution = GLMMSolution(
-        np.array([lam[i, j] for i, j in problem.entries]), lam, loglik, information, vcov, converged, singular, score, evaluations, message
-    )
-    return IterativeSolution(solution, at, error, loglik_error, solver.probes.shape[1], solver)
+    return found
+
+
+def _covariance(root: _Root) -> tuple[Array, Array]:
+    """The average information and its inverse, NaN for what is held at the boundary."""
+    information = np.where(np.outer(~root.held, ~root.held), root.AI, np.nan)
+    vcov, free = np.full_like(root.AI, np.nan), np.flatnonzero(~root.held)
+    vcov[np.ix_(free, free)] = np.linalg.pinv(root.AI[np.ix_(free, free)], hermitian=True)
+    return information, vcov
 
 
 def _lambda(problem: CrossedProblem, theta: Array) -> Array:

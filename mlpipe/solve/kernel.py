@@ -42,7 +42,7 @@ class Rows:
         return np.add.reduceat(v, self.starts, axis=-1)
 
     def spread(self, v: Array) -> Array:
-        """Values per block (B,) or (q, B) at each of its rows."""
+        """Values per block (…, B) at each of its rows."""
         return np.repeat(v, self.lengths, axis=-1)
 
 
@@ -151,11 +151,11 @@ class Piece:
         return v if z is None else z * v
 
     def z_sums(self, v: Array) -> Array:
-        """Z'v per block (q, B)."""
+        """Z'v per block (q, …, B), for v (…, n)."""
         return np.stack([self.rows.sums(self.times(k, v)) for k in range(len(self.Z))])
 
     def z_rows(self, b: Array) -> Array:
-        """Zb at each row, for b (q, B)."""
+        """Zb at each row (…, n), for b (q, …, B)."""
         out = self.times(0, self.rows.spread(b[0]))
         for k in range(1, len(b)):
             out = out + self.times(k, self.rows.spread(b[k]))
@@ -180,7 +180,7 @@ class Work:
     def eta(self, piece: Piece, u: Array) -> Array:
         """The linear predictor of a piece."""
         fixed = self._fixed if self._fixed is not None else self._linear(piece)
-        return np.asarray(fixed + piece.z_rows(self.point.lambda_ @ u))
+        return np.asarray(fixed + piece.z_rows(np.einsum("ij,j...->i...", self.point.lambda_, u)))
 
     def gram(self, piece: Piece, w: Array) -> Array:
         """Z'WZ per block (q, q, B)."""

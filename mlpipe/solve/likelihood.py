@@ -102,13 +102,16 @@ class Evaluation:
         return out
 
 
-def evaluate(problem: LMMProblem, lambda_: Array, s2: float | None = None, Q: Array | None = None) -> Evaluation:
+def evaluate(
+    problem: LMMProblem, lambda_: Array, s2: float | None = None, Q: Array | None = None, *, triple: bool = False
+) -> Evaluation:
     """−2ℓ at Λ, profiled over β and σ² or at the σ² given, with its exact gradient; one look at the blocks.
 
     Args:
         lambda_: (q, q) lower triangular, block diagonal by terms; may be singular.
         s2: σ²; None: its maximum likelihood (or restricted) estimate given Λ.
         Q: (p + 1, r) asks for `BlockSums.weighted`, which second derivatives need (`fixed_psi_hessian`).
+        triple: asks for `BlockSums.triple`, which adjusted covariances need (`degrees`).
 
     Raises:
         DataError: n ≤ p, or the response is fitted exactly.
@@ -117,7 +120,7 @@ def evaluate(problem: LMMProblem, lambda_: Array, s2: float | None = None, Q: Ar
     if problem.n <= p:
         raise DataError(f"{problem.n:g} rows cannot determine {p} fixed effects and a residual variance")
     with np.errstate(over="ignore", invalid="ignore"):
-        sums = block_sums(problem.chunks(), lambda_, p + 1, Q)
+        sums = block_sums(problem.chunks(), lambda_, p + 1, Q, triple=triple)
     beta, rss, r_inverse, amplification = _least_squares(problem.A - sums.uu, np.diagonal(problem.A))
     sigma2 = rss / dof if s2 is None else s2
     log_r = -float(np.sum(np.log(np.diagonal(r_inverse)))) if problem.reml else 0.0

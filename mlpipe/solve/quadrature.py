@@ -16,6 +16,9 @@ from .link import Array
 if TYPE_CHECKING:
     from .kernel import Work
 
+MAX_NAGQ = 300  # nodes a random effect: beyond about 370 the weights underflow
+NODE_ROWS = 16_384  # rows times nodes looked at together
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -59,7 +62,10 @@ class Laplace:
 
 
 class Quadrature(Laplace):
-    """The same for adaptive Gauss-Hermite nodes u_r = û + √2 L⁻ᵀ z_r with normalised weights π_r."""
+    """The same for adaptive Gauss-Hermite nodes u_r = û + √2 L⁻ᵀ z_r with normalised weights π_r.
+
+    As many nodes are looked at together as make NODE_ROWS rows: arrays then carry the node before the row, or the block, index.
+    """
 
     def __init__(self, work: Work, u: Array, L: Array, base: Array) -> None:
         super().__init__(work, u)
@@ -67,24 +73,27 @@ class Quadrature(Laplace):
         scores = [np.zeros(piece.rows.F.shape[1]) for piece in work.pieces]
         total = self._cross = self._shape = small.ZERO
         self.v, self.B = np.zeros_like(u), np.zeros((work.q, work.q, work.n_blocks))
-        for z, log_weight in zip(grid.z.T, grid.log_weight, strict=True):
-            u_r = u + math.sqrt(2.0) * small.backward(L, np.repeat(z[:, None], work.n_blocks, axis=1))
+        together = max(NODE_ROWS // max(piece.rows.F.shape[1] for piece in work.pieces), 1)
+        for first in range(0, grid.z.shape[1], together):
+            z = grid.z[:, first : first + together, None]
+            u_r = u[:, None] + math.sqrt(2.0) * small.backward(L, np.broadcast_to(z, (*z.shape[:2], work.n_blocks)))
             kept = list(work.terms(u_r)) if work.single else []
             value = sum((p.rows.sums(terms.value) for p, terms in zip(work.pieces, kept or work.terms(u_r), strict=True)), small.ZERO)
             g = value - 0.5 * (u_r * u_r).sum(axis=0)
+            log_weight = grid.log_weight[first : first + together, None]
             weight = np.exp(np.where(np.isfinite(g), g - base + log_weight, -np.inf))
-            c_r, shape_r = np.zeros_like(u), small.ZERO
+            c_r, shape_r = np.zeros_like(u_r), small.ZERO
             for k, (piece, terms) in enumerate(zip(work.pieces, kept or work.terms(u_r), strict=True)):
-                scores[k] += piece.rows.spread(weight) * terms.score
+                scores[k] += (piece.rows.spread(weight) * terms.score).sum(axis=0)
                 c_r += piece.z_sums(terms.score)
                 if terms.shape is not None:
                     shape_r = shape_r + piece.rows.sums(terms.shape)
-            g_r = lam.T @ c_r - u_r
-            total = total + weight
-            self._cross = self._cross + weight * c_r[:, None] * u_r[None]
-            self._shape = self._shape + weight * shape_r
-            self.v += weight * g_r
-            self.B += weight * math.sqrt(2.0) * z[:, None, None] * small.forward(L, g_r)[None]
+            g_r = np.einsum("ij,irb->jrb", lam, c_r) - u_r
+            total = total + weight.sum(axis=0)
+            self._cross = self._cross + np.einsum("rb,irb,jrb->ijb", weight, c_r, u_r)
+            self._shape = self._shape + (weight * shape_r).sum(axis=0)
+            self.v += np.einsum("rb,irb->ib", weight, g_r)
+            self.B += np.einsum("rb,ir,jrb->ijb", weight, math.sqrt(2.0) * z[:, :, 0], small.forward(L, g_r))
         self.total = total
         self.v, self.B = self.v / self.total, self.B / self.total
         self.scores = [s / piece.rows.spread(self.total) for s, piece in zip(scores, work.pieces, strict=True)]

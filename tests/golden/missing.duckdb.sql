@@ -90,9 +90,28 @@ SELECT
       ELSE 0.0e0
     END
   ) AS missing_4,
-  SUM(CASE WHEN k3 IS NULL OR NOT (
-    c3 * 0.0e0 = 0.0e0
-  ) THEN 1.0e0 ELSE 0.0e0 END) AS key_0,
+  SUM(
+    CASE
+      WHEN c3 = CAST('inf' AS DOUBLE) OR c3 = CAST('-inf' AS DOUBLE)
+      THEN 1.0e0
+      ELSE 0.0e0
+    END
+  ) AS infinite_key_0,
+  SUM(
+    CASE
+      WHEN k3 IS NULL
+      OR (
+        NOT (
+          c3 * 0.0e0 = 0.0e0
+        )
+        AND NOT (
+          c3 = CAST('inf' AS DOUBLE) OR c3 = CAST('-inf' AS DOUBLE)
+        )
+      )
+      THEN 1.0e0
+      ELSE 0.0e0
+    END
+  ) AS key_0,
   SUM(CASE WHEN c5 = 0.0e0 THEN 1.0e0 ELSE 0.0e0 END) AS zero_w,
   SUM(CASE WHEN c5 < 0.0e0 THEN 1.0e0 ELSE 0.0e0 END) AS negative_w,
   SUM(CASE WHEN c6 = 0.0e0 THEN 1.0e0 ELSE 0.0e0 END) AS zero_q,

@@ -13,58 +13,58 @@ SELECT
     AND (
       (
         (
-          (
-            (
-              0.5e0 + (
-                1.5e0 * (
-                  (
-                    c1 - 2004.0e0
-                  ) * 0.5e0
-                )
-              )
-            ) + (
-              2.5e0 * CASE WHEN c2 = 'b' THEN 1.0e0 ELSE 0.0e0 END
+          0.5e0 + (
+            1.5e0 * (
+              (
+                c1 - 2004.0e0
+              ) * 0.5e0
             )
+          )
+        ) + (
+          (
+            2.5e0 * CASE WHEN c2 = 'b' THEN 1.0e0 ELSE 0.0e0 END
           ) + (
             3.5e0 * CASE WHEN c2 = 'it''s' THEN 1.0e0 ELSE 0.0e0 END
           )
-        ) + (
+        )
+      ) + (
+        (
           4.5e0 * CASE WHEN c2 = 'b' THEN (
             c1 - 2004.0e0
           ) * 0.5e0 ELSE 0.0e0 END
+        ) + (
+          5.5e0 * CASE WHEN c2 = 'it''s' THEN (
+            c1 - 2004.0e0
+          ) * 0.5e0 ELSE 0.0e0 END
         )
+      )
+    ) * 0.0e0 = 0.0e0
+    THEN (
+      (
+        0.5e0 + (
+          1.5e0 * (
+            (
+              c1 - 2004.0e0
+            ) * 0.5e0
+          )
+        )
+      ) + (
+        (
+          2.5e0 * CASE WHEN c2 = 'b' THEN 1.0e0 ELSE 0.0e0 END
+        ) + (
+          3.5e0 * CASE WHEN c2 = 'it''s' THEN 1.0e0 ELSE 0.0e0 END
+        )
+      )
+    ) + (
+      (
+        4.5e0 * CASE WHEN c2 = 'b' THEN (
+          c1 - 2004.0e0
+        ) * 0.5e0 ELSE 0.0e0 END
       ) + (
         5.5e0 * CASE WHEN c2 = 'it''s' THEN (
           c1 - 2004.0e0
         ) * 0.5e0 ELSE 0.0e0 END
       )
-    ) * 0.0e0 = 0.0e0
-    THEN (
-      (
-        (
-          (
-            0.5e0 + (
-              1.5e0 * (
-                (
-                  c1 - 2004.0e0
-                ) * 0.5e0
-              )
-            )
-          ) + (
-            2.5e0 * CASE WHEN c2 = 'b' THEN 1.0e0 ELSE 0.0e0 END
-          )
-        ) + (
-          3.5e0 * CASE WHEN c2 = 'it''s' THEN 1.0e0 ELSE 0.0e0 END
-        )
-      ) + (
-        4.5e0 * CASE WHEN c2 = 'b' THEN (
-          c1 - 2004.0e0
-        ) * 0.5e0 ELSE 0.0e0 END
-      )
-    ) + (
-      5.5e0 * CASE WHEN c2 = 'it''s' THEN (
-        c1 - 2004.0e0
-      ) * 0.5e0 ELSE 0.0e0 END
     )
   END AS o0
 FROM src

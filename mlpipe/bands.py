@@ -1,0 +1,81 @@
+"""Intervals around predictions."""
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import ConfigError, did_you_mean
+from .predictions import Output
+from .reduction import Coding
+from .several_scoring import MODE_VARIANCE
+
+if TYPE_CHECKING:
+    from .result import MixedFit
+
+INTERVALS = ("confidence", "prediction")
+
+
+def bands(fit: MixedFit, wanted: str, kind: str, interval: str, level: float, factors: list[str]) -> tuple[Output, Output]:
+    """The outputs `lower` and `upper`; see `MixedFit.predict`. Raises ConfigError for an interval that the fit has not."""
+    _check(fit, wanted, interval, level, factors)
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    V, features = _over_features(fit)
+    parts = ["conditional" if wanted == "conditional" else "population", *(f"f{i}" for i in features)]
+    further = [MODE_VARIANCE] if wanted == "conditional" else []
+    if interval == "prediction":
+        further += ["variance"] if wanted != "conditional" and fit.terms else []
+        further += ["size"] if fit.recipe.weights else []
+    plain = fit.sigma**2 if interval == "prediction" and not fit.recipe.weights else 0.0
+    link = None if fit.residual_scaled or kind == "link" else fit.density.link  # type: ignore[attr-defined]
+
+    def ends(sign: float, eta: np.ndarray, *values: np.ndarray) -> np.ndarray:
+        F = np.stack(values[: len(features)]) if features else np.zeros((0, len(eta)))
+        variance = plain + np.einsum("in,ij,jn->n", F, V, F, optimize=True)
+        for name, value in zip(further, values[len(features) :], strict=True):
+            variance = variance + (fit.sigma**2 / value if name == "size" else value)
+        half = z * np.sqrt(variance)
+        if link is None:
+            return np.asarray(eta + sign * half)
+        both = link.means(eta - half).mu, link.means(eta + half).mu  # some links fall
+        return np.asarray(np.minimum(*both) if sign < 0 else np.maximum(*both))
+
+    names = tuple([*parts, *further])
+    return Output(names, lambda *values: ends(-1.0, *values)), Output(names, lambda *values: ends(1.0, *values))
+
+
+def _check(fit: MixedFit, wanted: str, interval: str, level: float, factors: list[str]) -> None:
+    if interval not in INTERVALS:
+        known = list(INTERVALS)
+        raise ConfigError(f"interval = {interval!r} is not one of {', '.join(known)}", hint=did_you_mean(str(interval), known))
+    if not 0 < level < 1:
+        raise ConfigError(f"level = {level!r} is not between 0 and 1")
+    if not fit.residual_scaled:
+        if interval == "prediction":
+            raise ConfigError(
+                "a generalized model has no prediction interval of this form: its responses are not normal", hint='interval="confidence"'
+            )
+        if wanted == "marginal" and fit.terms:
+            raise ConfigError("marginal means of a generalized model have no interval here", hint='effects="population"')
+    if wanted == "conditional":
+        for group in factors:
+            if sum(len(term.names) for term in fit.terms if term.group == group) > 1:
+                raise ConfigError(
+                    f"the effects of {group} have covariances that the fit does not keep", hint='effects="population" has intervals'
+                )
+
+
+def _over_features(fit: MixedFit) -> tuple[np.ndarray, list[int]]:
+    """The covariance of the fixed part's coefficients over features, and which features these are."""
+    kept = getattr(fit, "held", None)
+    coding = kept.coding if kept is not None else {}
+    parsed = fit.parsed
+    columns = Coding(fit.recipe, parsed, coding.get("contrasts"), coding.get("levels") or {}).columns(parsed.fixed)
+    by_name = {column.name: column for column in columns}
+    T = fit.recipe.matrix([by_name[name] for name in fit.names])
+    size = np.abs(T) @ np.abs(fit.beta) + 1e-300
+    if (np.abs(T @ fit.beta - fit.gamma) > 1e-6 * size.max()).any():
+        raise ConfigError("the contrasts of this fit are not known any more", hint="fit it again for intervals")
+    features = np.flatnonzero(np.abs(T).max(axis=1, initial=0.0)).tolist()
+    return T[features] @ fit.covariance @ T[features].T, features

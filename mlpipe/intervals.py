@@ -1,0 +1,175 @@
+"""Confidence intervals of fixed effects and variance parameters, with R's names."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import variance
+from .errors import ConfigError, did_you_mean
+from .held import Held
+from .inference import check_size, held
+from .pins import Parametrisation
+from .solve.crossed import CrossedProblem
+from .solve.profile import BlockSurface, LevelSurface, PassSurface, Pin, Profile, Surface
+from .solve.refit import Optimum, free_of, refit
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .generalized_result import GLMMFit
+    from .result import LMMFit, MixedFit
+
+METHODS = ("wald", "profile", "boot")
+Interval = tuple[str, float, float]
+
+
+def confint(fit: MixedFit, method: str, level: float, draws: int) -> pa.Table:
+    """See `MixedFit.confint`."""
+    import pyarrow as pa
+
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} is not one of {', '.join(METHODS)}", hint=did_you_mean(str(method), list(METHODS)))
+    if not 0 < level < 1:
+        raise ConfigError(f"level = {level!r} is not between 0 and 1")
+    if method != "wald" and not fit.terms:
+        raise ConfigError(f"method = {method!r} belongs to mixed models", hint='method="wald"')
+    if method == "boot":
+        from .bootstrap import percentiles
+
+        rows = percentiles(fit, level, draws)
+    else:
+        rows = _wald(fit, level) if method == "wald" else _profiled(fit, level)
+    names, low, high = (list(column) for column in zip(*rows, strict=True))
+    return pa.table({"term": names, "conf_low": pa.array(low, pa.float64()), "conf_high": pa.array(high, pa.float64())})
+
+
+def random_names(fit: MixedFit) -> list[str]:
+    """R's names of the variance parameters, in R's order: by columns of each term's lower triangle."""
+    return [name for k in range(len(fit.terms)) for name, _, _ in _parameters(fit, k)]
+
+
+def _parameters(fit: MixedFit, k: int) -> Iterator[tuple[str, int, int]]:
+    """(name, i, j) of term k's standard deviations (i = j) and correlations."""
+    term = fit.terms[k]
+    group = _r_group(fit, term.group)
+    for j, column in enumerate(term.names):
+        yield f"sd_{column}|{group}", j, j
+        for i in range(j + 1, len(term.names)):
+            yield f"cor_{term.names[i]}.{column}|{group}", i, j
+
+
+def _r_group(fit: MixedFit, group: str) -> str:
+    """The name that lme4 gives a grouping factor: of a nesting a/b the inner key comes first."""
+    bar = next(bar for bar in fit.parsed.random if bar.group_label == group)
+    if "/" not in bar.text or len(bar.groups) < 2:
+        return group
+    name = bar.groups[0]
+    for key in bar.groups[1:]:
+        name = f"{key}:({name})" if ":" in name else f"{key}:{name}"
+    return name
+
+
+def family_name(fit: MixedFit) -> str | None:
+    """The name of the family's own parameter: "sigma" where it is the residual's standard deviation."""
+    name = next((name for _, name, _, _ in fit.family_parameters()), None)
+    return "sigma" if name == "sd__Observation" else name
+
+
+def _wald(fit: MixedFit, level: float) -> list[Interval]:
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    errors = dict(zip(((g, t) for g, t, _ in variance.random_parameters(fit)), variance.random_errors(fit).tolist(), strict=True))
+    values = {(g, t): value for g, t, value in variance.random_parameters(fit)}
+    out: list[Interval] = []
+    for k, term in enumerate(fit.terms):
+        for name, i, j in _parameters(fit, k):
+            key = (term.group, f"sd__{term.names[i]}" if i == j else f"cor__{term.names[j]}.{term.names[i]}")
+            out.append((name, values[key] - z * errors[key], values[key] + z * errors[key]))
+    for _, _, value, error in fit.family_parameters():
+        out.append((str(family_name(fit)), value - z * error, value + z * error))
+    both = zip(fit.names, fit.beta.tolist(), variance.standard_errors(fit).tolist(), strict=True)
+    return out + [(name, value - z * error, value + z * error) for name, value, error in both]
+
+
+# -- profile -----------------------------------------------------------------------------------------------------------
+
+
+def _profiled(fit: MixedFit, level: float) -> list[Interval]:
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    if fit.residual_scaled:
+        return _linear(fit, z)  # type: ignore[arg-type]
+    return _by_passes(fit, z)  # type: ignore[arg-type]
+
+
+def _limits(fit: MixedFit, surface: Surface, pins: list[tuple[str, Pin]], curvature: np.ndarray, least: float, z: float) -> list[Interval]:
+    out = []
+    for name, pin in pins:
+        profile = Profile(surface, pin, curvature, least)
+        out.append((name, profile.limit(z, upper=False), profile.limit(z, upper=True)))
+    return out
+
+
+def _random_pins(fit: MixedFit, how: Parametrisation, places: tuple[int, ...]) -> list[tuple[str, Pin]]:
+    out = []
+    for k, place in enumerate(places):
+        out += [(name, how.sd(place, i) if i == j else how.cor(place, i, j)) for name, i, j in _parameters(fit, k)]
+    return out
+
+
+def ml_optimum(fit: LMMFit, kept: Held) -> tuple[Held, Optimum]:
+    """The fit by maximum likelihood, from the same statistics."""
+    whole = kept.with_reml(False)
+    lambda_ = kept.lambda_([term.star for term in fit.terms])
+    options = fit.options
+    settings = {} if options is None else {"tol": options.tol, "max_evaluations": options.max_passes}
+    return whole, refit(whole.problem, lambda_[free_of(whole.problem)], **settings)  # type: ignore[arg-type]
+
+
+def _linear(fit: LMMFit, z: float) -> list[Interval]:
+    before = held(fit)
+    check_size(fit, before.problem, second=False)
+    kept, best = ml_optimum(fit, before)
+    problem = kept.problem
+    surface: Surface = LevelSurface(problem) if isinstance(problem, CrossedProblem) else BlockSurface(problem)
+    phi = np.append(best.lambda_[free_of(problem)], math.log(best.s2) / 2)
+    how = Parametrisation(kept.random, phi, best.covariance, relative=True, scale=kept.scale)
+    pins = _random_pins(fit, how, kept.order)
+    error = math.sqrt(best.covariance[-1, -1]) * math.sqrt(best.s2)
+    pins.append(("sigma", how.element(len(phi) - 1, math.exp, math.log, error)))
+    moved = len(pins)
+    contrasts = kept.star_contrasts(np.eye(len(fit.names)))
+    for name, c in zip(fit.names, contrasts, strict=True):
+        pins.append((name, how.whole(c, float(c @ best.beta), math.sqrt(float(c @ best.vcov @ c)))))
+    found = _limits(fit, surface, pins, how.curvature(), best.value, z)
+    shift = kept.base + np.linalg.solve(kept.fixed.R, kept.offset)
+    rows = [(name, low * kept.scale, high * kept.scale) if name == "sigma" else (name, low, high) for name, low, high in found[:moved]]
+    return rows + [(name, low + s, high + s) for (name, low, high), s in zip(found[moved:], shift.tolist(), strict=True)]
+
+
+def _by_passes(fit: GLMMFit, z: float) -> list[Interval]:
+    from .generalized import respooled
+    from .generalized_result import PARAMETER
+
+    with respooled(fit) as (problem, solution, model):
+        p, d = problem.p, len(problem.entries)
+        order = np.concatenate([np.arange(p, p + d), np.arange(p), np.arange(p + d, len(solution.psi))])
+        phi, covariance = solution.psi[order], solution.vcov[np.ix_(order, order)]
+        how = Parametrisation(model.random, phi, covariance, relative=False)
+        pins = _random_pins(fit, how, tuple(range(len(fit.terms))))
+        if problem.shape:
+            power = PARAMETER[fit.base_family][1]
+            value = math.exp(power * phi[-1])
+            error = abs(power) * value * math.sqrt(covariance[-1, -1])
+            pins.append((
+                str(family_name(fit)),
+                how.element(len(phi) - 1, lambda tau: math.exp(power * tau), lambda v: math.log(v) / power, error),
+            ))  # fmt: skip
+        inverse = np.linalg.inv(model.fixed.R)
+        for name, c in zip(fit.names, inverse, strict=True):
+            estimate = float(c @ solution.psi[:p])
+            pins.append((name, how.coefficient(c, estimate, math.sqrt(float(c @ solution.vcov[:p, :p] @ c)))))
+        return _limits(fit, PassSurface(problem), pins, how.curvature(), -2.0 * solution.loglik, z)
+

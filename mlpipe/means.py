@@ -1,0 +1,274 @@
+"""Marginal means over the levels of factors and their contrasts (Searle, Speed and Milliken 1980), as R's emmeans has them.
+
+The reference grid crosses the levels of all factors of the fixed part; numeric covariates are at their means. Means average the linear
+predictor over the grid's other factors, equally weighted, and are then transformed back; with the random effects integrated out they
+average the means themselves. Standard errors are by the delta method, tests by the normal distribution.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations, product
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from . import expr
+from .averaged import Means
+from .covariates import covariate_means, evaluated, note_scan, random_terms, scanned
+from .design import Level, Variable, level_label
+from .errors import ConfigError, did_you_mean
+from .predictions import value_names
+from .reduction import Coding
+from .solve.link import LINKS
+from .wald import check_level, wald_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .options import Options
+    from .result import MixedFit
+
+    Array = np.ndarray
+
+MOST_CELLS = 1_000_000
+ADJUSTMENTS = ("tukey", "bonferroni", "holm", "none")
+METHODS = ("pairwise", "reference")
+NULL = 1e-8  # relative to the largest, below which a direction of the design is not there
+
+
+class Found(NamedTuple):
+    """Means of cells of levels: `term`, the cells' `labels`, their estimates (L,) and covariance (L, L); NaN where not estimable."""
+
+    term: str
+    labels: list[str]
+    estimate: Array
+    covariance: Array
+
+
+def means(
+    fit: MixedFit, term: str | Sequence[str], *, kind: str, effects: str, at: Mapping[str, Any] | None, data: Any, conf_level: float,
+    options: Options | None,
+) -> pa.Table:  # fmt: skip
+    """See `MixedFit.means`."""
+    check_level(conf_level)
+    if fit.terms and not random_terms(fit):
+        raise ConfigError("a fit with absorbed effects has no means", hint="it has contrasts", code="not_available")
+    found = _found(fit, term, kind, effects, at, data, options)
+    texts = {"term": [found.term] * len(found.labels), "level": found.labels}
+    return wald_table(texts, found.estimate, np.sqrt(np.diag(found.covariance)), conf_level)
+
+
+def contrasts(
+    fit: MixedFit, term: str | Sequence[str], method: str | Mapping[str, Sequence[float]], *, adjust: str | None, kind: str, effects: str,
+    at: Mapping[str, Any] | None, data: Any, conf_level: float, options: Options | None,
+) -> pa.Table:  # fmt: skip
+    """See `MixedFit.contrasts`."""
+    import pyarrow as pa
+
+    check_level(conf_level)
+    adjust = adjust or ("tukey" if method == "pairwise" else "none")
+    if adjust not in ADJUSTMENTS:
+        raise ConfigError(f"adjust = {adjust!r} is not known", hint=did_you_mean(str(adjust), list(ADJUSTMENTS)))
+    if adjust == "tukey" and method != "pairwise":
+        raise ConfigError('adjust="tukey" is for all pairwise differences', hint='adjust="bonferroni" or "holm"')
+    found = _found(fit, term, kind, effects, at, data, options)
+    names, K = _coefficients(method, found.labels)
+    covariance = _through(K, found.covariance)
+    se = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+    texts = {"term": [found.term] * len(names), "contrast": names}
+    table = wald_table(texts, _through_vector(K, found.estimate), se, conf_level)
+    if adjust == "none" or not names:
+        return table
+    p, critical = _adjusted(adjust, np.array(table.column("p_value").to_pylist(), dtype=float), table, len(found.labels), conf_level)
+    estimate = np.array(table.column("estimate").to_pylist(), dtype=float)
+    known = np.isfinite(estimate)
+    for name, values in (("p_value", p), ("conf_low", estimate - critical * se), ("conf_high", estimate + critical * se)):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, name, pa.array(values, pa.float64(), mask=~(known & np.isfinite(values))))
+    return table
+
+
+def _found(
+    fit: MixedFit, term: str | Sequence[str], kind: str, effects: str, at: Mapping[str, Any] | None, data: Any, options: Options | None
+) -> Found:
+    """The means of the cells of `term`."""
+    for value, name, known in ((kind, "kind", ("response", "link")), (effects, "effects", ("population", "marginal"))):
+        if value not in known:
+            raise ConfigError(f"{name} = {value!r} is not known", hint=did_you_mean(str(value), list(known)))
+    integrate = effects == "marginal" and bool(fit.terms) and fit.link != "identity"
+    if integrate and kind == "link":
+        raise ConfigError("a mean over the random effects has no linear predictor", hint='kind="response", or effects="population"')
+    wanted = [term] if isinstance(term, str) else list(term)
+    grid = _Grid(fit, wanted, at or {}, integrate, data, options)
+    rows = evaluated(fit, grid.columns)
+    A, model = grid.averaging(), Means(fit, integrate)
+    if integrate:
+        held, gradient = model.at(rows.F, rows.offset)
+        estimate, J = A @ held.mu, A @ gradient.T
+    else:
+        eta = A @ (model.gamma @ rows.F + (0.0 if rows.offset is None else rows.offset))
+        slopes = A @ (model.Q.T @ rows.F).T
+        back = LINKS[fit.link].means(eta) if kind == "response" else None
+        estimate, J = (eta, slopes) if back is None else (back.mu, back.d1[:, None] * slopes)
+    covariance = J @ model.covariance @ J.T
+    if fit.dropped:
+        unknown = _not_estimable(fit, A, rows.F, data, options)
+        estimate[unknown] = covariance[unknown] = covariance[:, unknown] = math.nan
+    return Found(":".join(wanted), grid.labels, estimate, covariance)
+
+
+class _Grid:
+    """The reference grid: `columns` of the data by name, one value a cell; the cells of `wanted`, with `labels`, vary slowest."""
+
+    def __init__(
+        self, fit: MixedFit, wanted: list[str], at: Mapping[str, Any], integrate: bool, data: Any, options: Options | None
+    ) -> None:
+        factors, others = _factors(fit), value_names(fit.recipe, False)
+        names = {label: name for name, variable in factors.items() for label in (variable.label, name)}
+        for label in wanted:
+            if label not in names:
+                raise ConfigError(f"there is no factor {label!r} in the fixed part", hint=did_you_mean(label, sorted(names)))
+        if not wanted or len({names[label] for label in wanted}) < len(wanted):
+            raise ConfigError("name one factor, or several different ones")
+        for name in at:
+            if name not in others:
+                raise ConfigError(f"at names {name!r}, which is no covariate of the model", hint=did_you_mean(name, others))
+        fixed = _fixed_columns(fit)
+        levels = {name: _levels(variable, at.get(name)) for name, variable in factors.items()}
+        first = [names[label] for label in wanted]
+        for name in factors:
+            if name not in fixed and not integrate and name not in at:
+                levels[name] = levels[name][:1]  # of the random part alone: no matter for the linear predictor
+        order = [*first, *(name for name in levels if name not in first)]
+        if math.prod(len(levels[name]) for name in order) > MOST_CELLS:
+            raise ConfigError(f"the reference grid has more than {MOST_CELLS:,} cells", hint="hold factors at one level by at=")
+        cells = list(product(*(levels[name] for name in order)))
+        self.columns: dict[str, list[Any]] = {name: [cell[i] for cell in cells] for i, name in enumerate(order)}
+        self.labels = [":".join(map(level_label, cell)) for cell in product(*(levels[name] for name in first))]
+        numeric = [name for name in others if name not in levels]
+        given = {name: float(at[name]) for name in numeric if name in at}
+        unknown = [name for name in numeric if name not in given]
+        given |= covariate_means(fit, unknown, data, options) if unknown else {}
+        self.columns |= {name: [given[name]] * len(cells) for name in numeric}
+        self.n = len(cells)
+
+    def averaging(self) -> Array:
+        """The matrix (labels, cells) that averages over all else."""
+        k = len(self.labels)
+        return np.repeat(np.eye(k), self.n // k, axis=1) * (k / self.n)
+
+
+def _factors(fit: MixedFit) -> dict[str, Variable]:
+    """The source columns that are factors: those of categories, and logical ones that count as numbers."""
+    recipe, out = fit.recipe, dict[str, Variable]()
+    held = [v for label, v in recipe.variables.items() if label not in recipe.responses]
+    for variable in held:
+        if variable.kind == "category" and isinstance(variable.expression, expr.Column):
+            out.setdefault(variable.expression.name, variable)
+    for name in value_names(recipe, False):
+        if recipe.kinds[name] == "logical" and name not in out:
+            out[name] = Variable(expr.quoted_name(name), "category", expr.Column(name), levels=(False, True))
+    return out
+
+
+def _fixed_columns(fit: MixedFit) -> set[str]:
+    nodes = [node for term in fit.parsed.fixed for node in term.variables]
+    return {name for node in nodes for name in expr.columns(node)}
+
+
+def _levels(variable: Variable, chosen: Any) -> list[Level]:
+    """The levels of a factor, or those that `at` names. Raises ConfigError for others."""
+    levels = list(variable.levels)
+    if chosen is None:
+        return levels
+    named = [chosen] if isinstance(chosen, str | bool | int | float) else list(chosen)
+    known = {level_label(level): level for level in levels}
+    texts = [level_label(float(v) if isinstance(v, int) and not isinstance(v, bool) else v) for v in named]
+    for text in texts:
+        if text not in known:
+            raise ConfigError(f"{text!r} is not a level of {variable.label}", hint=did_you_mean(text, list(known)))
+    return [known[text] for text in texts]
+
+
+def _not_estimable(fit: MixedFit, A: Array, F: Array, data: Any, options: Options | None) -> Array:
+    """Which means use a combination of coefficients that the rows do not determine: one scan for the features' cross-products."""
+    m = fit.recipe.n_covariates
+    gram = np.zeros((m, m))
+    with scanned(fit, data, options) as scan:
+        for rows in scan.rows():
+            gram += rows.F @ rows.F.T
+    note_scan(fit, "which means are estimable", data)
+    coding = fit.info.get("coding") or {}
+    columns = Coding(fit.recipe, fit.parsed, coding.get("contrasts"), coding.get("levels") or {}).columns(fit.parsed.fixed)
+    T = fit.recipe.matrix(columns)[:m]
+    scale = np.sqrt(np.maximum(np.einsum("ij,ik,kj->j", T, gram, T), 0.0))
+    scale[scale == 0.0] = 1.0  # of an empty cell's column
+    values, vectors = np.linalg.eigh((T / scale).T @ gram @ (T / scale))
+    null = vectors[:, values < NULL * values[-1]] / scale[:, None]
+    X = A @ (T.T @ F).T
+    size = np.linalg.norm(X, axis=1) * np.linalg.norm(null, axis=0).max(initial=0.0)
+    return np.asarray(np.abs(X @ null).max(axis=1, initial=0.0) > 1e-6 * size)
+
+
+# -- contrasts
+
+
+def _coefficients(method: str | Mapping[str, Sequence[float]], labels: list[str]) -> tuple[list[str], Array]:
+    """Names and coefficients (contrasts, levels). Raises ConfigError."""
+    k = len(labels)
+    if isinstance(method, Mapping):
+        K = np.array([list(row) for row in method.values()], dtype=float) if method else np.zeros((0, k))
+        if K.ndim != 2 or K.shape[1] != k or not np.isfinite(K).all():
+            raise ConfigError(f"each contrast needs {k} finite coefficients, one a level: {', '.join(labels)}")
+        return list(method), K
+    if method not in METHODS:
+        raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
+    pairs = list(combinations(range(k), 2)) if method == "pairwise" else [(i, 0) for i in range(1, k)]
+    K = np.zeros((len(pairs), k))
+    for row, (i, j) in enumerate(pairs):
+        K[row, i], K[row, j] = 1.0, -1.0
+    return [f"{labels[i]} - {labels[j]}" for i, j in pairs], K
+
+
+def _through_vector(K: Array, x: Array) -> Array:
+    """K x, where a NaN counts only if its coefficient does."""
+    out = K @ np.nan_to_num(x)
+    out[(K[:, np.isnan(x)] != 0.0).any(axis=1)] = math.nan
+    return np.asarray(out)
+
+
+def _through(K: Array, V: Array) -> Array:
+    unknown = np.isnan(np.diag(V))
+    out = K @ np.nan_to_num(V) @ K.T
+    out[(K[:, unknown] != 0.0).any(axis=1)] = math.nan
+    return np.asarray(out)
+
+
+def _adjusted(adjust: str, p: Array, table: pa.Table, levels: int, conf_level: float) -> tuple[Array, float]:
+    """Adjusted p values, and the critical value of intervals: of a family of `levels` means, or of as many tests as are estimable."""
+    m = max(int(np.isfinite(p).sum()), 1)
+    normal = NormalDist()
+    bonferroni = normal.inv_cdf(1.0 - (1.0 - conf_level) / (2.0 * m))
+    if adjust == "bonferroni":
+        return np.minimum(p * m, 1.0), bonferroni
+    if adjust == "holm":
+        return _holm(p), bonferroni
+    from scipy.stats import studentized_range
+
+    if levels == 2:
+        return p, normal.inv_cdf(0.5 + conf_level / 2.0)
+    z = np.abs(np.array(table.column("statistic").to_pylist(), dtype=float))
+    upper = studentized_range.sf(z * math.sqrt(2.0), levels, math.inf)
+    return np.clip(upper, 0.0, 1.0), float(studentized_range.ppf(conf_level, levels, math.inf)) / math.sqrt(2.0)
+
+
+def _holm(p: Array) -> Array:
+    """Holm's step-down p values (Holm 1979)."""
+    out = np.full(len(p), math.nan)
+    known = np.flatnonzero(np.isfinite(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    stepped = p[order] * np.arange(len(order), 0, -1)
+    out[order] = np.minimum(np.maximum.accumulate(stepped), 1.0)
+    return out

@@ -1,0 +1,321 @@
+"""Generalized linear mixed models with several grouping factors: gathered rows -> the joint solver's problem -> estimates with names."""
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arrays import arrow
+from .errors import ConfigError, DataError, ResourceError
+from .generalized_result import GLMMFit, common, joint_covariance, stacked
+from .levels import Levels, levels_of
+from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Model, plain, tau_bound
+from .progress import stage
+from .reduction import lower_factor
+from .result import RandomTerm
+from .solve.coded_rows import Exactly, JointProblem, Part
+from .solve.glmm import GLMMProblem, solve_glmm
+from .solve.joint import Joint
+from .solve.joint_iterative import SAMPLES, JointSolution, solve_joint
+from .solve.kernel import Chunk, Kernel, Point, Rows
+from .solve.meetings import Pairs, Pattern, stays_sparse
+from .solve.probes import Probed, chosen, filling, probes_for
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .checkpoint import Checkpoint
+    from .options import Options
+
+Array = np.ndarray
+
+CELL_BYTES = 64  # of a combination of levels, per pair of factors: its codes, cell, weights and their place in sparse matrices
+SPARSE = 6.0  # trials per level below which the Laplace approximation of 0/1 data is worth a note
+
+
+class JointModel:
+    """A model of several factors over a spool whose blocks are the combinations of all keys. The solver's factors are in order of size,
+    `order` says which is which."""
+
+    def __init__(self, model: Model) -> None:
+        import pyarrow as pa
+
+        self.model, recipe, spool = model, model.plan.recipe, model.rows.spool
+        assert spool.keys is not None
+        keys = pa.table(dict(zip(recipe.groups, spool.keys.columns, strict=True)))
+        coded = [levels_of(columns, keys) for columns in recipe.factors]
+        self.levels: list[Levels] = [levels for levels, _ in coded]
+        for levels in self.levels:
+            if len(levels) < 2:
+                raise DataError(f"the grouping factor {levels.group} has fewer than two levels", code="one_level", column=levels.columns[0])
+            self._check_separable(levels)
+        self._check_memory()
+        bars = recipe.formula.random
+        self.bars = [[i for i, bar in enumerate(bars) if bar.groups == columns] for columns in recipe.factors]
+        self.order = np.argsort([-self._size(k) for k in range(len(self.bars))], kind="stable").tolist()
+        self.codes = [coded[k][1] for k in self.order]
+        sizes = [len(self.levels[k]) for k in self.order]
+        kernels = tuple(
+            Kernel(model.density, recipe.z, np.hstack([model.random[i].Q for i in self.bars[k]]), ()) for k in self.order
+        )
+        pairs, self.cells = self._cells(sizes, [kernel.q for kernel in kernels])
+        terms = tuple(tuple(len(model.random[i].names) for i in self.bars[k]) for k in self.order)
+        self.problem = JointProblem(model.density, model.Q, kernels, tuple(sizes), terms, pairs, self.scan)
+
+    def _check_separable(self, levels: Levels) -> None:
+        rows, density = self.model.rows.rows, self.model.density
+        if (density.family.name, density.link.name) != ("gaussian", "identity") or self.model.plan.recipe.weights is not None:
+            return
+        if len(levels) >= rows:
+            raise DataError(
+                f"the grouping factor {levels.group} has as many levels as there are rows ({rows:,}): "
+                "its variance and the residual one are not separable", code="unidentified", column=levels.columns[0],
+            )  # fmt: skip
+
+    def _check_memory(self) -> None:
+        factors, limit = len(self.levels), self.model.plan.request.options.memory_bytes
+        combinations, pairs = self.model.rows.spool.n_blocks, factors * (factors - 1) // 2
+        needed = combinations * (4 * factors + CELL_BYTES * pairs)
+        if needed > limit * 3 // 4:
+            raise ResourceError(
+                f"{combinations:,} combinations of levels of {factors} grouping factors need {needed / 1e6:,.0f} MB, "
+                f"the memory limit is {limit / 1e6:,.0f} MB", code="memory_limit", hint="raise memory_limit",
+            )  # fmt: skip
+
+    def _size(self, k: int) -> int:
+        return len(self.levels[k]) * sum(len(self.model.random[i].names) for i in self.bars[k])
+
+    def _cells(self, levels: Sequence[int], q: Sequence[int]) -> tuple[Pairs, dict[tuple[int, int], np.ndarray]]:
+        """The cells of every pair of factors, and the cell of each combination of keys."""
+        pairs, places = {}, {}
+        for k in range(len(q)):
+            for h in range(k + 1, len(q)):
+                met, place = np.unique(self.codes[k].astype(np.int64) * levels[h] + self.codes[h], return_inverse=True)
+                pairs[k, h] = Pattern(met // levels[h], met % levels[h], (q[k], q[h]), (levels[k], levels[h]))
+                places[k, h] = place.astype(np.int32)
+        return pairs, places
+
+    def scan(self, work: Callable[[Part], None]) -> None:
+        """Calls work on every piece of the spool, in threads: one pass."""
+
+        def each(chunk: Chunk) -> None:
+            for number, rows in enumerate(chunk.pieces):
+                work(self._part(chunk, rows, (chunk.first, number)))
+
+        self.model.rows.spool.map(each)
+
+    def _part(self, chunk: Chunk, rows: Rows, place: tuple[int, int]) -> Part:
+        def spread(values: np.ndarray) -> np.ndarray:
+            return values[chunk.blocks] if len(rows.starts) == rows.F.shape[1] else np.repeat(values[chunk.blocks], rows.lengths)
+
+        cells = {pair: spread(cell) for pair, cell in self.cells.items()}
+        return Part(rows, tuple(spread(code) for code in self.codes), cells, place)
+
+    @property
+    def sequence(self) -> list[int]:
+        """The formula's random terms in lme4's order: by decreasing number of levels, then as they were written."""
+        levels = {i: len(self.levels[k]) for k, bars in enumerate(self.bars) for i in bars}
+        return sorted(levels, key=lambda i: (-levels[i], i))
+
+    @property
+    def solver_terms(self) -> list[int]:
+        """The formula's random terms in the order of the solver's Λ."""
+        return [i for k in self.order for i in self.bars[k]]
+
+    def starts(self, *, squared: bool) -> dict[int, int]:
+        """Where each random term starts in the solver's theta (`squared`), or in Λ's rows."""
+        out, at = {}, 0
+        for i in self.solver_terms:
+            out[i], q = at, len(self.model.random[i].names)
+            at += q * (q + 1) // 2 if squared else q
+        return out
+
+    def path(self, method: str, limit: int) -> str:
+        """"exact" or "iterative": the exact one where nested, or where its dense rest and the work to fill it are small.
+
+        Raises ResourceError where the exact one was asked for and its rest exceeds half the memory limit.
+        """
+        if stays_sparse(self.problem.pairs):
+            return "iterative" if method == "iterative" else "exact"
+        rest = self.problem.ends[-1] - self.problem.ends[1]
+        path = chosen(method, rest, filling(self.problem), limit)
+        if path == "too large":
+            message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
+            raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
+        return path
+
+    def theta_star(self, theta: Sequence[float]) -> Array:
+        """The solver's theta for one in the user's coordinates and lme4's order. Raises ConfigError where it is none."""
+        try:
+            values = np.asarray(theta, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"start = {theta!r} are no numbers", code="start") from error
+        if values.shape != (len(self.problem.entries),) or not np.isfinite(values).all():
+            raise ConfigError(f"start must be the {len(self.problem.entries)} finite numbers of theta, not {theta!r}", code="start")
+        parts, at = {}, 0
+        for i in self.sequence:
+            term, q = self.model.random[i], len(self.model.random[i].names)
+            lower = np.zeros((q, q))
+            lower.T[np.triu_indices(q)] = values[at : at + q * (q + 1) // 2]
+            at += q * (q + 1) // 2
+            parts[i] = lower_factor(term.R @ lower).T[np.triu_indices(q)]
+        return np.concatenate([parts[i] for i in self.solver_terms])
+
+
+def fitted(
+    text: str, model: Model, data: Any, start: Sequence[float] | None, options: Options, state: Checkpoint | None, method: str
+) -> GLMMFit:
+    """The fit over gathered rows. Raises DataError for a factor with one level, ResourceError where the exact path does not fit."""
+    joint = JointModel(model)
+    how = joint.path(method, options.memory_bytes)
+    probed = probes_for(joint.problem, options.seed, options.threads or os.cpu_count() or 1) if how == "iterative" else None
+    solver, rows = Joint(joint.problem, probed or Exactly()), model.rows
+    with stage("start", rows.info["seconds"], None, options):
+        psi = state.psi() if state is not None else None
+        first, typical = _started(joint, solver, psi, options)
+        if start is not None and psi is None:
+            p = joint.problem.p
+            first[p : p + len(joint.problem.entries)] = joint.theta_star(start)
+    saved = state.save if state is not None else None
+    with stage("fit", rows.info["seconds"], None, options) as fields:
+        if probed is None:
+            found = _exactly(joint, solver, first, typical, options, saved)
+        else:
+            found = _iterated(joint, solver, probed, first, typical, options, saved)
+        fields |= {"evaluations": found.solution.evaluations, "score": found.solution.score}
+    return _result(text, joint, found, data, options)
+
+
+def _exactly(
+    joint: JointModel, solver: Joint, first: Array, typical: Array, options: Options, saved: Callable[[Array], None] | None
+) -> JointSolution:
+    """The maximum by the search of one-factor models, without Monte Carlo error."""
+    problem, rows = joint.problem, joint.model.rows
+    search = GLMMProblem(
+        solver, np.eye(problem.p), problem.entries, problem.offsets[-1], joint.model.density.family.shape, typical,
+        rows.spool.n_rows <= CENTRAL_ROWS, tau_bound(joint.model),
+    )  # fmt: skip
+    solution = solve_glmm(search, first, tol=options.tol, max_evaluations=options.max_passes, saved=saved)
+    tau = float(solution.psi[-1]) if search.shape else 0.0
+    u, covariances = solver.posterior(Point(solution.psi[: problem.p], solution.lambda_, tau))
+    return JointSolution(solution, None, 0.0, 0, u, covariances)
+
+
+def _iterated(
+    joint: JointModel, solver: Joint, probed: Probed, first: Array, typical: Array, options: Options, saved: Callable[[Array], None] | None
+) -> JointSolution:
+    bound = tau_bound(joint.model)
+    try:
+        return solve_joint(
+            solver, probed, first, typical, tol=options.tol, max_evaluations=options.max_passes, tau_bound=bound, saved=saved
+        )
+    except np.linalg.LinAlgError as error:
+        link, family = joint.model.density.link.name, joint.model.density.family.name
+        message = f"there is no mode of the random effects to start from, for family {family!r} with link {link!r}"
+        raise DataError(message, code="no_mode", hint="give start=, or use another link") from error
+
+
+def _started(joint: JointModel, solver: Joint, psi: Array | None, options: Options) -> tuple[Array, Array]:
+    """psi from a GLM on some rows and moments of the scores per level at Λ = 0 (unless it is given), and the mean Z'WZ of a level."""
+    model, problem = joint.model, joint.problem
+    if psi is None:
+        spool, p = model.rows.spool, problem.p
+        plain_psi = plain(model, spool.some(START_SHARE, START_CHUNKS), START_TOLERANCE, options.max_passes).psi
+        tau = float(plain_psi[-1]) if model.density.family.shape else 0.0
+        theta, typical = solver.moments(Point(plain_psi[:p], np.eye(problem.offsets[-1]), tau))
+        return np.concatenate([plain_psi[:p], theta, plain_psi[p:]]), typical
+    tau = float(psi[-1]) if model.density.family.shape else 0.0
+    return psi, solver.moments(Point(psi[: problem.p], np.eye(problem.offsets[-1]), tau))[1]
+
+
+def _result(text: str, joint: JointModel, found: JointSolution, data: Any, options: Options) -> GLMMFit:
+    model, problem, solution = joint.model, joint.problem, found.solution
+    p, r, shape = problem.p, len(problem.entries), model.density.family.shape
+    rows, wide = joint.starts(squared=False), joint.starts(squared=True)
+    terms, order = [], []
+    for i in joint.sequence:
+        term, q = model.random[i], len(model.random[i].names)
+        star = solution.lambda_[rows[i] : rows[i] + q, rows[i] : rows[i] + q]
+        terms.append(RandomTerm(term.group, term.names, term.raw(star), term.Q, term.R, star))
+        order += [p + wide[i] + k for k in range(q * (q + 1) // 2)]
+    tau = float(solution.psi[-1]) if shape else 0.0
+    fit = GLMMFit(
+        **common(text, model, solution.psi[:p], solution.vcov[:p, :p], data, options),
+        terms=tuple(terms),
+        loglik=solution.loglik + model.rows.spool.constant,
+        converged=solution.converged and not solution.rough,
+        singular=solution.singular,
+        score=solution.score,
+        evaluations=solution.evaluations,
+        message="the joint mode of the random effects was not found" if solution.rough else solution.message,
+        theta_covariance=solution.vcov[np.ix_(order, order)],
+        nagq=1,
+        curvature=options.curvature,
+        tau=tau,
+        tau_variance=float(solution.vcov[-1, -1]) if shape else math.nan,
+    )
+    assert r == len(order)
+    every = [*range(p), *order, *range(p + r, p + r + shape)]
+    fit.joint_covariance = joint_covariance(solution.vcov[np.ix_(every, every)], model.fixed.R)
+    fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
+    levels = {factor.group: len(factor) for factor in joint.levels}
+    fit.n_blocks = max(levels.values())
+    fit.info |= {
+        "evaluations": solution.evaluations, "score": solution.score, "information": solution.information, "levels": levels,
+        "blocks": fit.n_blocks,
+    }  # fmt: skip
+    fit.info["notes"] = [*fit.info["notes"], *_notes(joint)]
+    fit.info["method"] = "exact" if found.error is None else "iterative"
+    if found.error is not None:
+        _carlo(fit, joint, found, found.error)
+    fit.effects_tables = _modes(joint, found)
+    return fit
+
+
+def _carlo(fit: GLMMFit, joint: JointModel, found: JointSolution, error: Array) -> None:
+    """The Monte Carlo error of the iterative path, for `info` and the printed summary."""
+    p = joint.problem.p
+    fit.info["monte_carlo"] = {
+        "probes": found.probes, "error": error[p : p + len(joint.problem.entries)].tolist(), "error_fixed": error[:p].tolist(),
+        "loglik_error": found.loglik_error, "blup_variance_samples": SAMPLES,
+    }  # fmt: skip
+    fit.info["notes"].append(
+        f"iterative solver: Monte Carlo error at most {error.max():.1%} of a standard error ({found.probes} probes); log-likelihood to "
+        f"about {found.loglik_error:.2g}; conditional variances of the random effects from {SAMPLES} samples"
+    )
+
+
+def _notes(joint: JointModel) -> list[str]:
+    """What nests within what, and levels of few trials."""
+    factors, out = [joint.levels[k] for k in joint.order], []
+    for (a, b), cells in joint.problem.pairs.items():
+        if len(cells.rows) == len(factors[a]) and not set(factors[b].columns) <= set(factors[a].columns):
+            out.append(f"every level of {factors[a].group} lies within one of {factors[b].group}: nested, and fitted as such")
+    if joint.model.density.family.name == "binomial":
+        for factor in factors:
+            if (each := joint.model.rows.size / len(factor)) < SPARSE:
+                out.append(f"levels of {factor.group} have {each:.1f} trials on average: the Laplace approximation may be biased")
+    return out
+
+
+def _modes(joint: JointModel, found: JointSolution) -> dict[str, pa.Table]:
+    """Per group: its key columns, and per coefficient the mode and its conditional standard deviation."""
+    import pyarrow as pa
+
+    from .effects import coefficient_names, key_names
+
+    problem, out = joint.problem, {}
+    modes = problem.split(problem.scaled(found.solution.lambda_, found.u[:, None]))
+    for k, mode, covariance in zip(joint.order, modes, found.covariances, strict=True):
+        factor, terms = joint.levels[k], [joint.model.random[i] for i in joint.bars[k]]
+        back = stacked(terms)
+        values = back @ mode[:, 0]
+        sds = np.sqrt(np.maximum(np.einsum("ia,abm,ib->im", back, covariance, back), 0.0))
+        columns: dict[str, Any] = dict(zip(key_names(terms, factor.columns), factor.keys.columns, strict=True))
+        for name, value, sd in zip(coefficient_names(terms), values, sds, strict=True):
+            columns |= {name: arrow(value), f"{name}_se": arrow(sd)}
+        out[factor.group] = pa.table(columns)
+    return out

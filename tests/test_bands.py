@@ -1,0 +1,124 @@
+"""Intervals around predictions and simulated rows."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+import mlpipe as mp
+
+DATA = Path(__file__).parent / "reference" / "data"
+Z = 1.959963984540054
+
+
+@pytest.fixture(scope="module")
+def frame() -> pl.DataFrame:
+    return pl.read_parquet(DATA / "sleepstudy.parquet").with_columns(w=1.0 + pl.col("Days") / 3)
+
+
+@pytest.fixture(scope="module")
+def slope(frame: pl.DataFrame) -> mp.LMMFit:
+    return mp.lmm("Reaction ~ Days + (Days | Subject)", frame, weights="w")
+
+
+def scored(fit: Any, data: Any, **keywords: Any) -> pl.DataFrame:
+    return pl.DataFrame(fit.predict(data, **keywords).read_all())
+
+
+def test_population_bands_are_those_of_the_design(slope: mp.LMMFit, frame: pl.DataFrame) -> None:
+    table = scored(slope, frame, effects="population", interval="confidence")
+    X = np.column_stack([np.ones(frame.height), frame["Days"].to_numpy()])
+    half = Z * np.sqrt(np.einsum("ni,ij,nj->n", X, slope.vcov(), X))
+    np.testing.assert_allclose(table["predicted"], X @ slope.beta, rtol=1e-9)
+    np.testing.assert_allclose(table["upper"] - table["predicted"], half, rtol=1e-8)
+    np.testing.assert_allclose(table["predicted"] - table["lower"], half, rtol=1e-8)
+    psi = slope.sigma**2 * slope.terms[0].factor @ slope.terms[0].factor.T
+    whole = (half / Z) ** 2 + np.einsum("ni,ij,nj->n", X, psi, X) + slope.sigma**2 / frame["w"].to_numpy()
+    for effects in ("population", "marginal"):
+        wide = scored(slope, frame, effects=effects, interval="prediction", level=0.8, prefix="p_")
+        np.testing.assert_allclose(wide["p_upper"] - wide["p_predicted"], 1.2815515655446004 * np.sqrt(whole), rtol=1e-8)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_conditional_bands_have_the_modes_variances(several: bool) -> None:
+    formula = "diameter ~ 1 + (1 | plate) + (1 | sample)" if several else "diameter ~ sample + (1 | plate)"
+    data = pl.read_parquet(DATA / "Penicillin.parquet")
+    fit = mp.lmm(formula, data)
+    table = scored(fit, data, interval="confidence")
+    variance = np.zeros(data.height)
+    for group in fit.groups:
+        modes = pl.DataFrame(fit.ranef(group)).select(pl.col(group).cast(pl.String), pl.col("std_error") ** 2)
+        keys = data.select(pl.col(group).cast(pl.String))
+        variance += keys.join(modes, on=group, how="left", maintain_order="left")["std_error"].to_numpy()
+    fixed = scored(fit, data, effects="population", interval="confidence")
+    variance += ((fixed["upper"] - fixed["predicted"]).to_numpy() / Z) ** 2
+    np.testing.assert_allclose(table["predicted"], scored(fit, data)["predicted"], rtol=1e-12)
+    np.testing.assert_allclose(table["upper"] - table["predicted"], Z * np.sqrt(variance), rtol=1e-7)
+    wide = scored(fit, data, interval="prediction")
+    np.testing.assert_allclose(wide["predicted"] - wide["lower"], Z * np.sqrt(variance + fit.sigma**2), rtol=1e-7)
+
+
+def test_bands_of_means_stay_in_their_range(tmp_path: Path) -> None:
+    data = pl.read_parquet(DATA / "cbpp.parquet")
+    fit = mp.glmm("cbind(incidence, size - incidence) ~ period + (1 | herd)", data, family="binomial")
+    link, mean = (scored(fit, data, effects="population", kind=kind, interval="confidence") for kind in ("link", "response"))
+    for name in ("predicted", "lower", "upper"):
+        np.testing.assert_allclose(mean[name], 1 / (1 + np.exp(-link[name].to_numpy())), rtol=1e-9)
+    conditional = scored(fit, data, interval="confidence")
+    assert ((conditional["lower"] > 0) & (conditional["lower"] < conditional["predicted"]) & (conditional["upper"] < 1)).all()
+    fit.write(tmp_path / "fit")
+    again = scored(mp.load(tmp_path / "fit"), data, effects="population", interval="confidence")
+    np.testing.assert_allclose(again["lower"], mean["lower"], rtol=1e-9)
+    falling = mp.glm("y ~ x", pl.DataFrame({"y": [1.0, 0.7, 0.5, 0.45, 0.3], "x": [1.0, 2, 3, 4, 5]}), family="gamma", link="inverse")
+    table = scored(falling, pl.DataFrame({"x": [2.0]}), interval="confidence")
+    assert table["lower"][0] < table["predicted"][0] < table["upper"][0]
+
+
+def test_bands_that_make_no_sense(slope: mp.LMMFit, frame: pl.DataFrame) -> None:
+    with pytest.raises(mp.ConfigError, match="covariances that the fit does not keep"):
+        slope.predict(frame, interval="confidence")
+    with pytest.raises(mp.ConfigError, match="not one of confidence, prediction"):
+        slope.predict(frame, effects="population", interval="credible")
+    with pytest.raises(mp.ConfigError, match="between 0 and 1"):
+        slope.predict(frame, effects="population", interval="confidence", level=2)
+    counts = mp.glm("n ~ 1", pl.DataFrame({"n": [1, 2, 3, 0]}), family="poisson")
+    with pytest.raises(mp.ConfigError, match="no prediction interval"):
+        counts.predict(pl.DataFrame({"n": [1]}), interval="prediction")
+
+
+def test_simulated_rows_have_the_model_s_moments(slope: mp.LMMFit, frame: pl.DataFrame) -> None:
+    n = 600
+    table = pl.DataFrame(slope.simulate(n, seed=3).read_all())
+    assert table.columns[: frame.width] == frame.columns and table.select(frame.columns).equals(frame)
+    y = table.select(pl.selectors.starts_with("sim_")).to_numpy()[:10]  # one subject
+    X, w = np.column_stack([np.ones(10), np.arange(10.0)]), frame["w"].to_numpy()[:10]
+    psi = slope.sigma**2 * slope.terms[0].factor @ slope.terms[0].factor.T
+    V = X @ psi @ X.T + np.diag(slope.sigma**2 / w)
+    r = np.linalg.solve(np.linalg.cholesky(V), y - (X @ slope.beta)[:, None])
+    assert np.abs(r.mean(axis=1)).max() < 5 / np.sqrt(n)
+    assert np.abs(r @ r.T / n - np.eye(10)).max() < 6 / np.sqrt(n)
+    again = pl.DataFrame(slope.simulate(n, seed=3).read_all())
+    assert again.equals(table) and not pl.DataFrame(slope.simulate(2, seed=4).read_all())["sim_1"].equals(table["sim_1"])
+
+
+def test_simulated_counts_of_trials_and_unused_rows() -> None:
+    unused = pl.when(pl.int_range(pl.len()) == 4).then(None).otherwise(pl.col("size"))
+    data = pl.read_parquet(DATA / "cbpp.parquet").with_columns(size=unused)
+    fit = mp.glmm("cbind(incidence, size - incidence) ~ period + (1 | herd)", data, family="binomial", options=mp.Options(seed=9))
+    table = pl.DataFrame(fit.simulate(40).read_all())
+    y = table.select(pl.selectors.starts_with("sim_")).to_numpy()
+    assert np.isnan(y[4]).all()
+    kept, size = np.delete(y, 4, axis=0), np.delete(data["size"].to_numpy(), 4)
+    assert np.isfinite(kept).all() and (kept <= size[:, None] + 1e-9).all() and np.abs(kept - np.rint(kept)).max() < 1e-9
+    assert abs(np.nansum(y) / 40 / data["incidence"].sum() - 1) < 0.25
+    with pytest.raises(mp.ConfigError, match="whole number"):
+        fit.simulate(0)
+
+
+def test_simulation_needs_the_source(tmp_path: Path, slope: mp.LMMFit) -> None:
+    slope.write(tmp_path / "fit")
+    with pytest.raises(mp.DataError, match="not at hand"):
+        mp.load(tmp_path / "fit").simulate()

@@ -1,0 +1,138 @@
+"""Deletion of blocks: against fits by generalized least squares without each block."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+import mlpipe as mp
+from mlpipe import datasets
+
+SLEEP = datasets.path("sleepstudy")
+
+
+def data(seed: int = 0) -> pl.DataFrame:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 12, 40)
+    g = np.repeat(np.arange(40), sizes)
+    n = len(g)
+    x, t = rng.normal(size=n) + 2000.0, rng.choice(["a", "b", "c"], n)
+    b = rng.normal(size=(40, 2)) * [1.0, 0.5]
+    y = 3.0 + 0.2 * (x - 2000.0) + (t == "b") + b[g, 0] + b[g, 1] * (x - 2000.0) + rng.normal(size=n)
+    y[g == 7] += 6.0
+    return pl.DataFrame({"y": y, "x": x, "t": t, "g": g, "w": rng.uniform(0.5, 2.0, n), "q": rng.integers(1, 4, n)})
+
+
+def dense(fit: Any, frame: pl.DataFrame, names: dict[str, Any], slopes: bool, w: np.ndarray, q: np.ndarray) -> dict[int, dict[str, Any]]:
+    """Per block: Cook's distance and DFBETAS by fitting again without it, variances as they are."""
+    psi = fit.terms[0].factor @ fit.terms[0].factor.T
+    X = np.column_stack([np.broadcast_to(names[name], len(frame)).astype(float) for name in fit.names])
+    Z = np.column_stack([np.ones(len(frame)), frame["x"]])[:, : 2 if slopes else 1]
+    y, g = frame["y"].to_numpy(), frame["g"].to_numpy()
+
+    def gls(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        A, c = np.zeros((X.shape[1],) * 2), np.zeros(X.shape[1])
+        for level in np.unique(g[at]):
+            i = np.repeat(np.flatnonzero(at & (g == level)), q[at & (g == level)])
+            V = np.linalg.inv(Z[i] @ psi @ Z[i].T + np.diag(1 / w[i]))
+            A, c = A + X[i].T @ V @ X[i], c + X[i].T @ V @ y[i]
+        return np.linalg.solve(A, c), A
+
+    beta, A = gls(np.ones(len(y), dtype=bool))
+    out = {}
+    for level in np.unique(g):
+        without, rest = gls(g != level)
+        d = beta - without
+        out[int(level)] = {
+            "cooks_distance": d @ A @ d / (len(d) * fit.sigma**2),
+            **{f"dfbetas_{name}": v for name, v in zip(fit.names, d / (fit.sigma * np.sqrt(np.diag(np.linalg.inv(rest)))), strict=True)},
+            "leverage": np.trace(np.linalg.solve(A, A - rest)),
+        }
+    return out
+
+
+@pytest.mark.parametrize("reml", [True, False])
+@pytest.mark.parametrize(("slopes", "extra"), [(True, None), (False, "weights"), (False, "freq")])
+def test_against_fits_without_each_block(reml: bool, slopes: bool, extra: str | None) -> None:
+    frame = data()
+    more: dict[str, Any] = {extra: {"weights": "w", "freq": "q"}[extra]} if extra else {}
+    fit = mp.lmm(f"y ~ I(x - 2000) * t + ({'1 + x' if slopes else '1'} | g)", frame, reml=reml, **more)
+    w = frame["w"].to_numpy() if extra == "weights" else np.ones(len(frame))
+    q = frame["q"].to_numpy() if extra == "freq" else np.ones(len(frame), dtype=int)
+    b, c = frame["t"].to_numpy() == "b", frame["t"].to_numpy() == "c"
+    x = frame["x"].to_numpy()
+    s = x - 2000.0
+    names = {"(Intercept)": 1.0, "I(x - 2000)": s, "tb": b, "tc": c, "I(x - 2000):tb": s * b, "I(x - 2000):tc": s * c}
+    want = dense(fit, frame, names, slopes, w, q)
+    table = pl.DataFrame(fit.influence(top=40))
+    assert table.columns[:4] == ["g", "rows", "leverage", "cooks_distance"] and len(table) == 40
+    assert table["g"][0] == max(want, key=lambda g: want[g]["cooks_distance"])
+    assert table["cooks_distance"].is_sorted(descending=True) and table["leverage"].sum() == pytest.approx(len(fit.names))
+    for row in table.to_dicts():
+        for name, value in want[row["g"]].items():
+            assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+        assert row["rows"] == int((frame["g"] == row["g"]).sum())
+    assert pl.DataFrame(fit.influence(top=3))["g"].to_list() == table["g"].head(3).to_list()
+    assert fit.info["extra_scans"][0] == "influence: one scan of the fit's source"
+
+
+def test_a_block_without_which_a_coefficient_is_not_determined() -> None:
+    frame = data().with_columns(t=pl.when(pl.col.g == 5).then(pl.lit("d")).otherwise(pl.col.t))
+    fit = mp.lmm("y ~ t + (1 | g)", frame)
+    first, second, *_ = fit.influence().to_pylist()
+    assert first["g"] == 5 and first["cooks_distance"] is None and first["dfbetas_td"] is None
+    assert second["cooks_distance"] > 0
+
+
+@pytest.mark.parametrize("kind", ["lazy", "duckdb", "csv"])
+def test_any_source(kind: str, tmp_path: Any) -> None:
+    from .conftest import as_data
+
+    fit = mp.lmm("y ~ x + (1 | g)", data())
+    got = pl.DataFrame(mp.lmm("y ~ x + (1 | g)", as_data(data(), kind, tmp_path)).influence(top=5))
+    want = pl.DataFrame(fit.influence(top=5))
+    assert got["g"].to_list() == want["g"].to_list()
+    np.testing.assert_allclose(got["cooks_distance"], want["cooks_distance"], rtol=1e-4)
+    fit.write(tmp_path / "fit")
+    loaded = mp.load(tmp_path / "fit")
+    with pytest.raises(mp.DataError, match="not at hand"):
+        loaded.influence()
+    assert pl.DataFrame(loaded.influence(top=5, data=data()))["g"].to_list() == want["g"].to_list()
+
+
+def test_a_robust_covariance_changes_nothing() -> None:
+    fit = mp.lmm("y ~ x + t + (1 | g)", data())
+    want = pl.DataFrame(fit.influence())
+    fit.covariance, fit.info["robust"] = 2.0 * fit.covariance, {"kind": "CR1"}
+    got = pl.DataFrame(fit.influence())
+    assert got["g"].to_list() == want["g"].to_list()
+    np.testing.assert_allclose(got["dfbetas_tb"], want["dfbetas_tb"], rtol=1e-5)
+
+
+def test_from_statistics() -> None:
+    """Where the random part has all covariates, each block's X'X is among any statistics' sums."""
+    frame = data().drop("w", "q")
+    stats = mp.suffstats("y ~ x + (1 + x | g)", frame)
+    got = pl.DataFrame(mp.lmm("y ~ x + (1 + x | g)", stats).influence(top=8))
+    want = pl.DataFrame(mp.lmm("y ~ x + (1 + x | g)", frame).influence(top=8))
+    assert got["g"].to_list() == want["g"].to_list() and got["rows"].to_list() == want["rows"].to_list()
+    np.testing.assert_allclose(got["cooks_distance"], want["cooks_distance"], rtol=1e-3)
+    for statistics in (mp.suffstats("y ~ x + (1 | g)", frame), mp.suffstats("y ~ x + (1 + x | g)", frame, collect="fit")):
+        fit = mp.lmm("y ~ x + (1 | g)", statistics)
+        with pytest.raises(mp.DataError, match="cross-products") as caught:
+            fit.influence()
+        assert "blocks+xx" in str(caught.value.hint)
+        assert len(fit.influence(data=frame)) == 20
+
+
+def test_what_is_refused() -> None:
+    fit = mp.lmm("reaction ~ days + (1 | subject)", SLEEP)
+    for top in (0, True, 2.5):
+        with pytest.raises(mp.ConfigError, match="top"):
+            fit.influence(top=top)  # type: ignore[arg-type]
+    with pytest.raises(mp.DataError, match="no column 'reaction'"):
+        fit.influence(data=pl.read_parquet(SLEEP).drop("reaction"))
+    with pytest.raises(mp.ConfigError, match="one grouping factor"):
+        mp.lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", datasets.path("penicillin")).influence()

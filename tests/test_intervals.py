@@ -1,0 +1,131 @@
+"""Profile and Wald intervals against dense matrices and direct search."""
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import scipy.optimize as so
+
+import mlpipe as mp
+from mlpipe.solve.profile import BlockSurface, LevelSurface, Linear
+
+from .dense import Dense, simulate
+from .dense_several import DenseSeveral, Grouping
+
+DATA = Path(__file__).parent / "reference" / "data"
+Z = 1.959963984540054
+
+
+def frame_of(model: Dense) -> pl.DataFrame:
+    columns = {f"x{k}": model.X[:, k] for k in range(1, model.X.shape[1])}
+    return pl.DataFrame({"y": model.y, "g": model.block, "w": model.w, **columns})
+
+
+def limits(fit: mp.LMMFit, method: str = "profile") -> dict[str, tuple[float, float]]:
+    return {row["term"]: (row["conf_low"], row["conf_high"]) for row in fit.confint(method=method).to_pylist()}
+
+
+def dense_limit(model: Dense, pinned: str, v: float) -> float:
+    """The least ML −2ℓ with a quantity pinned, by BFGS over absolute covariances of (1, x1)."""
+
+    def deviance(x: np.ndarray) -> float:
+        s1, s2, r, sigma = math.exp(x[0]), math.exp(x[1]), math.tanh(x[2]), math.exp(x[3])
+        s1, s2, r, sigma = (v if pinned == name else value for name, value in (("sd1", s1), ("sd2", s2), ("cor", r), ("sigma", sigma)))
+        psi = np.array([[s1 * s1, r * s1 * s2], [r * s1 * s2, s2 * s2]]) / sigma**2
+        part = Dense(model.X, model.Z, model.y, model.w, model.block, model.sizes, False)
+        if pinned == "beta":
+            part = Dense(np.delete(model.X, 1, axis=1), model.Z, model.y - v * model.X[:, 1], model.w, model.block, model.sizes, False)
+        return part.deviance(psi, sigma**2)
+
+    return min(float(so.minimize(deviance, np.full(4, start), method="BFGS").fun) for start in (0.0, 0.4))
+
+
+def test_profile_limits_are_where_the_dense_deviance_says() -> None:
+    model = simulate(5, blocks=12, rows=(4, 8), p=2, sizes=(2,), reml=False, weights=True, theta=np.array([1.0, 0.3, 0.8]))
+    fit = mp.lmm("y ~ x1 + (1 + x1 | g)", frame_of(model), weights="w")
+    found = limits(fit)
+    least = dense_limit(model, "", 0.0)
+    names = {"sd1": "sd_(Intercept)|g", "sd2": "sd_x1|g", "cor": "cor_x1.(Intercept)|g", "sigma": "sigma", "beta": "x1"}
+    for pinned, name in names.items():
+        for end in found[name]:
+            assert math.sqrt(dense_limit(model, pinned, end) - least) == pytest.approx(Z, abs=2e-3), name
+
+
+def test_gradients_of_surfaces_are_exact() -> None:
+    model = simulate(2, blocks=9, rows=(3, 6), p=2, sizes=(2,), reml=False, weights=True)
+    rng = np.random.default_rng(1)
+    n = 60
+    codes = [rng.integers(0, 8, n), rng.integers(0, 4, n)]
+    X = np.column_stack([np.ones(n), rng.normal(size=n)])
+    groupings = [Grouping(codes[0], X, (2,)), Grouping(codes[1], X[:, :1], (1,))]
+    several = DenseSeveral(X, rng.normal(size=n), rng.uniform(0.5, 2.0, n), groupings, False)
+    cases = [
+        (BlockSurface(model.problem()), np.array([0.9, 0.2, 0.6, 0.1])),
+        (LevelSurface(several.problem()), np.array([0.9, 0.2, 0.6, 0.7, 0.1])),
+    ]
+    for surface, phi in cases:
+        for condition in (None, Linear(np.array([0.4, 1.0]), 0.7)):
+            at, h = surface.look(phi, condition), 1e-6
+            for k, step in enumerate(np.eye(len(phi)) * h):
+                slope = (surface.look(phi + step, condition).value - surface.look(phi - step, condition).value) / (2 * h)
+                assert at.gradient[k] == pytest.approx(slope, rel=1e-5, abs=1e-4)
+            if condition is not None:
+                ends = [surface.look(phi, Linear(condition.c, condition.value + s * h)).value for s in (1, -1)]
+                assert at.slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5, abs=1e-4)
+
+
+def test_variances_that_may_be_zero_have_zero_as_lower_limit() -> None:
+    fit = mp.lmm("distance ~ Sex * I(age - 11) + (I(age - 11) | Subject)", DATA / "Orthodont.parquet", reml=False)
+    found = limits(fit)
+    assert found["sd_I(age - 11)|Subject"][0] == 0.0
+    assert found["cor_I(age - 11).(Intercept)|Subject"] == (-1.0, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.MlpipeWarning")
+def test_a_singular_fit_has_profile_intervals() -> None:
+    rng = np.random.default_rng(4)
+    frame = pl.DataFrame({"y": rng.normal(size=120), "x": rng.normal(size=120), "g": np.repeat(np.arange(12), 10)})
+    frame = frame.with_columns(y=pl.col("y") - pl.col("y").mean().over("g"))
+    fit = mp.lmm("y ~ x + (1 | g)", frame)
+    assert fit.singular
+    found = limits(fit)
+    assert found["sd_(Intercept)|g"][0] == 0.0 < found["sd_(Intercept)|g"][1] < 0.5
+    assert found["x"][0] < fit.fixef()["x"] < found["x"][1]
+
+
+def test_wald_intervals_are_those_of_tidy_and_names_are_those_of_r() -> None:
+    fit = mp.lmm("strength ~ 1 + (1 | batch/cask)", DATA / "Pastes.parquet")
+    found = limits(fit, "wald")
+    assert list(found) == ["sd_(Intercept)|cask:batch", "sd_(Intercept)|batch", "sigma", "(Intercept)"]
+    rows = {(row["group"], row["term"]): row for row in fit.tidy().to_pylist()}
+    for name, row in (("(Intercept)", rows[None, "(Intercept)"]), ("sigma", rows["Residual", "sd__Observation"])):
+        assert found[name] == pytest.approx((row["conf_low"], row["conf_high"]))
+
+
+def test_glmm_profiles_make_the_spool_once() -> None:
+    rng = np.random.default_rng(8)
+    g = np.repeat(np.arange(30), 6)
+    x = rng.normal(size=180)
+    y = rng.gamma(3.0, np.exp(0.4 + 0.5 * x + 0.4 * rng.normal(size=30)[g]) / 3.0)
+    fit = mp.glmm("y ~ x + (1 | g)", pl.DataFrame({"y": y, "x": x, "g": g}), family="gamma", link="log")
+    found = limits(fit)
+    assert fit.info["notes"].count("the rows were read once more for inference") == 1
+    wald = limits(fit, "wald")
+    for name in ("x", "shape", "sd_(Intercept)|g"):
+        for mine, theirs in zip(found[name], wald[name], strict=True):
+            assert mine == pytest.approx(theirs, abs=0.35 * (wald[name][1] - wald[name][0]))
+        assert found[name] != wald[name]
+
+
+def test_requests_that_make_no_sense() -> None:
+    fit = mp.lmm("Reaction ~ Days + (1 | Subject)", DATA / "sleepstudy.parquet")
+    with pytest.raises(mp.ConfigError, match="not one of wald, profile, boot"):
+        fit.confint(method="profil")
+    with pytest.raises(mp.ConfigError, match="between 0 and 1"):
+        fit.confint(level=95)
+    fit.held = fit.source = None
+    with pytest.raises(mp.DataError, match="neither its statistics nor its data"):
+        fit.confint(method="profile")

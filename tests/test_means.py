@@ -1,0 +1,185 @@
+"""Marginal means and contrasts: emmeans' published numbers for Oats, and plain averages over a written-out grid."""
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import scipy.stats as st
+
+import mlpipe as mp
+
+from .dense_glmm import MEANS
+from .test_averaged import PHI, Z, simulated
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def oats() -> pl.DataFrame:
+    columns = json.loads((REFERENCE / "data/Oats.schema.json").read_text())["columns"]
+    factors = {c["name"]: [str(level) for level in c["levels"]] for c in columns if c["type"] in ("factor", "ordered")}
+    frame = pl.read_parquet(REFERENCE / "data/Oats.parquet")
+    return frame.with_columns(pl.col(name).cast(pl.String).cast(pl.Enum(levels)) for name, levels in factors.items())
+
+
+def test_a_balanced_split_plot() -> None:
+    """Means are those of the rows; the standard errors are in emmeans' vignettes: 7.80 and 7.08."""
+    fit = mp.lmm("yield ~ factor(nitro) + Variety + (1 | Block/Variety)", oats())
+    raw = dict(oats().group_by("Variety").agg(pl.col("yield").mean()).iter_rows())
+    for row in fit.means("Variety").to_pylist():
+        assert row["estimate"] == pytest.approx(raw[row["level"]]) and round(row["std_error"], 2) == 7.80
+    rows = fit.contrasts("Variety").to_pylist()
+    assert [row["contrast"] for row in rows] == ["Golden Rain - Marvellous", "Golden Rain - Victory", "Marvellous - Victory"]
+    assert [round(row["estimate"], 2) for row in rows] == [-5.29, 6.88, 12.17]
+    assert {round(row["std_error"], 2) for row in rows} == {7.08}
+    nitro = fit.means("nitro").to_pylist()
+    assert [row["level"] for row in nitro] == ["0", "0.2", "0.4", "0.6"]
+    assert [round(row["estimate"], 1) for row in nitro] == [79.4, 98.9, 114.2, 123.4]
+    assert "extra_scans" not in fit.info
+
+
+def written_out(fit: Any, frame: pl.DataFrame, levels: list[tuple[str, bool]]) -> np.ndarray:
+    """X at (t, flag) with x at its mean, in the fit's order of names."""
+    x = float((frame["x"] * frame["q"]).sum() / frame["q"].sum())
+    rows = []
+    for t, flag in levels:
+        values = {"(Intercept)": 1.0, "log(x)": np.log(x), "tb": t == "b", "tc": t == "c", "flagTRUE": flag, "x": x}
+        values |= {"tb:flagTRUE": flag and t == "b", "tc:flagTRUE": flag and t == "c"}
+        rows.append([float(values[name]) for name in fit.names])
+    return np.array(rows)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[Any, pl.DataFrame]:
+    frame = simulated("binomial", "logit").with_columns(flag=pl.col.x > 1.1)
+    fit = mp.glmm("y ~ log(x) + t * flag + offset(log(x)) + (1 + x | g)", frame, family="binomial", freq="q")
+    return fit, frame
+
+
+@pytest.mark.parametrize("kind", ["link", "response"])
+def test_means_over_the_grid(fitted: tuple[Any, pl.DataFrame], kind: str) -> None:
+    fit, frame = fitted
+    x = float((frame["x"] * frame["q"]).sum() / frame["q"].sum())
+    for row in fit.means("t", kind=kind).to_pylist():
+        L = written_out(fit, frame, [(row["level"], False), (row["level"], True)]).mean(axis=0)
+        eta, se = float(L @ fit.beta) + np.log(x), float(np.sqrt(L @ fit.covariance @ L))
+        mu = 1 / (1 + np.exp(-eta))
+        want = (eta, se) if kind == "link" else (mu, se * mu * (1 - mu))
+        assert (row["estimate"], row["std_error"]) == pytest.approx(want, rel=1e-9)
+    assert len([scan for scan in fit.info["extra_scans"] if "means of the covariates" in scan]) == 1
+
+
+def test_means_with_the_random_effects_integrated_out(fitted: tuple[Any, pl.DataFrame]) -> None:
+    fit, frame = fitted
+    x = float((frame["x"] * frame["q"]).sum() / frame["q"].sum())
+    p, term = len(fit.names), fit.terms[0]
+
+    def mean(psi: np.ndarray, level: str) -> float:
+        star = np.zeros((2, 2))
+        star.T[np.triu_indices(2)] = psi[p:]
+        sd = np.linalg.norm(np.array([1.0, x]) @ np.linalg.solve(term.R, star))
+        eta = written_out(fit, frame, [(level, False), (level, True)]) @ psi[:p] + np.log(x)
+        return float((MEANS["logit"](eta[:, None] + sd * Z) @ PHI).mean())
+
+    psi = np.concatenate([fit.beta, term.star.T[np.triu_indices(2)]])
+    V = np.array(fit.joint_covariance)[: len(psi), : len(psi)]
+    for row in fit.means("t", effects="marginal").to_pylist():
+        assert row["estimate"] == pytest.approx(mean(psi, row["level"]), abs=1e-9)
+        J = np.array([(mean(psi + 1e-5 * e, row["level"]) - mean(psi - 1e-5 * e, row["level"])) / 2e-5 for e in np.eye(len(psi))])
+        assert row["std_error"] == pytest.approx(np.sqrt(J @ V @ J), rel=1e-6)
+
+
+def test_combinations_and_at(fitted: tuple[Any, pl.DataFrame]) -> None:
+    fit, frame = fitted
+    rows = fit.means(["flag", "t"], kind="link", at={"x": 1.0, "t": ["c", "a"]}).to_pylist()
+    assert [row["level"] for row in rows] == ["FALSE:c", "FALSE:a", "TRUE:c", "TRUE:a"] and rows[0]["term"] == "flag:t"
+    for row, (flag, t) in zip(rows, product((False, True), "ca"), strict=True):
+        values = {"(Intercept)": 1.0, "log(x)": 0.0, "tb": 0.0, "tc": t == "c", "flagTRUE": flag, "tb:flagTRUE": 0.0}
+        values["tc:flagTRUE"] = flag and t == "c"
+        assert row["estimate"] == pytest.approx(sum(b * float(values[name]) for name, b in fit.fixef().items()))
+
+
+def test_contrasts_are_differences_of_means(fitted: tuple[Any, pl.DataFrame]) -> None:
+    fit, _ = fitted
+    means = {row["level"]: row["estimate"] for row in fit.means("t").to_pylist()}
+    rows = fit.contrasts("t", adjust="none").to_pylist()
+    for row in rows:
+        left, right = row["contrast"].split(" - ")
+        assert row["estimate"] == pytest.approx(means[left] - means[right])
+    p = np.array([row["p_value"] for row in rows])
+    q = st.studentized_range(3, np.inf)
+    for row, plain in zip(fit.contrasts("t").to_pylist(), rows, strict=True):
+        assert row["p_value"] == pytest.approx(q.sf(abs(plain["statistic"]) * np.sqrt(2)))
+        half = q.ppf(0.95) / np.sqrt(2) * plain["std_error"]
+        assert (row["conf_low"], row["conf_high"]) == pytest.approx((plain["estimate"] - half, plain["estimate"] + half))
+    assert [row["p_value"] for row in fit.contrasts("t", adjust="bonferroni").to_pylist()] == pytest.approx(np.minimum(3 * p, 1).tolist())
+    order = np.argsort(p)
+    holm = np.minimum(np.maximum.accumulate(p[order] * [3, 2, 1]), 1.0)
+    got = np.array([row["p_value"] for row in fit.contrasts("t", adjust="holm").to_pylist()])
+    np.testing.assert_allclose(got[order], holm)
+    reference = fit.contrasts("t", "reference", kind="link").to_pylist()
+    assert [row["contrast"] for row in reference] == ["b - a", "c - a"]
+    own = fit.contrasts("t", {"b against others": [-0.5, 1, -0.5]}, kind="link").to_pylist()[0]
+    link = np.array(fit.means("t", kind="link").column("estimate").to_pylist())
+    assert own["contrast"] == "b against others" and own["estimate"] == pytest.approx(link @ [-0.5, 1, -0.5])
+
+
+def test_two_levels_need_no_adjustment(fitted: tuple[Any, pl.DataFrame]) -> None:
+    fit, _ = fitted
+    assert fit.contrasts("flag").equals(fit.contrasts("flag", adjust="none"))
+
+
+def test_an_empty_cell_is_not_estimable() -> None:
+    frame = simulated("poisson", "log").with_columns(flag=pl.col.x > 1.1).filter(~((pl.col.t == "c") & pl.col.flag))
+    with pytest.warns(mp.RankWarning):
+        fit = mp.lmm("y ~ t * flag + (1 | g)", frame)
+    rows = {row["level"]: row["estimate"] for row in fit.means("t").to_pylist()}
+    assert rows["c"] is None and rows["a"] is not None
+    cells = {row["level"]: row["estimate"] for row in fit.means(["t", "flag"]).to_pylist()}
+    assert cells["c:TRUE"] is None and cells["c:FALSE"] == pytest.approx(fit.fixef()["(Intercept)"] + fit.fixef()["tc"])
+    contrasts = {row["contrast"]: row["p_value"] for row in fit.contrasts("t").to_pylist()}
+    assert contrasts["a - c"] is None and contrasts["a - b"] is not None
+
+
+def test_other_links_of_plain_models_and_loaded_fits(tmp_path: Path) -> None:
+    frame = simulated("poisson", "log")
+    fit = mp.glm("y ~ x + t", frame, family="poisson")
+    x = float(frame["x"].mean())
+    want = np.exp(fit.beta[0] + fit.beta[1] * x)
+    fit.write(tmp_path / "before")
+    loaded = mp.load(tmp_path / "before")
+    with pytest.raises(mp.DataError, match="not at hand"):
+        loaded.means("t")
+    assert loaded.means("t", data=frame).to_pylist()[0]["estimate"] == pytest.approx(want)
+    assert fit.means("t").to_pylist()[0]["estimate"] == pytest.approx(want)
+    fit.write(tmp_path / "after")
+    assert mp.load(tmp_path / "after").means("t").equals(fit.means("t"))  # means of covariates stay with the fit
+    assert fit.means("t", effects="marginal").equals(fit.means("t"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (dict(term="x"), "no factor 'x'"), (dict(term="tt"), "no factor 'tt'"), (dict(term=[]), "name one factor"),
+        (dict(term=["t", "t"]), "different"), (dict(term="t", kind="odds"), "kind"), (dict(term="t", effects="conditional"), "effects"),
+        (dict(term="t", effects="marginal", kind="link"), "no linear predictor"), (dict(term="t", at={"z": 1}), "no covariate"),
+        (dict(term="t", at={"t": "d"}), "not a level"), (dict(term="t", conf_level=2), "conf_level"),
+    ],
+)  # fmt: skip
+def test_bad_requests(fitted: tuple[Any, pl.DataFrame], asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(mp.ConfigError, match=message):
+        fitted[0].means(**asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [(dict(method="all"), "method"), (dict(method={"a": [1, 2]}), "3 finite coefficients"), (dict(adjust="fdr"), "adjust"),
+     (dict(method="reference", adjust="tukey"), "tukey")],
+)  # fmt: skip
+def test_bad_contrasts(fitted: tuple[Any, pl.DataFrame], asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(mp.ConfigError, match=message):
+        fitted[0].contrasts("t", **asked)

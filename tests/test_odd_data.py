@@ -1,0 +1,146 @@
+"""Keys of any scalar type through fit, random effects, predictions and disk; factors with hundreds of levels; what is refused."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+
+import mlpipe as mp
+from mlpipe import collect
+from mlpipe.engines.dialects import render
+from mlpipe.planning import Plan
+from mlpipe.sql import number, summed
+
+from .conftest import as_data
+
+FORMULA = "y ~ x + (1 | g)"
+pytestmark = pytest.mark.filterwarnings("ignore::mlpipe.MlpipeWarning")
+
+
+def data(rows: int = 200, groups: int = 12) -> pl.DataFrame:
+    rng = np.random.default_rng(3)
+    g, x = rng.integers(0, groups, rows), rng.normal(size=rows)
+    return pl.DataFrame({"y": x + rng.normal(size=groups)[g] + rng.normal(size=rows), "x": x, "g": g})
+
+
+def stored(key: str) -> mp.sources.Table:
+    con = duckdb.connect()
+    frame = data().to_arrow()  # noqa: F841 - read by name
+    con.execute(f"create table t as select y, x, {key} as g from frame")
+    return mp.table("t", con)
+
+
+KEYS = {
+    "g::hugeint + (1::hugeint << 80)": pa.decimal128(38, 0),
+    "g::uhugeint": pa.decimal128(38, 0),
+    "g::decimal(38, 3)": pa.decimal128(38, 3),
+    "('00000000-0000-0000-0000-0000000000' || (10 + g)::varchar)::uuid": pa.string(),
+    "to_days(g::int)": pa.duration("us"),
+    "to_months(g::int)": pa.duration("us"),
+    "(time '10:00:00' + to_seconds(g::int))": pa.time64("us"),
+    "(g::varchar)::blob": pa.binary(),
+    "g::json": pa.string(),
+    "(timestamp '2020-01-01' + to_days(g::int))::timestamp_s": pa.timestamp("s"),
+    "(timestamp '2020-01-01' + to_days(g::int))::timestamp_ns": pa.timestamp("ns"),
+    "(timestamptz '2020-01-01 00:00:00+00' + to_days(g::int))": pa.timestamp("us", "Etc/UTC"),
+    "(g % 2 = 0)": pa.bool_(),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_of_this_type_is_found_again(key: str, tmp_path: Path) -> None:
+    """In the rows it came from, after a round trip through a directory and a database, and in merged statistics."""
+    source = stored(key)
+    fit = mp.lmm(FORMULA, source)
+    assert str(fit.ranef().schema.field("g").type) == str(KEYS[key])
+    want = fit.predict(source).read_all()["predicted"]
+    assert fit.info["scored"]["unseen_levels"] == 0 and fit.augment().read_all()["fitted"].equals(want)
+    for target in (tmp_path / "fit", tmp_path / "fit.duckdb"):
+        fit.write(target)
+        loaded = mp.load(target)
+        assert loaded.predict(source).read_all()["predicted"].equals(want) and loaded.info["scored"]["unseen_levels"] == 0
+    stats = mp.suffstats(FORMULA, source)
+    stats.save(tmp_path / "stats")
+    both = mp.SuffStats.load(tmp_path / "stats").update(source)
+    assert both.blocks is not None and both.blocks.n_blocks == fit.n_blocks and both.rows == 400
+
+
+@pytest.mark.parametrize("key", ["g::bit", "g::bignum", "('10:00:' || (10 + g)::varchar || '+02')::timetz", "[g]", "{'a': g}"])
+def test_a_key_that_arrow_cannot_hold_is_refused(key: str) -> None:
+    with pytest.raises(mp.DataError, match="'g' of type .* cannot be a grouping key") as caught:
+        mp.lmm(FORMULA, stored(key))
+    assert (caught.value.code, caught.value.column) == ("column_type", "g")
+
+
+@pytest.mark.parametrize("kind", ["polars", "lazy", "path"])
+@pytest.mark.parametrize("dtype", [pl.Int128, pl.UInt64, pl.Duration("ms"), pl.Datetime("ns"), pl.Binary, pl.Categorical])
+def test_keys_of_polars_types(kind: str, dtype: pl.DataType, tmp_path: Path) -> None:
+    frame = data()
+    key = pl.col("g").cast(pl.String).cast(dtype) if dtype in (pl.Binary, pl.Categorical) else (pl.col("g") + 2**40).cast(dtype)
+    source = as_data(frame.with_columns(g=key), kind, tmp_path)
+    fit = mp.lmm(FORMULA, source)
+    assert any("not known" in note for note in fit.info["notes"]) == (kind == "path" and dtype == pl.Int128)
+    assert fit.loglik == pytest.approx(mp.lmm(FORMULA, frame).loglik, abs=1e-8)
+    fit.predict(source).read_all()
+    assert fit.info["scored"]["unseen_levels"] == 0
+
+
+def test_wide_whole_numbers_are_compared_exactly(tmp_path: Path) -> None:
+    """Keys a few units apart beyond 2^53, signed where they were fitted, unsigned where they are scored."""
+    frame = data().with_columns(g=pl.col("g") + 2**62)
+    fit = mp.lmm(FORMULA, frame)
+    want = fit.predict(frame).read_all()["predicted"]
+    for kind in ("polars", "path", "arrow"):
+        source = as_data(frame.with_columns(pl.col("g").cast(pl.UInt64)), kind, tmp_path)
+        np.testing.assert_allclose(fit.predict(source).read_all()["predicted"], want, rtol=1e-12)
+        assert fit.info["scored"]["unseen_levels"] == 0
+
+
+def test_a_sum_of_thousands_of_terms_is_not_deep() -> None:
+    text = render(summed([number(i) for i in range(3_000)]), "duckdb")
+    assert duckdb.sql(f"select {text}").fetchall() == [(2999 * 1500.0,)]
+    assert float(render(summed([]), "duckdb")) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["polars", "path"])
+def test_an_infinite_key_is_an_error_and_a_nan_is_missing(kind: str, tmp_path: Path) -> None:
+    def with_key(value: float) -> pl.DataFrame:
+        return data().with_columns(g=pl.when(pl.col("g") == 3).then(value).otherwise(pl.col("g").cast(pl.Float64)))
+
+    count = int((data()["g"] == 3).sum())
+    with pytest.raises(mp.DataError, match=f"'g' is infinite in {count} rows") as caught:
+        mp.lmm(FORMULA, as_data(with_key(-float("inf")), kind, tmp_path))
+    assert (caught.value.code, caught.value.column) == ("infinite_values", "g")
+    assert mp.lmm(FORMULA, as_data(with_key(float("nan")), kind, tmp_path)).info["dropped"] == {"g": count}
+
+
+def test_a_factor_with_many_levels() -> None:
+    """Statements as long as that must not be as deep: parsers and generators of SQL recurse."""
+    frame = pl.concat([data(400), data(400)]).with_columns(f=pl.format("l{}", pl.int_range(pl.len()) % 150))
+    fit = mp.lmm("y ~ x + f + (1 | g)", frame)
+    assert len(fit.fixef()) == 151 and fit.ranef().num_rows == 12
+    scored = fit.augment(columns=["y"]).read_all()
+    np.testing.assert_allclose(np.add(scored["fitted"], scored["resid"]), scored["y"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("column", ["x", "y", "g"])
+@pytest.mark.parametrize("value", ["null", "'nan'::double", "'inf'::double"])
+def test_a_value_that_goes_missing_between_the_passes_is_noticed(column: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of the second pass tell."""
+    con = duckdb.connect()
+    frame = data().with_columns(pl.col("g").cast(pl.Float64)).to_arrow()  # noqa: F841 - read by name
+    con.execute("create table t as from frame")
+    untouched = collect._blocks
+
+    def later(plan: Plan, parts: object) -> object:
+        con.execute(f"update t set {column} = {value} where rowid = 17")
+        return untouched(plan, parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(collect, "_blocks", later)
+    with pytest.raises(mp.DataError) as caught:
+        mp.lmm(FORMULA, mp.table("t", con))
+    assert caught.value.code == "source_changed"
