@@ -63,12 +63,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database", action="store_true", help="store and target are DuckDB files")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    folder = Path(tempfile.mkdtemp())  # no object that a fork would take along and clean up at its end
+    try:
         if arguments.what == "points":
             print(json.dumps(survived(folder, arguments.points, arguments.seed, database=arguments.database)))
         else:
             {"stopped": stopped, "full": full_disk, "vanished": vanished}[arguments.what](folder, made(folder, ("store", "target")))
+    finally:
+        shutil.rmtree(folder)
 
 
 def made(folder: Path, names: tuple[str, str]) -> Path:
@@ -103,6 +105,7 @@ def stopped(folder: Path, path: Path) -> None:
         process = started(path, said)
         while not list((folder / "temp").iterdir()):
             time.sleep(0.001)
+        time.sleep(0.05)  # a directory that is just being made stays for the next run to remove
         os.kill(process, number)
         status = ended(process)
         assert (status, said.read_text().strip()) == (code, "interrupted"), (status, said.read_text())
