@@ -5,6 +5,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -340,7 +341,8 @@ def _fit_from_store(job: Job, store: StoreSection, data: Any, options: Options, 
     settings = Settings(store.partition_by, store.window, store.vanished)
     with shelf.opened(store.path, options) as held:
         update = updated(held, data, request, model.where, settings, rebase)
-        fit = lmm(model.formula, update.stats, reml=model.reml, start=update.start, options=options)
+        # one Newton step more: from a start close by the search stops sooner, and must end where one from afar does
+        fit = lmm(model.formula, update.stats, reml=model.reml, start=update.start, options=replace(options, tol=options.tol / 100))
         finished(update, fit)
     return fit
 
