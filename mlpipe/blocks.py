@@ -88,7 +88,8 @@ class Blocks:
         if self.table is None:
             return
         for batch in self.table.select(self.names).to_batches(max_chunksize=BATCH):
-            yield stack(batch, self.names)
+            if batch.num_rows:
+                yield stack(batch, self.names)
 
     def totals(self) -> np.ndarray:
         """The sums (K + rest,) over all blocks, in the order of `names`, then of `rest`."""

@@ -18,6 +18,7 @@ from .errors import ConfigError, DataError, ResourceError, exit_code
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .job import Job
     from .options import Options
     from .result import MixedFit
 
@@ -128,24 +129,43 @@ def plan(console: Console, /, formula: str, **settings: Any) -> None:
 
 @cli.command()
 @click.argument("job_file", metavar="JOB.toml", type=click.Path())
+@click.option("--rebase", is_flag=True, help="Make the job's store of statistics anew: read every partition, fix bases and scales again.")
 @limits
 @logs
 @pass_console
-def run(console: Console, /, job_file: str, log: str | None, **settings: Any) -> None:
+def run(console: Console, /, job_file: str, rebase: bool, log: str | None, **settings: Any) -> None:
     """Run a job file: fit, write, and fail where its policy says so. Options given here win over the job's."""
-    from .job import check_policy, fit_job, read_job, write_output
+    from .job import check_policy, fit_job, has_many, read_job, told, write_output
 
     console.log_to(log)
     job = read_job(job_file)
     if job.output is not None:
         _check_target(job.output.target, job.output.mode, job.output.prefix)
-    result = fit_job(job, {name: settings[name] for name in LIMITS if settings[name] is not None})
+    given = {name: settings[name] for name in LIMITS if settings[name] is not None}
+    if has_many(job):
+        _run_many(console, job, given)
+        return
+    result = fit_job(job, given, rebase=rebase)
     try:
         write_output(result, job.output)
     finally:
-        console.out(result.summary())
+        console.out(result.summary() if job.store is None else f"{result.summary()}\n\n{told(result)}")
     check_policy(result, job.policy)
     _finish(result)
+
+
+def _run_many(console: Console, job: Job, given: dict[str, Any]) -> None:
+    """A job of several fits: what failed is written and told, and the status says so."""
+    from .job import check_policies, fit_jobs, write_outputs
+
+    fits = fit_jobs(job, given)
+    try:
+        write_outputs(fits, job.output)
+    finally:
+        console.out(fits.told())
+    check_policies(fits, job.policy)
+    if any(one.fit is None or not one.fit.converged for one in fits.fits):
+        raise click.exceptions.Exit(NOT_CONVERGED)
 
 
 @cli.command()

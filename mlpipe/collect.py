@@ -67,7 +67,7 @@ def collect(plan: Plan) -> SuffStats:
         parts = (None,)
     elif plan.path != "none":
         with stage("blocks", seconds, engine, options) as fields, _limited(plan, rows) as limited:
-            parts = _parts(limited, rows)
+            parts = parts_of(limited, rows)
             blocks = _blocks(limited, parts)
             _reconcile(plan, gram, [blocks.totals()])
             fields |= {"blocks": blocks.n_blocks}
@@ -281,7 +281,7 @@ def _limited(plan: Plan, rows: int) -> Iterator[Plan]:
         yield replace(plan, engine=engine, names=names)
 
 
-def _parts(plan: Plan, rows: int) -> tuple[Part | None, ...]:
+def parts_of(plan: Plan, rows: int) -> tuple[Part | None, ...]:
     """The parts by key in which the blocks are summed, each small enough for the engine's memory; (None,) for all at once."""
     width, positions = _width(plan), _key_positions(plan)
     room = plan.engine.table_room(positions)

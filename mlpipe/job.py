@@ -5,6 +5,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,18 +15,16 @@ from .errors import ConfigError, ConvergenceError, did_you_mean
 from .options import Options
 
 if TYPE_CHECKING:
+    from .many import Fits
     from .result import MixedFit
 
 Mode = Literal["error", "overwrite", "append"]
 
 # Keys that the job format reserves and this version does not have: better named than called unknown.
 RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
-    (): ("models", "store"),
     ("source",): ("columns",),
-    ("model",): ("by", "where"),
     ("output",): ("scoring_sql",),
     ("limits",): ("timeout",),
-    ("policy",): ("max_drift",),
 }
 _WANTED = {
     "bool_type": "true or false",
@@ -83,6 +82,23 @@ class ModelSection(Section):
     levels: dict[str, list[Any]] | None = None
     contrasts: dict[str, str] | None = None
     na: Literal["drop", "raise"] = "drop"
+    where: str | None = None
+    by: list[str] = Field(default_factory=list)
+
+
+class NamedModel(ModelSection):
+    """One of several models of a job."""
+
+    name: str
+
+
+class StoreSection(Section):
+    """Incremental statistics: where they are kept, what a partition is, how many of the last count, what to do about vanished ones."""
+
+    path: str
+    partition_by: str = "file"
+    window: Annotated[int, Field(ge=1)] | None = None
+    vanished: Literal["error", "drop", "keep"] = "error"
 
 
 class OutputSection(Section):
@@ -107,13 +123,16 @@ class PolicySection(Section):
 
     forbid: list[Literal["singular", "separation", "rank", "nonconvergence"]] = Field(default_factory=list)
     max_drop_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_drift: Annotated[float, Field(ge=0)] | None = None
 
 
 class Job(Section):
-    """A whole job."""
+    """A whole job: one `model`, or several `models`."""
 
     source: SourceSection
-    model: ModelSection
+    model: ModelSection | None = None
+    models: list[NamedModel] = Field(default_factory=list)
+    store: StoreSection | None = None
     output: OutputSection | None = None
     limits: LimitsSection = Field(default_factory=LimitsSection)
     policy: PolicySection = Field(default_factory=PolicySection)
@@ -127,7 +146,7 @@ def read_job(path: str | Path) -> Job:
         raise ConfigError(f"cannot read the job {path}: {error.strerror}", code="job_file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file: {error}", code="job_file") from error
-    for section in ("source", "output"):
+    for section in ("source", "store", "output"):
         if section in record:
             record[section] = _expanded(record[section])
     try:
@@ -135,7 +154,8 @@ def read_job(path: str | Path) -> Job:
     except ValidationError as error:
         raise _readable(error, str(path)) from error
     _check_source(job.source, str(path))
-    _check_model(job.model, str(path))
+    _check_models(job, str(path))
+    _check_store(job, str(path))
     return job
 
 
@@ -178,9 +198,9 @@ def _wanted(kind: str, message: str, key: str) -> str:
 
 def _section(location: tuple[str, ...]) -> type[BaseModel]:
     section: type[BaseModel] = Job
-    for part in location:
+    for part in (part for part in location if not part.isdigit()):  # a number is a place in a list of tables
         annotation = section.model_fields[part].annotation
-        candidates = (annotation, *getattr(annotation, "__args__", ()))
+        candidates = (*getattr(annotation, "__args__", ()), annotation)
         section = next(one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel))
     return section
 
@@ -193,19 +213,44 @@ def _check_source(source: SourceSection, path: str) -> None:
         raise ConfigError(f"{path}: source.types is for CSV and JSON files", code="job_source")
 
 
-def _check_model(model: ModelSection, path: str) -> None:
-    """Raises ConfigError for keys of another kind of model, before any work."""
+def _check_models(job: Job, path: str) -> None:
+    """Raises ConfigError for keys of another kind of model, and for several models that cannot be told apart or written together."""
     from .fit import check_keywords
 
-    try:
-        check_keywords(model.kind, _settings(model))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: [model] {error.message}", code="job_value", hint=error.hint) from error
+    if (job.model is None) == (not job.models):
+        what = "[model] is missing" if job.model is None else "[model] and [[models]] exclude each other"
+        raise ConfigError(f"{path}: {what}", code="job_value")
+    for model in [job.model] if job.model is not None else job.models:
+        try:
+            check_keywords(model.kind, _settings(model))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: [model] {error.message}", code="job_value", hint=error.hint) from error
+        if model.kind != "lmm" and (model.by or job.models):
+            raise ConfigError(f"{path}: by and [[models]] are for linear mixed models", code="not_available")
+    names = [model.name for model in job.models]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path}: two models have one name", code="job_value")
+    if len({tuple(model.by) for model in job.models}) > 1:
+        raise ConfigError(f"{path}: all models of a job share their by", code="job_value", hint="write a job for each")
+
+
+def _check_store(job: Job, path: str) -> None:
+    """Raises ConfigError for what has no statistics, and for one database file in two roles: only one connection may write it."""
+    if job.store is None:
+        if job.policy.max_drift is not None:
+            raise ConfigError(f"{path}: policy.max_drift needs a [store]", code="job_value")
+        return
+    if job.model is None or job.model.by or job.model.kind != "lmm":
+        raise ConfigError(f"{path}: [store] is for one linear mixed model without by", code="not_available")
+    roles = {"source.database": job.source.database, "output.target": job.output.target if job.output is not None else None}
+    for role, other in roles.items():
+        if other is not None and os.path.realpath(other) == os.path.realpath(job.store.path):
+            raise ConfigError(f"{path}: store.path and {role} are the same file", code="job_value", hint="give the store a file of its own")
 
 
 def _settings(model: ModelSection) -> dict[str, Any]:
     """The keywords of the fitting function: what the job says and nothing more."""
-    return model.model_dump(exclude={"kind", "formula"}, exclude_unset=True)
+    return model.model_dump(exclude={"kind", "formula", "where", "by", "name"}, exclude_unset=True)
 
 
 def data_of(source: SourceSection) -> Any:
@@ -219,15 +264,95 @@ def data_of(source: SourceSection) -> Any:
     return sources.source(source.path, types=source.types) if source.path is not None and source.types else source.path
 
 
-def fit_job(job: Job, limits: Mapping[str, Any]) -> MixedFit:
-    """Fits what the job says and writes nothing; `limits` (from flags and the environment) win over the job's own.
+def fit_job(job: Job, limits: Mapping[str, Any], *, rebase: bool = False) -> MixedFit:
+    """Fits what the job says, from a store brought up to date where there is one; writes no output. `limits` (from flags and the
+    environment) win over the job's own; `rebase` makes the store anew.
 
-    Raises what `mlpipe.lmm`, `glmm` or `glm` raises.
+    Raises what `mlpipe.lmm`, `glmm` or `glm` raises; ConfigError for `rebase` without a store.
     """
     from .fit import fitted
+    from .sources import Subset
 
-    settings = job.limits.model_dump(exclude_none=True) | dict(limits)
-    return fitted(job.model.kind, job.model.formula, data_of(job.source), Options(**settings), _settings(job.model))
+    options = _options(job, limits)
+    model, data = job.model, data_of(job.source)
+    assert model is not None
+    if model.where is not None:
+        data = Subset(data, model.where)
+    if job.store is not None:
+        return _fit_from_store(job, job.store, data, options, rebase)
+    if rebase:
+        raise ConfigError("--rebase is for jobs with a [store]", code="usage")
+    return fitted(model.kind, model.formula, data, options, _settings(model))
+
+
+def _options(job: Job, limits: Mapping[str, Any]) -> Options:
+    return Options(**(job.limits.model_dump(exclude_none=True) | dict(limits)))
+
+
+def has_many(job: Job) -> bool:
+    """Whether a job asks for several fits."""
+    return job.model is None or bool(job.model.by)
+
+
+def fit_jobs(job: Job, limits: Mapping[str, Any]) -> Fits:
+    """Fits all models of a job, those with the same rows and weights from the same scans. Raises what `many.fit_many` raises."""
+    from .many import Fits, Model, fit_many
+    from .planning import Request
+    from .sources import Subset
+
+    models = [NamedModel(name=job.model.formula, **job.model.model_dump())] if job.model is not None else job.models
+    names, options, data = ("weights", "freq", "offset", "levels", "contrasts", "na"), _options(job, limits), data_of(job.source)
+    scans: dict[str, list[NamedModel]] = {}
+    for model in models:
+        scans.setdefault(repr([model.where, *(getattr(model, name) for name in names)]), []).append(model)
+    done = []
+    for shared in scans.values():
+        first = shared[0]
+        request = Request("", by=tuple(first.by), options=options, **{name: getattr(first, name) for name in names})
+        part = Subset(data, first.where) if first.where is not None else data
+        done.append(fit_many([Model(model.name, model.formula, model.reml) for model in shared], part, request))
+    place = {model.name: i for i, model in enumerate(models)}
+    fits = sorted((one for part in done for one in part.fits), key=lambda one: place[one.model])
+    return Fits(fits, done[0].by, {"scans": [one.info for one in done]})
+
+
+def write_outputs(fits: Fits, output: OutputSection | None) -> None:
+    """Writes all fits as one run where the job says, if it does."""
+    from .store import write_all
+    from .tables import Entry
+
+    if output is not None:
+        entries = [Entry(one.model, one.fit, one.by, None if one.error is None else one.error.message) for one in fits.fits]
+        write_all(
+            entries, fits.by, output.target, prefix=output.prefix, mode=output.mode, run_id=None, ranef=output.ranef
+        )
+
+
+def _fit_from_store(job: Job, store: StoreSection, data: Any, options: Options, rebase: bool) -> MixedFit:
+    """Collects what is new, merges, fits from where the last fit ended, and notes the drift."""
+    from . import shelf
+    from .fit import lmm
+    from .incremental import Settings, finished, updated
+    from .planning import Request
+
+    model = job.model
+    assert model is not None
+    names = ("weights", "freq", "offset", "levels", "contrasts", "na")
+    request = Request(model.formula, collect="blocks", options=options, **{name: getattr(model, name) for name in names})
+    settings = Settings(store.partition_by, store.window, store.vanished)
+    with shelf.opened(store.path, options) as held:
+        update = updated(held, data, request, model.where, settings, rebase)
+        # one Newton step more: from a start close by the search stops sooner, and must end where one from afar does
+        fit = lmm(model.formula, update.stats, reml=model.reml, start=update.start, options=replace(options, tol=options.tol / 100))
+        finished(update, fit)
+    return fit
+
+
+def told(fit: MixedFit) -> str:
+    """What the run of a job with a store did to it, as text."""
+    from . import incremental
+
+    return incremental.told(fit)
 
 
 def write_output(fit: MixedFit, output: OutputSection | None) -> None:
@@ -238,6 +363,19 @@ def write_output(fit: MixedFit, output: OutputSection | None) -> None:
 
 def check_policy(fit: MixedFit, policy: PolicySection) -> None:
     """Raises ConvergenceError for a fit that the policy forbids, naming every reason."""
+    if reasons := _forbidden(fit, policy):
+        raise ConvergenceError(f"the job's policy forbids this result: {', '.join(reasons)}", code="policy")
+
+
+def check_policies(fits: Fits, policy: PolicySection) -> None:
+    """The same for several fits: the first few that are forbidden, and how many there are."""
+    found = [(one, reasons) for one in fits.fits if one.fit is not None and (reasons := _forbidden(one.fit, policy))]
+    if found:
+        shown = "; ".join(f"{one.label}: {', '.join(reasons)}" for one, reasons in found[:3])
+        raise ConvergenceError(f"the job's policy forbids {len(found)} of {len(fits.fits)} results: {shown}", code="policy")
+
+
+def _forbidden(fit: MixedFit, policy: PolicySection) -> list[str]:
     states = {"singular": fit.singular, "separation": bool(fit.info.get("separation"))}
     states |= {"rank": bool(fit.dropped), "nonconvergence": not fit.converged}
     reasons: list[str] = [name for name in dict.fromkeys(policy.forbid) if states[name]]
@@ -245,5 +383,7 @@ def check_policy(fit: MixedFit, policy: PolicySection) -> None:
     share = fit.info.get("rows_dropped", 0) / read if read else 0.0
     if policy.max_drop_fraction is not None and share > policy.max_drop_fraction:
         reasons.append(f"{share:.2%} of the rows were dropped, {policy.max_drop_fraction:.2%} may be")
-    if reasons:
-        raise ConvergenceError(f"the job's policy forbids this result: {', '.join(reasons)}", code="policy")
+    if policy.max_drift is not None and fit.info.get("drift", {}).get("largest", 0.0) > policy.max_drift:
+        drift = fit.info["drift"]
+        reasons.append(f"{drift['term']} moved by {drift['largest']:.2f} standard errors, {policy.max_drift:g} are allowed")
+    return reasons

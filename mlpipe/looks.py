@@ -50,7 +50,8 @@ class Looks:
 
     def new_levels(self, variables: Mapping[str, Variable]) -> dict[str, tuple[Level, ...]]:
         """The levels of the used rows that the variables do not know yet. Raises DataError (code "empty") without any row."""
-        if not self._row(statements.missing((), (), {}, self.names), sample=True)["row_count"]:
+        count = statements.missing((), (), {}, self.names)
+        if not any(self._row(count, sample=sample)["row_count"] for sample in (True, False)):
             raise DataError("there are no rows", code="empty")
         found = self._levels([v for v in variables.values() if v.kind == "category"])
         return {label: tuple(level for level in levels if level not in variables[label].levels) for label, levels in found.items()}

@@ -31,7 +31,8 @@ FLOOR = 256 << 20  # bytes: interpreter, libraries and the engine's least workin
 @dataclass(frozen=True)
 class Request:
     """What the user asked for, as text and plain values; `family`, `link`, `trials` and `nagq` of a generalized model, `groups` where the
-    formula has none, `clusters` of robust standard errors, `time` that orders the rows of a block or `by_row` for the source's order."""
+    formula has none, `clusters` of robust standard errors, `time` that orders the rows of a block or `by_row` for the source's order; `by`:
+    columns whose values each have a model of their own."""
 
     formula: str
     weights: str | None = None
@@ -50,6 +51,7 @@ class Request:
     clusters: tuple[str, ...] = ()
     time: str | None = None
     by_row: bool = False
+    by: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
 
 
@@ -333,7 +335,7 @@ def _names(engine: Engine, formula: Formula, request: Request) -> tuple[Names, l
     from .sql import Names
 
     schema = engine.schema()
-    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups, *request.clusters]
+    keys = _keys(formula, request)
     values = [name for node in _nodes(formula, request) for name in expr.columns(node)]
     for name in (*values, *keys):
         if name not in schema:
@@ -359,9 +361,15 @@ def _nodes(formula: Formula, request: Request) -> list[expr.Node]:
     return nodes + [parse_expression(text) for text in texts if text is not None]
 
 
-def _used_names(formula: Formula, request: Request) -> tuple[str, ...]:
-    keys = [*(group for bar in formula.random for group in bar.groups), *request.groups, *request.clusters]
-    return tuple(dict.fromkeys([*(name for node in _nodes(formula, request) for name in expr.columns(node)), *keys]))
+def _keys(formula: Formula, request: Request) -> list[str]:
+    groups = [group for bar in formula.random for group in bar.groups]
+    return [*groups, *request.groups, *request.clusters, *request.by]
+
+
+def used_names(formula: Formula, request: Request) -> tuple[str, ...]:
+    """The source's columns that a request uses."""
+    names = [name for node in _nodes(formula, request) for name in expr.columns(node)]
+    return tuple(dict.fromkeys([*names, *_keys(formula, request)]))
 
 
 def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[str, Variable], responses: tuple[str, ...]) -> Recipe:
@@ -369,14 +377,14 @@ def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[
     factors = tuple(dict.fromkeys(bar.groups for bar in formula.random))
     return Recipe(
         formula=formula,
-        kinds={name: names.kinds[name] for name in _used_names(formula, request)},
+        kinds={name: names.kinds[name] for name in used_names(formula, request)},
         extra_responses=tuple(request.responses or ()),
         contrasts=dict(request.contrasts) if request.contrasts else None,
         responses=responses,
         weights=request.weights,
         freq=request.freq,
         offset=request.offset,
-        groups=tuple(dict.fromkeys(key for factor in factors for key in factor)) or request.groups,
+        groups=(*request.by, *(tuple(dict.fromkeys(key for factor in factors for key in factor)) or request.groups)),
         factors=factors if len(factors) > 1 else (),
         variables=variables,
         coordinates=Coordinates({}, {}, {}),

@@ -489,11 +489,12 @@ class LMMFit(MixedFit):
         )
 
 
-def load(path: Any, *, prefix: str = "mlpipe") -> Any:
+def load(path: Any, *, prefix: str = "mlpipe", model: str | None = None, by: Mapping[str, Any] | None = None) -> Any:
     """The fit that `fit.write` wrote last to a directory, a DuckDB file or connection (there, under `prefix`), without data.
 
-    Raises DataError where there is none.
+    Of a job with several fits, `model` and `by`, the values it is for, say which. Raises DataError where there is none, ConfigError
+    where several match.
     """
     from . import store
 
-    return store.load(path, prefix)
+    return store.load(path, prefix, model, by)

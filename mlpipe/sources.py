@@ -38,10 +38,21 @@ class Query:
 
 @dataclass(frozen=True)
 class PathSource:
-    """Files, with DuckDB types by exact column name for CSV and JSON."""
+    """Files, with DuckDB types by exact column name for CSV and JSON; `hive`: whether `key=value` folders are columns, None to look."""
 
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     types: Mapping[str, str] = field(default_factory=dict)
+    hive: bool | None = None
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The rows of other data for which the expression `where` holds and each column of `keys` has one of the values that the texts
+    stand for in the column's own type (None: null)."""
+
+    data: Any
+    where: str | None = None
+    keys: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
 
 def table(name: str, con: Any) -> Table:
@@ -68,6 +79,8 @@ def open_source(data: Any, *, options: Options | None = None, types: Mapping[str
     ConfigError for options that cannot apply to the source, ResourceError where memory or disk fail.
     """
     options = options or Options()
+    if isinstance(data, Subset):
+        return _open_subset(data, options)
     if isinstance(data, str | os.PathLike | list | tuple):
         data = PathSource(data, dict(types or {}))
     elif types and not isinstance(data, PathSource):
@@ -89,6 +102,17 @@ def open_source(data: Any, *, options: Options | None = None, types: Mapping[str
         return duckdb.open_arrow(data, options)
     hint = 'name a table of it: mp.table("…", con)' if _is_connection(data) else f"accepted are {_ACCEPTED}"
     raise DataError(f"{type(data).__name__} is not data", code="source_type", hint=hint)
+
+
+def _open_subset(data: Subset, options: Options) -> Engine:
+    from .subset import filtered
+
+    inner = open_source(data.data, options=options)
+    try:
+        return filtered(inner, data.where, data.keys)
+    except BaseException:
+        inner.close()
+        raise
 
 
 def _is_a(data: Any, package: str, *names: str) -> bool:
@@ -144,9 +168,10 @@ def _open_paths(data: PathSource, options: Options) -> Engine:
         return _open_urls(given, options, data.types)
     found = [file for path in given for file in files.locate(path)]
     form = _format(found, data.types)
+    hive = files.is_hive(found, given) if data.hive is None else data.hive
     if form == "arrow":
-        return duckdb.open_dataset(found, "ipc", options, hive=files.is_hive(found, given))
-    return duckdb.open_files(found, given, form, options, data.types)
+        return duckdb.open_dataset(found, "ipc", options, hive=hive)
+    return duckdb.open_files(found, hive, form, options, data.types)
 
 
 def _local(path: str) -> str:
@@ -173,4 +198,4 @@ def _open_urls(urls: list[str], options: Options, types: Mapping[str, str]) -> E
         return duckdb.open_dataset(found, kind, options, hive=files.is_hive(found, ()), filesystem=filesystem)
     workspace = files.Workspace(options.temp_directory)
     copies = remote.copied(filesystem, found, workspace)
-    return duckdb.open_files(copies, copies, form, options, types, workspace)
+    return duckdb.open_files(copies, False, form, options, types, workspace)

@@ -116,12 +116,23 @@ def _weight_sums(recipe: Recipe) -> list[Expression]:
     return out
 
 
-def cross_products(recipe: Recipe, names: Names) -> exp.Select:
-    """One row: row_count, n, sum_log_w, and g_i_j for the upper triangle of the features' cross-products."""
+def cross_products(recipe: Recipe, names: Names, by: Sequence[str] = ()) -> exp.Select:
+    """One row: row_count, n, sum_log_w, and g_i_j for the upper triangle of the features' cross-products; with `by` one per value of
+    these keys."""
     pairs = combinations_with_replacement(range(len(recipe.features)), 2)
     sums = [_sum(recipe, i, j, f"g_{i}_{j}") for i, j in pairs]
     statement = skeleton("cross_products").select(*_weight_sums(recipe), *sums, copy=False)
-    return over(statement, used_rows(recipe, names, keys=False), "used")
+    if by:
+        keys = [names.key(name) for name in by]
+        statement = statement.select(*keys, copy=False).group_by(*(key.copy() for key in keys), copy=False)
+    return over(statement, used_rows(recipe, names, keys=bool(by)), "used")
+
+
+def row_counts(by: Sequence[str], names: Names) -> exp.Select:
+    """Per value of these keys, nulls included, how many rows the source has: row_count."""
+    keys = [names.key(name) for name in by]
+    statement = skeleton("missing").select(*keys, copy=False)
+    return statement.group_by(*(key.copy() for key in keys), copy=False) if keys else statement
 
 
 def rest_names(recipe: Recipe) -> list[str]:

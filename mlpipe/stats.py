@@ -300,7 +300,8 @@ def _merged_blocks(a: SuffStats, b: SuffStats) -> Blocks:
 
     assert a.blocks is not None and b.blocks is not None and a.blocks.table is not None and b.blocks.table is not None
     names, rest, keys = a.blocks.names, a.blocks.rest, a.blocks.keys
-    other = b.blocks.table.select(a.blocks.table.column_names)
+    # keys are named by their place in the source, which another source need not share
+    other = b.blocks.table.rename_columns(dict(zip(b.blocks.keys, keys, strict=True))).select(a.blocks.table.column_names)
     try:
         joined = pa.concat_tables([a.blocks.table, other], promote_options="permissive")
     except pa.ArrowInvalid as error:

@@ -8,23 +8,25 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .atomic import synced
 from .errors import ConfigError, DataError, ResourceError, did_you_mean
 from .features import Recipe
 from .options import Options
 from .result import LMMFit, MixedFit, RandomTerm
+from .tables import Entry, file_name, result_tables, written
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = "mlpipe.fit/1"
+FORMAT, FORMATS = "mlpipe.fit/1", "mlpipe.fits/1"
 MODES = ("error", "overwrite", "append")
 DATABASES = (".duckdb", ".db")
 LOCK, UNFINISHED = ".lock", "fit.json.partial"
@@ -36,15 +38,34 @@ _PLAIN = (
 
 def write(fit: MixedFit, target: Any, *, prefix: str, mode: str, run_id: str | None, ranef: bool) -> None:
     """Writes all or nothing. Raises ConfigError for a bad mode or an existing target, ResourceError where the disk fails."""
+    record = json.dumps(_record(fit))
+    options = fit.options or Options()
+    write_all([Entry(fit.formula, fit)], None, target, prefix=prefix, mode=mode, run_id=run_id, ranef=ranef, record=record, options=options)
+
+
+def write_all(
+    entries: Sequence[Entry], by: pa.Schema | None, target: Any, *, prefix: str, mode: str, run_id: str | None, ranef: bool,
+    record: str | None = None, options: Options | None = None
+) -> None:
+    """Writes the fits of a run, all or nothing; `by`: the types of the values they are for; `record`: of the only one, else the manifest
+    holds each one's. Errors as of `write`."""
     if mode not in MODES:
         raise ConfigError(f"mode = {mode!r} is not one of {', '.join(MODES)}", hint=did_you_mean(mode, list(MODES)))
     run = run_id or _new_run_id()
     if not run or Path(run).name != run:
         raise ConfigError(f"run_id {run!r} cannot be a folder's name")
-    if _is_database(target):
-        _write_database(fit, target, _tables(fit, prefix, run, ranef), prefix, mode, run)
+    database = _is_database(target)
+    if record is None or database:
+        entries = [replace(one, record=json.dumps(_record(one.fit)) if one.fit is not None else None) for one in entries]
+
+    def tables() -> dict[str, pa.Table]:
+        return result_tables(entries, by, prefix, run, ranef)
+
+    if database:
+        _write_database(target, tables(), prefix, mode, run, options or Options())
     else:
-        _write_folder(fit, Path(target), prefix, mode, run, ranef)
+        index = json.loads(record) if record is not None else {"format": FORMATS, "by": by.names if by is not None else []}
+        _write_folder(index, Path(target), tables, prefix, mode, run)
 
 
 def _is_database(target: Any) -> bool:
@@ -57,26 +78,26 @@ def _is_database(target: Any) -> bool:
     return True
 
 
-def _write_database(fit: MixedFit, target: Any, tables: dict[str, pa.Table], prefix: str, mode: str, run: str) -> None:
-    """The manifest also takes what a directory has in `fit.json`: the fit itself and the names of its tables."""
+def _write_database(target: Any, tables: dict[str, pa.Table], prefix: str, mode: str, run: str, options: Options) -> None:
+    """The manifest also takes what a directory has in `fit.json`: the fits themselves and the names of the tables."""
     import pyarrow as pa
 
     from .engines import target as database
 
     manifest = f"{prefix}_manifest"
-    held = tables[manifest].append_column("tables", pa.array([list(tables)], pa.list_(pa.string())))
-    tables[manifest] = held.append_column("record", pa.array([json.dumps(_record(fit))], pa.string()))
-    database.write(target, tables, manifest, mode, run, fit.options or Options())
+    held = tables[manifest]
+    tables[manifest] = held.append_column("tables", pa.array([list(tables)] * len(held), pa.list_(pa.string())))
+    database.write(target, tables, manifest, mode, run, options)
 
 
-def _write_folder(fit: MixedFit, folder: Path, prefix: str, mode: str, run: str, ranef: bool) -> None:
+def _write_folder(index: dict[str, Any], folder: Path, tables: Callable[[], dict[str, pa.Table]], prefix: str, mode: str, run: str) -> None:
     if not _is_ours(folder):
         raise ConfigError(f"{folder} exists and is no fit", code="target_exists", hint="choose another target")
-    tables = _tables(fit, prefix, run, ranef)
+    made = tables()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            _commit(fit, folder, tables, mode, run)
+            _commit({**index, "prefix": prefix}, folder, made, mode, run)
     except OSError as error:
         raise ResourceError(f"cannot write {folder}: {error.strerror or error}", code="not_writable") from error
 
@@ -89,7 +110,7 @@ def _is_ours(folder: Path) -> bool:
     return not names or "fit.json" in names or (LOCK in names and names <= {LOCK, "runs", UNFINISHED})
 
 
-def _commit(fit: MixedFit, folder: Path, tables: dict[str, pa.Table], mode: str, run: str) -> None:
+def _commit(record: dict[str, Any], folder: Path, tables: dict[str, pa.Table], mode: str, run: str) -> None:
     index = folder / "fit.json"
     old = json.loads(index.read_text()) if index.exists() else None
     if old is not None and mode == "error":
@@ -102,7 +123,7 @@ def _commit(fit: MixedFit, folder: Path, tables: dict[str, pa.Table], mode: str,
         shutil.rmtree(fresh)
     try:
         _write_tables(fresh, tables)
-        _replace(index, {**_record(fit), "run_id": run, "runs": [*kept, run]})
+        _replace(index, {**record, "run_id": run, "runs": [*kept, run]})
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -118,8 +139,8 @@ def _write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
     for name, table in tables.items():
         path = folder / f"{name}.parquet"
         pq.write_table(table, path, compression="zstd")
-        _sync(path)
-    _sync(folder)
+        synced(path)
+    synced(folder)
 
 
 def _replace(path: Path, record: dict[str, Any]) -> None:
@@ -129,15 +150,7 @@ def _replace(path: Path, record: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    synced(path.parent)
 
 
 @contextmanager
@@ -156,69 +169,6 @@ def _locked(folder: Path) -> Iterator[None]:
 def _new_run_id() -> str:
     now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-
-
-def _tables(fit: MixedFit, prefix: str, run: str, ranef: bool) -> dict[str, pa.Table]:
-    """The result tables, each row with run_id and model."""
-    import pyarrow as pa
-
-    from . import __version__
-
-    info, glance = fit.info, fit.facts()
-    text, real, whole, logical = pa.string(), pa.float64(), pa.int64(), pa.bool_()
-    head = {
-        "formula": (fit.formula, text),
-        "family": (fit.family, text),
-        "nobs": (glance["nobs"], real),
-        "n_dropped": (glance["n_dropped"], whole),
-        "loglik": (fit.loglik, real),
-        "converged": (fit.converged, logical),
-        "singular": (fit.singular, logical),
-        "seconds": (fit.seconds, real),
-        "started": (datetime.datetime.now(datetime.UTC), pa.timestamp("us", "UTC")),
-        "source_fingerprint": (info.get("fingerprint"), text),
-        "version": (__version__, text),
-    }
-    manifest = {name: (info.get(name), kind) for name, kind in (("rows_read", whole), ("rows_dropped", whole), ("passes", real))}
-    manifest["info"] = (json.dumps(info, default=str), text)
-    tables = {"fit": _row(head), "coef": fit.tidy(), "varcomp": fit.varcorr(), "manifest": _row(manifest)}
-    if ranef and (fit.source is not None or fit.effects_table is not None or fit.effects_tables):
-        from . import effects
-
-        for group in fit.groups:
-            tables[f"ranef_{_file_name(group)}"] = effects.ranef(fit, wide=True, stream=False, group=group)
-    return {f"{prefix}_{name}": _stamped(table, run, fit.formula) for name, table in tables.items()}
-
-
-def _file_name(group: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in group)
-
-
-def _row(values: dict[str, tuple[Any, pa.DataType]]) -> pa.Table:
-    """A table of one row, its types those of every other run's."""
-    import pyarrow as pa
-
-    return pa.table({name: pa.array([value], kind) for name, (value, kind) in values.items()})
-
-
-def _stamped(table: pa.Table, run: str, model: str) -> pa.Table:
-    import pyarrow as pa
-
-    table = table.rename_columns(_written(table.column_names))
-    for name, value in (("model", model), ("run_id", run)):
-        table = table.add_column(0, name, pa.array([value] * len(table), pa.string()))
-    return table
-
-
-def _written(names: list[str]) -> list[str]:
-    """The names that columns get beside run_id and model: databases are blind to case, so one more underscore tells `x` from `X`."""
-    taken, out = {"run_id", "model"}, []
-    for name in names:
-        while name.lower() in taken:
-            name += "_"
-        taken.add(name.lower())
-        out.append(name)
-    return out
 
 
 def _record(fit: MixedFit) -> dict[str, Any]:
@@ -240,25 +190,32 @@ def to_json(fit: MixedFit) -> dict[str, Any]:
     return out
 
 
-def load(target: Any, prefix: str) -> MixedFit:
+def load(target: Any, prefix: str, model: str | None = None, by: Mapping[str, Any] | None = None) -> MixedFit:
     """See `mlpipe.load`."""
-    return _load_database(target, prefix) if _is_database(target) else _load_folder(Path(target))
+    wanted = ({"model": model} if model is not None else {}) | dict(by or {})
+    return _load_database(target, prefix, wanted) if _is_database(target) else _load_folder(Path(target), wanted)
 
 
-def _load_folder(folder: Path) -> MixedFit:
+def _load_folder(folder: Path, wanted: dict[str, Any]) -> MixedFit:
     import pyarrow.parquet as pq
 
     try:
-        text = (folder / "fit.json").read_text()
+        record = json.loads((folder / "fit.json").read_text())
+        runs = folder / "runs" / str(record["run_id"])
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"there is no fit in {folder}", code="file_not_found") from error
-    record, fit = _read(text, str(folder))
-    found = {path.stem: path for path in (folder / "runs" / str(record.get("run_id"))).glob("*_ranef_*.parquet")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} does not hold a fit that this version can read", code="not_a_fit") from error
+    found = {path.stem: path for path in runs.glob("*_ranef_*.parquet")}
+    if record.get("format") == FORMATS:
+        manifest = pq.ParquetFile(runs / f"{record['prefix']}_manifest.parquet").read()
+        return _of_several(manifest, wanted, str(folder), list(found), lambda name: pq.ParquetFile(found[name]).read())
+    fit = _read(record, str(folder))
     _keep(fit, list(found), lambda name: pq.ParquetFile(found[name]).read())
     return fit
 
 
-def _load_database(target: Any, prefix: str) -> MixedFit:
+def _load_database(target: Any, prefix: str, wanted: dict[str, Any]) -> MixedFit:
     """The last run's fit."""
     from .engines import target as database
 
@@ -270,10 +227,42 @@ def _load_database(target: Any, prefix: str) -> MixedFit:
         runs = held.runs(f"{prefix}_manifest")
         if not runs:
             raise missing
-        _, fit = _read(runs[-1].record, where)
+        run = runs[-1].run_id
         found = [name for name in runs[-1].tables if name.startswith(f"{prefix}_ranef_")]
-        _keep(fit, found, lambda name: held.rows(name, runs[-1].run_id))
+        manifest = held.rows(f"{prefix}_manifest", run)
+        return _of_several(manifest, wanted, where, found, lambda name: held.rows(name, run))
+
+
+def _of_several(
+    manifest: pa.Table, wanted: dict[str, Any], where: str, modes: list[str], read: Callable[[str], pa.Table]
+) -> MixedFit:
+    """The one fit of a run that is wanted. Raises ConfigError where it is not said which, DataError where it could not be fitted."""
+    unknown = [name for name in wanted if name not in manifest.column_names]
+    if unknown:
+        raise ConfigError(f"the fits of {where} are not by {unknown[0]!r}", code="which_fit")
+    rows = _matching(manifest, wanted)
+    if len(rows) != 1:
+        what = f"{where} holds {len(manifest)} fits, {len(rows)} of them match" if wanted else f"{where} holds {len(manifest)} fits"
+        hint = f"name one: model= one of {sorted(set(manifest['model'].to_pylist()))[:12]}, and by= the values it is for"
+        raise ConfigError(what, code="which_fit", hint=hint)
+    text = rows["record"][0].as_py()
+    if text is None:
+        raise DataError("this model could not be fitted", code="not_a_fit", hint="the table of fits has the reason in `message`")
+    fit = _read(_parsed(text, where), where)
+    stamps = {"model": rows["model"][0].as_py(), **{name: rows[name][0].as_py() for name in wanted}}
+    _keep(fit, modes, lambda name: _matching(read(name), stamps), [name for name in wanted if name != "model"])
     return fit
+
+
+def _matching(table: pa.Table, wanted: dict[str, Any]) -> pa.Table:
+    """The rows of a table with these values."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name, value in wanted.items():
+        column = table.column(name)
+        table = table.filter(pc.is_null(column) if value is None else pc.equal(column, pa.scalar(value, column.type)))
+    return table
 
 
 def holds_fit(target: str, prefix: str) -> bool:
@@ -288,13 +277,19 @@ def holds_fit(target: str, prefix: str) -> bool:
         return bool(held.runs(f"{prefix}_manifest"))
 
 
-def _read(text: str, where: str) -> tuple[dict[str, Any], MixedFit]:
-    """A fit from its JSON text, and the record around it. Raises DataError where it is none that this version can read."""
+def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(text)
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where} does not hold a fit that this version can read", code="not_a_fit") from error
+
+
+def _read(record: dict[str, Any], where: str) -> MixedFit:
+    """The fit of a record. Raises DataError where it is none that this version can read."""
+    try:
         if record["format"] != FORMAT:
             raise DataError(f"{where} was written by another version ({record['format']})", code="not_a_fit")
-        return record, _from_json(record["fit"])
+        return _from_json(record["fit"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -337,18 +332,18 @@ def _kind(name: str) -> type[MixedFit]:
     return {kind.__name__: kind for kind in (GEEFit, GLMFit, GLMMFit, OLSFit)}[name]
 
 
-def _keep(fit: MixedFit, names: list[str], read: Callable[[str], pa.Table]) -> None:
+def _keep(fit: MixedFit, names: list[str], read: Callable[[str], pa.Table], by: Sequence[str] = ()) -> None:
     """Gives the fit the BLUPs that were written with it, from the tables of these names."""
     from .effects import coefficient_names, key_names
 
     for group in fit.groups:
-        name = next((name for name in names if name.endswith(f"_ranef_{_file_name(group)}")), None)
+        name = next((name for name in names if name.endswith(f"_ranef_{file_name(group)}")), None)
         if name is None:
             continue
         terms = [term for term in fit.terms if term.group == group]
         keys = next((groups for groups in fit.recipe.factors if ":".join(groups) == group), fit.recipe.groups)
         wanted = [*key_names(terms, keys), *(column for name in coefficient_names(terms) for column in (name, f"{name}_se"))]
-        table = read(name).select(_written(wanted)).rename_columns(wanted)
+        table = read(name).select(written(wanted, by)).rename_columns(wanted)
         if fit.recipe.factors:
             fit.effects_tables[group] = table
         else:

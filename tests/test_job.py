@@ -56,13 +56,8 @@ def test_an_unknown_key_like_no_other_lists_the_known(job: Path) -> None:
 
 
 LATER = [
-    ('[store]\npath = "s"', "store"),
-    ('[[models]]\nname = "a"', "models"),
-    ('[model]\nformula = "y ~ 1"\nby = ["a"]', "model.by"),
-    ('[model]\nformula = "y ~ 1"\nwhere = "a > 1"', "model.where"),
     ('[output]\ntarget = "x"\nscoring_sql = ["duckdb"]', "output.scoring_sql"),
     ('[limits]\ntimeout = "1h"', "limits.timeout"),
-    ("[policy]\nmax_drift = 1", "policy.max_drift"),
 ]
 
 

@@ -403,3 +403,12 @@ def test_a_file_that_is_no_statistics(tmp_path: Path) -> None:
         mp.SuffStats.load(tmp_path / "x")
     with pytest.raises(mp.DataError, match="no file"):
         mp.SuffStats.load(tmp_path / "y")
+
+
+def test_sources_whose_columns_stand_in_another_order() -> None:
+    rng = np.random.default_rng(5)
+    frame = pl.DataFrame({"y": rng.normal(size=60), "x": rng.normal(size=60), "g": rng.integers(0, 6, 60), "h": rng.integers(0, 2, 60)})
+    formula = "y ~ x + (1 | g:h)"
+    both = mp.suffstats(formula, frame[:30]) + mp.suffstats(formula, frame[30:].select("h", "x", "g", "y"))
+    assert mp.lmm(formula, both).loglik == pytest.approx(mp.lmm(formula, frame).loglik, abs=1e-9)
+    assert both.blocks is not None and both.blocks.n_blocks == frame.select("g", "h").n_unique()

@@ -21,7 +21,7 @@ from . import arrow, parquet, text
 from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerprint, spread
 from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
-from .files import Snapshot, Workspace, is_hive
+from .files import Snapshot, Workspace
 from .memory import SETTINGS, distinct_keys, hash_is_key, table_room
 from .origin import RELATION, Origin, select_all, source_rows, with_source
 
@@ -246,7 +246,7 @@ def connect(options: Options, workspace: Workspace) -> DuckDBPyConnection:
 
 
 def open_files(
-    files: list[str], given: list[str], form: str, options: Options, types: Mapping[str, str], workspace: Workspace | None = None
+    files: list[str], hive: bool, form: str, options: Options, types: Mapping[str, str], workspace: Workspace | None = None
 ) -> DuckDBEngine:
     """Parquet, CSV or JSON files; `types` are DuckDB's, by exact name. Raises DataError naming what cannot be read."""
     workspace = workspace or Workspace(options.temp_directory)
@@ -254,7 +254,7 @@ def open_files(
     with translating(con, workspace):
         snapshot = Snapshot.of(dict.fromkeys(files))
         if form == "parquet":
-            table = parquet.parquet_table(con, files, is_hive(files, given))
+            table = parquet.parquet_table(con, files, hive)
         else:
             table = (text.csv_table if form == "csv" else text.json_table)(con, files, types)
         bound = con.sql(render(select_all(table.from_, table.raw, len(table.names)), "duckdb"))

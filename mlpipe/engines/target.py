@@ -141,7 +141,7 @@ def write(target: Any, tables: Mapping[str, pa.Table], manifest: str, mode: str,
             file.parent.mkdir(parents=True, exist_ok=True)
         with opened(target, options, read_only=False) as database:
             try:
-                with _transaction(database.con):
+                with transaction(database.con):
                     _write(database, tables, manifest, mode, run)
             except BaseException:
                 if file is not None and fresh:  # while it is locked: nobody else can have begun to fill it
@@ -154,7 +154,8 @@ def write(target: Any, tables: Mapping[str, pa.Table], manifest: str, mode: str,
 
 
 @contextmanager
-def _transaction(con: DuckDBPyConnection) -> Iterator[None]:
+def transaction(con: DuckDBPyConnection) -> Iterator[None]:
+    """One transaction: committed at the end, rolled back after an error."""
     con.execute("begin transaction")
     try:
         yield

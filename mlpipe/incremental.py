@@ -1,0 +1,348 @@
+"""Incremental fits: statistics of each partition are kept in a store, so that a run reads only partitions that are new or changed.
+
+Nothing is ever subtracted: what leaves is left out of the next merge (see `trees`). Levels, bases, shifts and scales are fixed when the
+store is made; levels that appear later are added. The record holds, per partition, its name, mark, state and counts, and the last fits.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import expr, statements
+from .collect import changed, collect, row_count
+from .design import bases, code
+from .engines.base import Engine, fingerprint
+from .errors import ConfigError, DataError, MlpipeError
+from .features import Recipe
+from .formula import parse
+from .partitions import Partition, partitions, together, unchanged
+from .planning import Plan, Request, prepare, used_names
+from .progress import stage
+from .shelf import FORMAT, Shelf, named
+from .sources import open_source
+from .stats import SuffStats
+from .trees import Node, statistics, tree
+
+if TYPE_CHECKING:
+    from .result import MixedFit
+
+VANISHED = ("error", "drop", "keep")
+REBASE = "mlpipe run --rebase makes the store anew"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a store is for. `by`: "file" or a column; `window`: how many of the last partitions count, None for all; `vanished`: what to
+    do about a partition that the source no longer has."""
+
+    by: str = "file"
+    window: int | None = None
+    vanished: str = "error"
+
+
+@dataclass
+class Update:
+    """A store brought up to date: the statistics of all its partitions, where the last fit ended, and the record to go on with."""
+
+    shelf: Shelf
+    record: dict[str, Any]
+    stats: SuffStats
+    tree: Node
+    start: list[float] | None
+
+
+def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settings: Settings, rebase: bool = False) -> Update:
+    """Brings a store up to date with its source and merges it; what was collected is committed even if a fit fails later.
+
+    Raises ConfigError for a store of another model, DataError for a partition that vanished, changed its schema, or changed while it
+    was read; errors of a partition name it.
+    """
+    model = _model(request, where, settings)
+    held = None if rebase else shelf.record()
+    if held is not None:
+        _check_model(held["model"], model, shelf.name)
+    columns = used_names(parse(request.formula), request)
+    found = partitions(data, settings.by, columns, request.options)
+    before = {part["name"]: part for part in held["partitions"]} if held is not None else {}
+    wanted, gone = _wanted(found, list(before), settings)
+    record = held or _made(model, [part for part in found if part.name in wanted], request)
+    base = Recipe.from_json(record["recipe"])
+    new, seconds, kept = [], dict[str, float](), dict[str, dict[str, Any]]()
+    listed = {part.name: part for part in found}
+    for name in wanted:
+        part = listed.get(name)
+        if part is None or (name in before and before[name]["mark"] == part.mark):
+            kept[name] = before[name]
+        else:
+            kept[name] = _collected(shelf, part, request, base, record, seconds)
+            new.append(kept[name])
+    dropped = [name for name in before if name not in kept]
+    record = {**record, "partitions": list(kept.values())}
+    record["inputs"] = record["inputs"] or _pooled(record["partitions"])
+    leaves = [(part["name"], part["state"]) for part in record["partitions"] if part["state"] is not None]
+    if not leaves:
+        raise DataError("no partition has a row that can be used", code="no_rows")
+    root = tree(leaves)
+    record["merged"] = sorted(set(record["merged"]) & set(root.merged()))
+    if new or dropped or held is None:
+        _commit(shelf, record)
+    stats = _merged(shelf, record, root, seconds, request)
+    facts = {"total": len(kept), "read": [part["name"] for part in new], "dropped": dropped, "vanished": gone}
+    facts["replaced"] = [part["name"] for part in new if part["name"] in before]
+    return Update(shelf, record, replace(stats, info=_info(record, new, facts, seconds, stats)), root, _start(record, request, stats))
+
+
+def finished(update: Update, fit: MixedFit) -> None:
+    """Notes the drift in `fit.info`, and commits the fit as the next one's start. A fit of the same partitions again has the same drift."""
+    record, se = update.record, np.sqrt(np.diag(fit.covariance)).tolist()
+    here = {
+        "set": fingerprint(update.tree.state, fit.formula, fit.reml), "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "names": list(fit.names), "beta": fit.beta.tolist(), "se": se, "theta": fit.theta.tolist(), "singular": fit.singular,
+    }  # fmt: skip
+    earlier = [one for one in record["fits"] if one["set"] != here["set"]]
+    if earlier:
+        fit.info["drift"] = drift(earlier[-1], here)
+    record["fits"] = [*earlier[-1:], here]
+    _commit(update.shelf, record)
+
+
+def drift(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Each coefficient's change since an earlier fit, in standard errors of this one; `since`, `largest` and its `term`."""
+    old = dict(zip(before["names"], before["beta"], strict=True))
+    terms = [
+        {"term": name, "previous": old[name], "estimate": beta, "std_error": se, "drift": (beta - old[name]) / se if se > 0 else 0.0}
+        for name, beta, se in zip(now["names"], now["beta"], now["se"], strict=True)
+        if name in old
+    ]
+    worst = max(terms, key=lambda one: abs(one["drift"]), default=None)
+    names = {"added": [name for name in now["names"] if name not in old], "gone": [name for name in old if name not in now["names"]]}
+    largest = {"largest": abs(worst["drift"]), "term": worst["term"]} if worst is not None else {"largest": 0.0, "term": None}
+    return {"since": before["time"], **largest, **names, "terms": terms}
+
+
+def told(fit: MixedFit) -> str:
+    """What a run did to its store, and the drift since the fit before, as text."""
+    store, lines = fit.info["store"], []
+    words = {"replaced": store["replaced"], "dropped": store["dropped"], "vanished, kept": store["vanished"]}
+    more = "".join(f", {len(names)} {word}" for word, names in words.items() if names)
+    lines.append(f"Store: {store['total']} partitions, {len(store['read'])} read{more}")
+    if found := fit.info.get("drift"):
+        largest = f", at most {found['largest']:.2f} standard errors ({found['term']})" if found["term"] is not None else ""
+        changed_names = [f"{word}: {', '.join(found[word])}" for word in ("added", "gone") if found[word]]
+        lines.append(f"Drift since {found['since']}{largest}{''.join(f'; {text}' for text in changed_names)}")
+    for label, moved in fit.info.get("input_drift", {}).items():
+        beyond = ", beyond its range of then" if moved["outside"] else ""
+        by = f"mean moved by {moved['shift']:+.2f} spreads, spread x {moved['spread']:.2f}"
+        lines.append(f"Input {label}: {by} since the store was made{beyond}")
+    return "\n".join(lines)
+
+
+# -- what is wanted -----------------------------------------------------------------------------------------------------
+
+
+def _model(request: Request, where: str | None, settings: Settings) -> dict[str, Any]:
+    out = {name: getattr(request, name) for name in ("formula", "weights", "freq", "offset", "levels", "contrasts", "na")}
+    plain: dict[str, Any] = json.loads(json.dumps({**out, "where": where, "partition_by": settings.by}, default=str))
+    return plain
+
+
+def _check_model(held: dict[str, Any], model: dict[str, Any], name: str) -> None:
+    for key, value in model.items():
+        if held.get(key) != value:
+            raise ConfigError(f"the store {name} was made with {key} = {held.get(key)!r}, not {value!r}", code="store_model", hint=REBASE)
+
+
+def _wanted(found: Sequence[Partition], before: list[str], settings: Settings) -> tuple[list[str], list[str]]:
+    """The partitions that count, in order, and those among them that the source no longer has."""
+    names = [part.name for part in found]
+    present = set(names)
+    lost = [name for name in before if name not in present]
+    if settings.vanished != "drop":
+        after = dict(zip(before, before[1:], strict=False))
+        for name in reversed(lost):  # each in its old place: before what came after it
+            names.insert(names.index(after[name]) if name in after else len(names), name)
+    names = names[-settings.window :] if settings.window else names
+    gone = [name for name in names if name not in present]
+    if gone and settings.vanished == "error":
+        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        hint = 'vanished = "drop" in [store] leaves it out, "keep" goes on with its statistics'
+        raise DataError(f"the source no longer has the partition {gone[0]}{more}", code="partition_vanished", hint=hint)
+    return names, gone
+
+
+def _made(model: dict[str, Any], parts: Sequence[Partition], request: Request) -> dict[str, Any]:
+    """The record of a new store: bases, shifts and scales from all partitions that are there."""
+    with closing(open_source(together(parts), options=request.options)) as engine:
+        plan = prepare(engine, request)
+        types = {name: engine.schema()[name].name for name in plan.recipe.kinds}
+    recipe = plan.recipe.to_json()
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    return {
+        "format": FORMAT, "made": made, "model": model, "recipe": recipe, "types": types, "inputs": {}, "partitions": [], "merged": [],
+        "fits": [],
+    }  # fmt: skip
+
+
+# -- one partition ------------------------------------------------------------------------------------------------------
+
+
+def _collected(
+    shelf: Shelf, part: Partition, request: Request, base: Recipe, record: dict[str, Any], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Reads one partition in the shape of the store and saves its state. Errors name the partition."""
+    state = fingerprint(json.dumps(record["recipe"], sort_keys=True, default=str), json.dumps(record["model"]), part.name, part.mark)
+    try:
+        with closing(open_source(part.data, options=request.options)) as engine:
+            _check_schema(engine, base, record["types"])
+            stats, facts = _read(engine, request, base)
+        if not unchanged(part) or (part.rows is not None and facts["rows_read"] != part.rows):
+            raise changed()
+    except MlpipeError as error:
+        error.message = f"partition {part.name}: {error.message}"
+        raise
+    if stats is not None:
+        for name, taken in stats.info["seconds"].items():
+            seconds[name] = seconds.get(name, 0.0) + taken
+        shelf.save(state, stats)
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    head = {"name": part.name, "mark": part.mark, "state": state if stats is not None else None, "bytes": part.bytes, "time": time}
+    return {**head, **facts}
+
+
+def _read(engine: Engine, request: Request, base: Recipe) -> tuple[SuffStats | None, dict[str, Any]]:
+    """The statistics of one partition, None where it has no usable row, and what is noted of it."""
+    counts = {"rows": 0, "rows_read": 0, "rows_dropped": 0, "dropped": {}, "passes": 0}
+    nothing = {**counts, "notes": [], "engine": engine.dialect, "inputs": {}}
+    try:
+        plan = prepare(engine, request, like=base)
+    except DataError as error:
+        if error.code != "empty":
+            raise
+        return None, nothing
+    try:
+        stats = collect(plan)
+    except DataError as error:
+        if error.code != "no_rows" or request.na == "raise":
+            raise
+        total = row_count(plan)
+        return None, {**nothing, "rows_read": total, "rows_dropped": total, "passes": 1}
+    facts = {name: stats.info[name] for name in ("rows_read", "rows_dropped", "dropped", "passes", "notes", "engine")}
+    return stats, {"rows": stats.rows, **facts, "inputs": _inputs(plan)}
+
+
+def _check_schema(engine: Engine, base: Recipe, types: dict[str, str]) -> None:
+    """Raises DataError for a column that is gone or is of another kind than it was when the store was made."""
+    schema = engine.schema()
+    for name, kind in base.kinds.items():
+        if name not in schema:
+            raise DataError(f"there is no column {name!r}", code="schema_changed", column=name, hint=REBASE)
+        if schema[name].kind != kind:
+            what = f"the column {name!r} is {schema[name].name}, it was {types[name]} when the store was made"
+            raise DataError(what, code="schema_changed", column=name, hint=REBASE)
+
+
+def _inputs(plan: Plan) -> dict[str, dict[str, float]]:
+    """Count, mean, spread and range of what each data-dependent basis is computed from."""
+    held = bases(plan.recipe.variables.values())
+    if not held:
+        return {}
+    nodes = [variable.basis.argument for variable in held if variable.basis is not None]
+    statement = statements.moments(nodes, plan.names, statements.usable(plan.recipe, plan.names))
+    row = plan.engine.query(statement, plan.columns).read_all().to_pylist()[0]
+    out = {}
+    for k, node in enumerate(nodes):
+        names = {"count": "count", "mean": "mean", "sd": "sd", "low": "min", "high": "max"}
+        out[expr.label(node)] = {name: float(row[f"{key}_{k}"] or 0.0) for name, key in names.items()}
+    return out
+
+
+def _pooled(parts: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The moments of the inputs over all partitions."""
+    held: dict[str, list[dict[str, float]]] = {}
+    for part in parts:
+        for label, moments in part["inputs"].items():
+            held.setdefault(label, []).append(moments)
+    return {label: _union(moments) for label, moments in held.items()}
+
+
+def _union(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The moments of a union from those of its parts (Chan, Golub and LeVeque 1983, equation 1.5)."""
+    count = math.fsum(part["count"] for part in parts)
+    mean = math.fsum(part["count"] * part["mean"] for part in parts) / count
+    squares = math.fsum((part["count"] - 1) * part["sd"] ** 2 + part["count"] * (part["mean"] - mean) ** 2 for part in parts)
+    sd = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
+    return {"count": count, "mean": mean, "sd": sd, "low": min(p["low"] for p in parts), "high": max(p["high"] for p in parts)}
+
+
+# -- all partitions -----------------------------------------------------------------------------------------------------
+
+
+def _merged(shelf: Shelf, record: dict[str, Any], root: Node, seconds: dict[str, float], request: Request) -> SuffStats:
+    """The statistics of all partitions; merged states that are new are named in the record."""
+    merged = set(record["merged"])
+
+    def save(state: str, stats: SuffStats) -> None:
+        shelf.save(state, stats)
+        merged.add(state)
+
+    with stage("merge", seconds, None, request.options) as fields:
+        before = len(merged)
+        stats = statistics(root, merged.__contains__, shelf.load, save)
+        fields |= {"merges": len(merged) - before}
+    record["merged"] = sorted(merged)
+    return stats
+
+
+def _info(
+    record: dict[str, Any], new: Sequence[dict[str, Any]], facts: dict[str, Any], seconds: dict[str, float], stats: SuffStats
+) -> dict[str, Any]:
+    """What a fit notes about the statistics it came from; `passes`: rows read by this run over the rows of all partitions."""
+    parts = record["partitions"]
+    dropped: dict[str, int] = {}
+    for cause, count in ((cause, count) for part in parts for cause, count in part["dropped"].items()):
+        dropped[cause] = dropped.get(cause, 0) + count
+    total = sum(part["rows_read"] for part in parts)
+    sizes = [part["bytes"] for part in new]
+    info = {
+        "rows_read": total, "rows_dropped": sum(part["rows_dropped"] for part in parts), "dropped": dropped,
+        "blocks": stats.blocks.n_blocks if stats.blocks is not None else 0, "seconds": seconds, "path": "blocks",
+        "passes": sum(part["passes"] * part["rows_read"] for part in new) / total if total else 0.0,
+        "notes": list(dict.fromkeys(f"{part['name']}: {note}" for part in new for note in part["notes"])),
+        "engine": parts[-1]["engine"], "fingerprint": fingerprint(*((part["name"], part["mark"]) for part in parts)),
+        "rescannable": False, "bytes": None if None in sizes else sum(sizes), "store": {"made": record["made"], **facts},
+    }  # fmt: skip
+    if record["inputs"]:
+        info["input_drift"] = _input_drift(record["inputs"], _pooled(parts))
+    return info
+
+
+def _input_drift(made: dict[str, dict[str, float]], now: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """How far the inputs of the fixed bases have moved since the store was made: `shift` in spreads of then, `spread` as a ratio,
+    `outside`: whether values lie beyond the range of then."""
+    out = {}
+    for label, then in made.items():
+        at = now.get(label, then)
+        unit = then["sd"] or 1.0
+        outside = at["low"] < then["low"] or at["high"] > then["high"]
+        out[label] = {"shift": (at["mean"] - then["mean"]) / unit, "spread": at["sd"] / unit, "outside": outside}
+    return out
+
+
+def _start(record: dict[str, Any], request: Request, stats: SuffStats) -> list[float] | None:
+    """theta of the last fit, where the model still has as many parameters and no boundary holds it."""
+    if not record["fits"] or record["fits"][-1]["singular"]:
+        return None
+    sizes = [len(code(bar.terms, stats.recipe.variables)) for bar in parse(request.formula).random]
+    theta: list[float] = record["fits"][-1]["theta"]
+    return theta if len(theta) == sum(q * (q + 1) // 2 for q in sizes) else None
+
+
+def _commit(shelf: Shelf, record: dict[str, Any]) -> None:
+    shelf.commit(record, named(record))
