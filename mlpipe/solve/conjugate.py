@@ -1,6 +1,7 @@
 """M of a crossed model applied, never formed: its Schur complement, and conjugate gradients side by side (FORMULAS R6)."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
@@ -27,6 +28,19 @@ class Solves:
     alphas: list[Array] = field(default_factory=list)
     betas: list[Array] = field(default_factory=list)
     iterations: int = 0
+
+    def quadrature(self, k: int) -> float:
+        """Σ τ² log λ of the Lanczos matrix of column k's conjugate gradients (R6)."""
+        alphas = np.array([a[k] for a in self.alphas])
+        used = int((alphas > 0.0).sum())
+        if used == 0:
+            return 0.0
+        alphas, betas = alphas[:used], np.array([b[k] for b in self.betas])[:used]
+        diagonal = 1.0 / alphas
+        diagonal[1:] += betas[:-1] / alphas[:-1]
+        off = np.sqrt(np.maximum(betas[:-1], 0.0)) / alphas[:-1]
+        values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
+        return float((vectors[0] ** 2) @ np.log(np.maximum(values, 1e-300)))
 
 
 class Operator:
@@ -143,6 +157,18 @@ class Operator:
             stagnant = 0 if (rz[live] < 0.9 * least[live]).any() else stagnant + 1
             least = np.minimum(least, rz)
         return out
+
+    def logdet(self, solver: Operator, probes: Array, tol: float) -> tuple[float, float]:
+        """log|M| and its Monte Carlo error by Lanczos quadrature of `solver` (this, or it in singles), p'S̃p as control variate (R6)."""
+        size, columns = probes.shape
+        solved = solver.solve_rest(solver.by_blocks(small.multiply, probes), tol, keep=True)
+        scaled = solver.by_blocks(small.forward, solver.rest(solver.by_blocks(small.backward, probes)))
+        excess = dots(scaled, probes) - size
+        logs = np.array([size * solved.quadrature(k) for k in range(columns)])
+        slope = float(logs @ excess / max(excess @ excess, 1e-300)) if columns > 2 else 1.5
+        values = logs - slope * excess
+        known = float(small.logdet(self.L).sum()) + sum(float(small.logdet(R).sum()) for R in self.R)
+        return known + float(values.mean()), float(values.std(ddof=1) / math.sqrt(columns))
 
     def solve(self, b: Array, tol: float, start: Array | None = None) -> Array:
         """M⁻¹b; `start`: of the factors other than the first."""

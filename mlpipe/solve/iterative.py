@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from . import small
-from .conjugate import Operator, Solves, dots
+from .conjugate import Operator
 from .crossed import CrossedProblem, Evaluation, Exact, Factor, flat, per_level
 from .crosses import Crosses, by_size, over_effects
 from .glm import newton_step
@@ -67,19 +67,19 @@ class Iterative(Exact):
         c = self.spherical(lambda_)
         y = M.down(c[: M.size])
         x = M.solve_rest(c[M.size :] - M.transposed(y), CG_TIGHT, self.warm[0]).x
-        g = single.solve_rest(single.by_blocks(_lower, self.probes), CG_SINGLE, self.warm[1]).x
+        g = single.solve_rest(single.by_blocks(small.multiply, self.probes), CG_SINGLE, self.warm[1]).x
         self.warm = x, g
         U = np.concatenate([M.up(y - M.times(x)), x])
-        at = self._estimates(c, U, M)
+        at = self.estimates(c, U, M)
         t, H = self.residual_sums(lambda_, at, U)
-        traces = self._traces(single, M, g)
-        each = np.column_stack([-self.entries_of(self._gaps(lambda_, [part[:, :, i] for part in traces])) for i in range(g.shape[1])])
-        score = self.score_from(at, U, t, H, self._gaps(lambda_, [part.mean(axis=2) for part in traces]))
+        traces = self.traces_by_probe(single, M, g)
+        each = np.column_stack([-self.entries_of(self.gaps(lambda_, [part[:, :, i] for part in traces])) for i in range(g.shape[1])])
+        score = self.score_from(at, U, t, H, self.gaps(lambda_, [part.mean(axis=2) for part in traces]))
         G = self.working(lambda_, at, t)
         AI = self.information_from(lambda_, at, t, H, G, lambda b: single.solve(b.astype(np.float32), CG_HESSIAN))
         return at, score, AI, each
 
-    def _estimates(self, c: Array, U: Array, M: Operator) -> Evaluation:
+    def estimates(self, c: Array, U: Array, M: Operator) -> Evaluation:
         problem, p = self.problem, self.problem.p
         A = problem.WW - c.T @ U
         R = np.linalg.cholesky((A + A.T) / 2.0).T
@@ -88,7 +88,7 @@ class Iterative(Exact):
         inverse = np.linalg.inv(R[:p, :p]) if p else np.zeros((0, 0))
         return Evaluation(math.nan, beta, s2, inverse @ inverse.T, U[:, p] - U[:, :p] @ beta, M)  # type: ignore[arg-type]
 
-    def _traces(self, single: Operator, M: Operator, x: Array) -> list[Array]:
+    def traces_by_probe(self, single: Operator, M: Operator, x: Array) -> list[Array]:
         """Σ_i (M⁻¹)_ki,ki of every factor, per probe (q_k, q_k, probes): Hutchinson's estimates with B⁻¹, whose trace is known, as control
         variate."""
         g = single.by_blocks(small.backward, self.probes)
@@ -102,7 +102,7 @@ class Iterative(Exact):
             each.append(known[:, :, None] + _products(g[a:b], x[a:b] - g[a:b], len(R)))
         return each
 
-    def _gaps(self, lambda_: Array, sums: Sequence[Array]) -> list[Array]:
+    def gaps(self, lambda_: Array, sums: Sequence[Array]) -> list[Array]:
         """T_k of `Exact.score_from` from Σ_i (M⁻¹)_ki,ki."""
         out = []
         for f, lam, total in zip(self.problem.factors, self.problem.lambdas(lambda_), sums, strict=True):
@@ -116,24 +116,11 @@ class Iterative(Exact):
         single = M.single(self.half)
         c = self.spherical(lambda_)
         U = M.solve(c, CG_TIGHT, self.warm[0])
-        at = self._estimates(c, U, M)
-        rhs = single.by_blocks(_lower, self.probes)
-        solved = single.solve_rest(rhs, CG_SINGLE, keep=True)
-        size = len(rhs)
-        energy = dots(self._scaled(single, self.probes), self.probes)
-        logs = np.array([size * _quadrature(solved, k) for k in range(rhs.shape[1])])
-        excess = energy - size
-        slope = float(logs @ excess / max(excess @ excess, 1e-300)) if rhs.shape[1] > 2 else 1.5
-        values = logs - slope * excess
-        rest = sum(float(small.logdet(R).sum()) for R in M.R) + float(values.mean())
-        logdet = float(small.logdet(M.L).sum()) + rest
+        at = self.estimates(c, U, M)
+        logdet, error = M.logdet(single, self.probes, CG_SINGLE)
         minus2 = logdet - problem.sum_log_w + problem.degrees * (1.0 + math.log(2.0 * math.pi * at.s2))
         minus2 -= float(np.linalg.slogdet(at.C)[1]) if problem.reml and p else 0.0
-        return -minus2 / 2.0, float(values.std(ddof=1) / math.sqrt(len(values)) / 2.0)
-
-    def _scaled(self, M: Operator, x: Array) -> Array:
-        """R⁻¹ S R⁻ᵀ x."""
-        return M.by_blocks(small.forward, M.rest(M.by_blocks(small.backward, x)))
+        return -minus2 / 2.0, error / 2.0
 
     def variances(self, lambda_: Array, draw: Callable[[np.random.Generator], Array] | None) -> list[Array]:
         """Blocks (q_k, q_k, m_k) of M⁻¹ of every factor, from samples v ~ N(0, M⁻¹) (R7); `draw` gives Z'w^½ε over single effects, where
@@ -166,30 +153,10 @@ class Iterative(Exact):
         return [(f, lam, x[a:b]) for f, lam, a, b in zip(self.problem.factors, lams, ends[:-1], ends[1:], strict=True)]
 
 
-def _lower(R: Array, x: Array) -> Array:
-    """R x for lower R (q, q, …) and x (q, …)."""
-    return np.stack([sum(R[i, j] * x[j] for j in range(i + 1)) for i in range(len(R))])
-
-
 def _products(a: Array, b: Array, q: int) -> Array:
     """Σ over levels of a_i b_i', per column (q, q, k)."""
     left, right = a.reshape(-1, q, a.shape[1]), b.reshape(-1, q, b.shape[1])
     return np.asarray(np.einsum("mik,mjk->ijk", left, right, dtype=np.float64))
-
-
-def _quadrature(solved: Solves, k: int) -> float:
-    """Σ τ² log λ of the Lanczos matrix of column k's conjugate gradients (R6)."""
-    alphas = np.array([a[k] for a in solved.alphas])
-    used = int((alphas > 0.0).sum())
-    if used == 0:
-        return 0.0
-    betas = np.array([b[k] for b in solved.betas])[:used]
-    alphas = alphas[:used]
-    diagonal = 1.0 / alphas
-    diagonal[1:] += betas[:-1] / alphas[:-1]
-    off = np.sqrt(np.maximum(betas[:-1], 0.0)) / alphas[:-1]
-    values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
-    return float((vectors[0] ** 2) @ np.log(np.maximum(values, 1e-300)))
 
 
 @dataclass

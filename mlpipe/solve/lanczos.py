@@ -27,7 +27,7 @@ def normal(M: Operator, rng: np.random.Generator, samples: int) -> Array:
         return np.asarray(x + by_blocks(small.forward, _across(M, inner, ends))[:, 0])
 
     draws = [root_times(scaled, rng.standard_normal(int(ends[-1]))) for _ in range(samples)]
-    return by_blocks(_lower, np.column_stack(draws))
+    return by_blocks(small.multiply, np.column_stack(draws))
 
 
 def _across(M: Operator, x: Array, ends: Array) -> Array:
@@ -42,11 +42,6 @@ def _across(M: Operator, x: Array, ends: Array) -> Array:
 
 def _mapped(map_: Array, x: Array) -> Array:
     return flat(np.einsum("ab,bkm->akm", map_, per_level(x, len(map_))))
-
-
-def _lower(L: Array, x: Array) -> Array:
-    """L x for x (q, k, m)."""
-    return np.asarray(np.einsum("ijm,jkm->ikm", L, x))
 
 
 def root_times(apply: Callable[[Array], Array], e: Array) -> Array:

@@ -5,7 +5,6 @@ The inverse of the rest S = M_22 - V'V is B⁻¹, its diagonal blocks', and what
 """
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import cast
@@ -15,7 +14,7 @@ import scipy.sparse as sp
 
 from . import small
 from .coded_rows import Factored, JointProblem, Spread, Weights, spread_of
-from .conjugate import Operator, Solves, dots
+from .conjugate import Operator
 from .crossed import CrossedProblem, Factor
 from .crosses import Cross, Crosses
 from .link import Array
@@ -66,7 +65,7 @@ class Iterated:
         """g, and x - g, over all factors."""
         M, solver = self.operator, self.solver
         g = M.by_blocks(small.backward, solver.probes)
-        x = M.solve_rest(M.by_blocks(_lower, solver.probes), tol, solver.warm).x
+        x = M.solve_rest(M.by_blocks(small.multiply, solver.probes), tol, solver.warm).x
         solver.warm = x
         return self.full(g), self.full(x - g)
 
@@ -91,16 +90,8 @@ class Iterated:
         return Inverse([np.einsum("kib,klb,ljb->ijb", W, inner, W), *blocks], cells)
 
     def lanczos(self) -> tuple[float, float]:
-        """log|M| and its Monte Carlo error, with p'S̃p as control variate."""
-        M, probes = self.operator, self.solver.probes
-        solved = M.solve_rest(M.by_blocks(_lower, probes), CG_TIGHT, keep=True)
-        scaled = M.by_blocks(small.forward, M.rest(M.by_blocks(small.backward, probes)))
-        excess = dots(scaled, probes) - len(probes)
-        logs = np.array([len(probes) * _quadrature(solved, k) for k in range(probes.shape[1])])
-        slope = float(logs @ excess / max(excess @ excess, 1e-300))
-        values = logs - slope * excess
-        known = float(small.logdet(M.L).sum()) + sum(float(small.logdet(R).sum()) for R in M.R)
-        return known + float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+        """log|M| and its Monte Carlo error."""
+        return self.operator.logdet(self.operator, self.solver.probes, CG_TIGHT)
 
 
 @dataclass
@@ -147,25 +138,6 @@ class Probed:
         """Σ_i (Z'WZΛ(x - g))_ki g_ki' per probe (q_k, q_k, k)."""
         sides = zip(problem.split(weights.times(problem, scaled)), problem.split(g), strict=True)
         return [np.einsum("akm,bkm->abk", left, right) for left, right in sides]
-
-
-def _lower(R: Array, x: Array) -> Array:
-    """R x for lower R (q, q, …) and x (q, …)."""
-    return np.stack([sum((R[i, j] * x[j] for j in range(i + 1)), small.ZERO) for i in range(len(R))])
-
-
-def _quadrature(solved: Solves, k: int) -> float:
-    """Σ τ² log λ of the Lanczos matrix of column k's conjugate gradients (R6)."""
-    alphas = np.array([a[k] for a in solved.alphas])
-    used = int((alphas > 0.0).sum())
-    if used == 0:
-        return 0.0
-    alphas, betas = alphas[:used], np.array([b[k] for b in solved.betas])[:used]
-    diagonal = 1.0 / alphas
-    diagonal[1:] += betas[:-1] / alphas[:-1]
-    off = np.sqrt(np.maximum(betas[:-1], 0.0)) / alphas[:-1]
-    values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
-    return float((vectors[0] ** 2) @ np.log(np.maximum(values, 1e-300)))
 
 
 def chosen(method: str, rest: int, filling: float, limit: int) -> str:

@@ -21,6 +21,14 @@ def cholesky(H: Array) -> Array:
     return L
 
 
+def multiply(L: Array, v: Array) -> Array:
+    """L v for v (q, B) or (q, k, B)."""
+    out = np.empty_like(v)
+    for i in range(len(L)):
+        out[i] = sum((L[i, j] * v[j] for j in range(i + 1)), ZERO)
+    return out
+
+
 def forward(L: Array, v: Array) -> Array:
     """L⁻¹v for v (q, B) or (q, k, B)."""
     out = np.empty_like(v)
