@@ -5,6 +5,7 @@ A stage is a SELECT over the stage before it that adds columns; the last one han
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from sqlglot.errors import SqlglotError
 
 from .effects import coefficient_names, key_names
 from .engines.warehouses import guarded, handed_on, render, warehouse
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, ResourceError, did_you_mean
 from .features import Recipe
 from .mean_sql import ETA, VARIANCE, Mean, Stage, marginal_mean, mean
 from .predictions import fixed_part, scorable, value_names, variance_part
@@ -58,6 +59,21 @@ def scoring_sql(
     return render(statement, dialect) + "\n"
 
 
+def write_text(fit: MixedFit, dialect: str, target: str, prefix: str) -> Path:
+    """Writes the text of conditional predictions into the directory, or beside the database, that holds the fit."""
+    from .atomic import replacing
+
+    name, path = f"{prefix}_scoring.{dialect}.sql", Path(target)
+    path = path / name if path.is_dir() else path.with_name(f"{path.stem}_{name}")
+    text = fit.scoring_sql(dialect, prefix=prefix)
+    try:
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise ResourceError(f"cannot write {path}: {error.strerror or error}", code="not_writable") from error
+    return path
+
+
 class Joined:
     """One factor's modes: their table under the alias `alias`, keys, and coefficients over the random features."""
 
@@ -90,7 +106,7 @@ class Joined:
         """LEFT JOIN of the table's rows of this fit, where it was written: a table may hold several runs and models."""
         table = _table(prefix, dialect)
         table.set("this", exp.to_identifier(f"{table.name}_{self.table}", quoted=True))
-        on = [exp.EQ(this=_true(key), expression=self._column(own)) for key, own in zip(self.columns, self.keys, strict=True)]
+        on: list[Expression] = [exp.EQ(this=_true(key), expression=self._column(own)) for key, own in zip(self.columns, self.keys, strict=True)]
         on += [_equal(self._column(name), value) for name, value in self.stamps.items()]
         return exp.Join(this=exp.alias_(table, self.alias, table=True), side="LEFT", on=both(on))
 

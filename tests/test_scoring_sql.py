@@ -233,6 +233,55 @@ def test_names_of_tables() -> None:
     assert {'db.raw."Rows" AS mlpipe_src', 'db.marts."nightly_ranef_g" AS mlpipe_r0'} <= tables
 
 
+@pytest.mark.parametrize(("target", "file"), [("out", "out/p_scoring.duckdb.sql"), ("fits.duckdb", "fits_p_scoring.duckdb.sql")])
+def test_a_job_writes_the_text_beside_its_result(target: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpipe import job
+
+    monkeypatch.chdir(tmp_path)
+    FRAME.write_parquet("rows.parquet")
+    output = f'[output]\ntarget = "{target}"\nprefix = "p"\nmode = "overwrite"\nscoring_sql = ["duckdb", "spark"]\n'
+    Path("job.toml").write_text(f'[source]\npath = "rows.parquet"\n[model]\nformula = "y ~ x + (1 | g)"\n{output}')
+    read = job.read_job("job.toml")
+    for _ in range(2):
+        fit = job.fit_job(read, {})
+        job.write_output(fit, read.output)
+    text = Path(file).read_text()
+    assert text == fit.scoring_sql("duckdb", prefix="p") and Path(file.replace("duckdb.sql", "spark.sql")).exists()
+    assert mp.load(target, prefix="p").scoring_sql("duckdb", prefix="p") == text
+    con = duckdb.connect(target if target.endswith(".duckdb") else ":memory:")
+    if target == "out":
+        con.execute("create table p_ranef_g as from 'out/runs/*/p_ranef_g.parquet'")
+    con.execute("create temp table data as from 'rows.parquet'")
+    agrees(con.sql(text).pl().sort("id"), fit, FRAME)
+
+
+def test_a_job_of_many_fits_has_no_text(tmp_path: Path) -> None:
+    from mlpipe import job
+
+    text = '[source]\npath = "x"\n[model]\nformula = "y ~ x + (1 | g)"\nby = ["h"]\n[output]\ntarget = "out"\nscoring_sql = ["duckdb"]\n'
+    (tmp_path / "job.toml").write_text(text)
+    with pytest.raises(mp.ConfigError, match="one fit"):
+        job.read_job(tmp_path / "job.toml")
+
+
+def test_one_of_many_fits_joins_its_own_levels() -> None:
+    """Tables of several models, by the values of a column."""
+    from mlpipe.many import Model, fit_many
+    from mlpipe.planning import Request
+    from mlpipe.store import write_all
+    from mlpipe.tables import Entry
+
+    con = duckdb.connect()
+    rows = FRAME.with_columns(part=pl.when(pl.col("id") % 2 == 0).then(pl.lit("even")).otherwise(pl.lit("odd")))
+    con.register("given", rows.to_arrow())
+    con.execute("create table data as from given")
+    fits = fit_many([Model("m", "y ~ x + (1 | g)")], rows, Request("", by=("part",)))
+    entries = [Entry(one.model, one.fit, one.by) for one in fits.fits]
+    write_all(entries, fits.by, con, prefix="mlpipe", mode="error", run_id=None, ranef=True)
+    for one in fits.fits:
+        agrees(con.sql(one.fit.scoring_sql()).pl().sort("id"), one.fit, rows)
+
+
 # ---- functions written out, against scipy and by brute force
 
 
