@@ -106,7 +106,8 @@ class Joined:
         """LEFT JOIN of the table's rows of this fit, where it was written: a table may hold several runs and models."""
         table = _table(prefix, dialect)
         table.set("this", exp.to_identifier(f"{table.name}_{self.table}", quoted=True))
-        on: list[Expression] = [exp.EQ(this=_true(key), expression=self._column(own)) for key, own in zip(self.columns, self.keys, strict=True)]
+        sides = zip(self.columns, self.keys, strict=True)
+        on: list[Expression] = [exp.EQ(this=_true(key), expression=self._column(own)) for key, own in sides]
         on += [_equal(self._column(name), value) for name, value in self.stamps.items()]
         return exp.Join(this=exp.alias_(table, self.alias, table=True), side="LEFT", on=both(on))
 
