@@ -227,7 +227,9 @@ def _write_parquet(reader: pa.RecordBatchReader, out: str) -> None:
     if target.exists() and not target.is_file():
         raise ResourceError(f"cannot write {out}: it is not a regular file", code="not_writable")
     try:
-        with replacing(target) as file, pq.ParquetWriter(file, reader.schema, compression="zstd") as writer:
+        # dictionaries of numbers cost half the time of writing them, and save nothing that zstd does not
+        texts = [field.name for field in reader.schema if not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type))]
+        with replacing(target) as file, pq.ParquetWriter(file, reader.schema, compression="zstd", use_dictionary=texts or False) as writer:
             for table in _row_groups(reader):
                 writer.write_table(table)
     except OSError as error:

@@ -55,7 +55,7 @@ class MixedFit:
     `loglik` (restricted if `reml`); `nobs`, `rows`, `n_blocks`; `converged`, `singular`, `score`, `evaluations`, `message`;
     `theta_covariance`, covariance of the solver's (theta, log sigma), NaN on the boundary; `seconds`; `info`.
     `source` is the data it came from (None after `mp.load`), `options` how it was read, `effects_table` the BLUPs where they were kept,
-    `effects_tables` those of several factors, by group.
+    `effects_tables` those of several factors, by group. `written`: the run, model and values by which result tables tell its rows.
     """
 
     formula: str
@@ -85,6 +85,7 @@ class MixedFit:
     options: Options | None = None
     effects_table: pa.Table | None = None
     effects_tables: dict[str, pa.Table] = field(default_factory=dict)
+    written: dict[str, Any] = field(default_factory=dict)
 
     family = "gaussian"
     link = "identity"

@@ -81,7 +81,7 @@ class Joined:
         self.alias, self.group = alias, group
         self.columns = next((keys for keys in fit.recipe.factors if ":".join(keys) == group), fit.recipe.groups)
         self.table = f"ranef_{file_name(group)}"
-        self.stamps: dict[str, Any] = fit.info.get("written", {})
+        self.stamps = fit.written
         terms = [term for term in fit.terms if term.group == group]
         names = [*key_names(terms, self.columns), *(name for c in coefficient_names(terms) for name in (c, f"{c}_se"))]
         names = written(names, [name for name in self.stamps if name not in ("run_id", "model")])
@@ -233,7 +233,7 @@ def _head(fit: MixedFit, wanted: str, kind: str, source: str, prefix: str, ranef
     """What the statement says of itself."""
     lines = [f"{fit.formula}: {wanted} predictions on the scale of the {kind}", f"reads {source}"]
     if ranef:
-        run = fit.info.get("written", {}).get("run_id")
+        run = fit.written.get("run_id")
         tables = ", ".join(f"{prefix}_{one.table} ({one.group})" for one in ranef)
         lines.append(f"joins {tables}" + (f" of run {run}" if run else ""))
     return lines

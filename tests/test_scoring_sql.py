@@ -151,7 +151,7 @@ def test_on_polars(name: str) -> None:
     for group in fit.groups:
         tables[f"mlpipe_ranef_{group.replace(':', '_')}"] = pl.from_arrow(fit.ranef(group, wide=True))
     text = fit.scoring_sql("duckdb")
-    stamps = {name: pl.lit(value) for name, value in fit.info.get("written", {}).items()}
+    stamps = {name: pl.lit(value) for name, value in fit.written.items()}
     tables |= {name: table.with_columns(**stamps) for name, table in tables.items() if name != "data"}
     agrees(pl.SQLContext(tables, eager=True).execute(text).sort("id"), fit, ODD)
 
@@ -169,7 +169,7 @@ def test_the_run_that_was_written(tmp_path: Path) -> None:
     first.write(tmp_path / "fit")
     loaded = mp.load(tmp_path / "fit")
     con.execute(f"create or replace table mlpipe_ranef_g as from '{tmp_path}/fit/runs/*/mlpipe_ranef_g.parquet'")
-    assert loaded.info["written"] == first.info["written"]
+    assert loaded.written == first.written
     agrees(con.sql(loaded.scoring_sql()).pl().sort("id"), loaded, ODD)
 
 
@@ -356,7 +356,7 @@ def given(fit: Any) -> Any:
     from dataclasses import replace
 
     terms = tuple(replace(term, Q=np.round(term.Q, 3), R=np.round(term.R, 3), star=np.round(term.star, 3)) for term in fit.terms)
-    return replace(fit, gamma=np.round(fit.gamma, 3), terms=terms, sigma=1.0, info={"written": {"run_id": "run1", "model": fit.formula}})
+    return replace(fit, gamma=np.round(fit.gamma, 3), terms=terms, sigma=1.0, written={"run_id": "run1", "model": fit.formula})
 
 
 def texts() -> dict[str, tuple[Any, dict[str, Any]]]:
