@@ -56,7 +56,7 @@ def integrated(link: str, eta: Array, variance: Array | None) -> Integrated:
 def _quadrature(link: str, eta: Array, sd: Array) -> Integrated:
     means = LINKS[link].means
     mu, nu, d1, d2 = (np.zeros_like(eta) for _ in range(4))
-    for node, weight in zip(*trapezoid(float(np.nanmax(sd, initial=0.0))), strict=True):
+    for node, weight in zip(*trapezoid(link, float(np.nanmax(sd, initial=0.0))), strict=True):
         at = means(eta + sd * node)
         mu += weight * at.mu
         nu += weight * at.nu
@@ -160,7 +160,7 @@ def moments(link: str, eta: Array, variance: Array | None) -> tuple[Array, Array
         return first, second, third
     sd = np.sqrt(variance)
     out = [np.zeros_like(eta) for _ in range(3)]
-    for node, weight in zip(*trapezoid(float(np.nanmax(sd, initial=0.0))), strict=True):
+    for node, weight in zip(*trapezoid(link, float(np.nanmax(sd, initial=0.0))), strict=True):
         mu = means(eta + sd * node).mu
         for k in range(3):
             out[k] += weight * mu ** (k + 1)
@@ -191,7 +191,7 @@ def pair_covariances(link: str, eta: tuple[Array, Array], variance: tuple[Array,
     rest[rest < 1e-12 * np.maximum(variance[1], 1e-300)] = 0.0
     product = np.zeros_like(eta[0])
     largest = max(float(np.max(sd, initial=0.0)), float(np.max(np.abs(slope), initial=0.0)))
-    for node, weight in zip(*trapezoid(largest), strict=True):
+    for node, weight in zip(*trapezoid(link, largest), strict=True):
         inner = integrated(link, eta[1] + slope * node, rest if rest.any() else None).mu
         product += weight * (LINKS[link].means(eta[0] + sd * node).mu - means[0]) * inner
     return product

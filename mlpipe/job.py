@@ -23,7 +23,6 @@ Mode = Literal["error", "overwrite", "append"]
 # Keys that the job format reserves and this version does not have: better named than called unknown.
 RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
     ("source",): ("columns",),
-    ("output",): ("scoring_sql",),
     ("limits",): ("timeout",),
 }
 _WANTED = {
@@ -108,6 +107,7 @@ class OutputSection(Section):
     prefix: str = "mlpipe"
     mode: Mode = "error"
     ranef: bool = True
+    scoring_sql: list[Literal["duckdb", "postgres", "snowflake", "bigquery", "spark"]] = Field(default_factory=list)
 
 
 class LimitsSection(Section):
@@ -227,6 +227,8 @@ def _check_models(job: Job, path: str) -> None:
             raise ConfigError(f"{path}: [model] {error.message}", code="job_value", hint=error.hint) from error
         if model.kind != "lmm" and (model.by or job.models):
             raise ConfigError(f"{path}: by and [[models]] are for linear mixed models", code="not_available")
+    if has_many(job) and job.output is not None and job.output.scoring_sql:
+        raise ConfigError(f"{path}: output.scoring_sql is for a job of one fit", code="not_available", hint="mlpipe.load one of them")
     names = [model.name for model in job.models]
     if len(set(names)) < len(names):
         raise ConfigError(f"{path}: two models have one name", code="job_value")
@@ -356,9 +358,15 @@ def told(fit: MixedFit) -> str:
 
 
 def write_output(fit: MixedFit, output: OutputSection | None) -> None:
-    """Writes the fit where the job says, if it does. Raises what `MixedFit.write` raises."""
+    """Writes the fit where the job says, if it does, and its scoring SQL. Raises what `MixedFit.write` and `scoring_sql` raise."""
     if output is not None:
+        from .scoring_sql import write_text
+
+        for dialect in output.scoring_sql:  # where there can be none, nothing is written
+            fit.scoring_sql(dialect, prefix=output.prefix)
         fit.write(output.target, prefix=output.prefix, mode=output.mode, ranef=output.ranef)
+        for dialect in output.scoring_sql:
+            write_text(fit, dialect, output.target, output.prefix)
 
 
 def check_policy(fit: MixedFit, policy: PolicySection) -> None:

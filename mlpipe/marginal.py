@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray
 
-STEP, REACH = 0.5, 8.5  # of the quadrature over the linear predictor, in units of the spread or of 1
+REACH = 8.5  # of the quadrature over the linear predictor, in units of the spread
+STEP = {"logit": 0.5}  # of it, in units of the spread or of 1: its error is exp(-2 pi d / STEP), d the distance of the nearest pole
+SHORT_STEP = 0.25  # of the other links: d is 1 for cauchit, and cloglog's mean is bounded up to pi / 2
 LATENT = {"logit": math.pi**2 / 3.0, "probit": 1.0, "cloglog": math.pi**2 / 6.0}
 
 
@@ -32,15 +34,16 @@ def mean(fit: GeneralizedFit, eta: Array, variance: Array | None = None) -> Arra
     if fit.link == "probit":
         return np.asarray(density.link.means(eta / np.sqrt(1.0 + variance)).mu)
     sd, out = np.sqrt(variance), np.zeros_like(eta)
-    for node, weight in zip(*trapezoid(float(np.nanmax(sd, initial=0.0))), strict=True):
+    for node, weight in zip(*trapezoid(fit.link, float(np.nanmax(sd, initial=0.0))), strict=True):
         out += weight * density.link.means(eta + sd * node).mu
     return out
 
 
-def trapezoid(sd: float) -> tuple[Array, Array]:
-    """Nodes and weights for the mean over a standard normal of a function with poles no nearer than 1 / sd: for such functions the
-    trapezoidal rule converges geometrically in the step (Trefethen and Weideman 2014), where Gauss-Hermite's fails for large sd."""
-    step = min(STEP, STEP / max(sd, 1e-300))
+def trapezoid(link: str, sd: float) -> tuple[Array, Array]:
+    """Nodes and weights for the mean over a standard normal of a link's means at eta + sd * node: for functions with poles no nearer than
+    1 / sd the trapezoidal rule converges geometrically in the step (Trefethen and Weideman 2014), where Gauss-Hermite's fails for large
+    sd."""
+    step = STEP.get(link, SHORT_STEP) / max(sd, 1.0)
     x = step * np.arange(-round(REACH / step), round(REACH / step) + 1)
     w = np.exp(-0.5 * x * x)
     return x, w / w.sum()

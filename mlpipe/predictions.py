@@ -73,13 +73,10 @@ def statement_of(
     """
     from sqlglot import exp
 
-    from .sql import both, case, feature, finite, named, number, numeric, plus, skeleton
-    from .statements import combination
+    from .sql import both, case, feature, finite, named, number, plus, skeleton
 
     recipe = fit.recipe
-    fixed = combination(fit.gamma.tolist(), recipe, names, inside=False)
-    for offset in _offsets(recipe):
-        fixed = plus(fixed, numeric(offset, names))
+    fixed = fixed_part(fit, names)
     usable = scorable(recipe, names)
     every = {"population": fixed}
     if joined is not None:
@@ -90,7 +87,7 @@ def statement_of(
         if f"z{k}" in parts:
             every[f"z{k}"] = feature(recipe.features[i], recipe, names) if recipe.features[i] else number(1)
     if "variance" in parts:
-        every["variance"] = _variance(fit, names)
+        every["variance"] = variance_part(fit, names)
     if "size" in parts:
         every["size"] = _size(recipe, names)
     if "observed" in parts:
@@ -113,6 +110,17 @@ def statement_of(
         if ordered:
             statement = statement.order_by(exp.column("rn", table="src"), copy=False)
     return statement
+
+
+def fixed_part(fit: MixedFit, names: Names) -> exp.Expr:
+    """The linear predictor without random effects, offsets included."""
+    from .sql import numeric, plus
+    from .statements import combination
+
+    fixed = combination(fit.gamma.tolist(), fit.recipe, names, inside=False)
+    for offset in _offsets(fit.recipe):
+        fixed = plus(fixed, numeric(offset, names))
+    return fixed
 
 
 def random_features(recipe: Recipe) -> list[str]:
@@ -190,7 +198,7 @@ def _positive(value: exp.Expr) -> exp.Expr:
     return exp.GT(this=exp.Paren(this=value.copy()), expression=number(0))
 
 
-def _variance(fit: MixedFit, names: Names) -> exp.Expr:
+def variance_part(fit: MixedFit, names: Names) -> exp.Expr:
     """The variance z'Ψz of the random part at a row, over the features."""
     from .sql import feature, number, summed, times
 

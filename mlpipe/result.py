@@ -55,7 +55,7 @@ class MixedFit:
     `loglik` (restricted if `reml`); `nobs`, `rows`, `n_blocks`; `converged`, `singular`, `score`, `evaluations`, `message`;
     `theta_covariance`, covariance of the solver's (theta, log sigma), NaN on the boundary; `seconds`; `info`.
     `source` is the data it came from (None after `mp.load`), `options` how it was read, `effects_table` the BLUPs where they were kept,
-    `effects_tables` those of several factors, by group.
+    `effects_tables` those of several factors, by group. `written`: the run, model and values by which result tables tell its rows.
     """
 
     formula: str
@@ -85,6 +85,7 @@ class MixedFit:
     options: Options | None = None
     effects_table: pa.Table | None = None
     effects_tables: dict[str, pa.Table] = field(default_factory=dict)
+    written: dict[str, Any] = field(default_factory=dict)
 
     family = "gaussian"
     link = "identity"
@@ -406,6 +407,23 @@ class MixedFit:
         from . import store
 
         store.write(self, target, prefix=prefix, mode=mode, run_id=run_id, ranef=ranef)
+
+    def scoring_sql(
+        self, dialect: str = "duckdb", *, source: str = "data", effects: str | Sequence[str] = "conditional", kind: str = "response",
+        new_levels: str = "population", prefix: str = "mlpipe",
+    ) -> str:  # fmt: skip
+        """A SELECT that predicts inside a warehouse as `predict` does: all columns of the table `source`, and `predicted`.
+
+        `dialect`: "duckdb", "postgres", "snowflake", "bigquery" or "spark" (4 or later). Conditional predictions join the tables
+        `<prefix>_ranef_<group>` that `write` leaves (`prefix` may start with a schema), of the run that the fit was written or loaded as.
+        Raises ConfigError for columns that differ only by case, and for marginal means that have no SQL (random slopes with the links
+        cauchit, inverse, sqrt, 1/mu^2).
+        """
+        from . import scoring_sql
+
+        return scoring_sql.scoring_sql(
+            self, dialect, source=source, effects=effects, kind=kind, new_levels=new_levels, prefix=prefix
+        )
 
     def summary(self) -> str:
         """The text that `print` shows, with the correlation of the fixed effects."""

@@ -36,13 +36,8 @@ def predict(
     options: Options | None,
 ) -> pa.RecordBatchReader:
     """See `MixedFit.predict`. Raises DataError for missing columns, columns of another kind, a name that is taken."""
-    if kind not in ("response", "link"):
-        raise ConfigError(f"kind = {kind!r} is not known", hint=did_you_mean(str(kind), ["response", "link"]))
-    wanted = _wanted(fit, effects)
-    if kind == "link" and wanted == "marginal" and fit.recipe.family is not None:
-        raise ConfigError("a mean over the random effects has no linear predictor", hint='kind="response", or effects="population"')
+    wanted, factors = asked(fit, effects, kind)
     output = Output((wanted,)) if kind == "link" and wanted != "marginal" else fit.output(wanted)
-    factors = [] if wanted != "conditional" else fit.groups if isinstance(effects, str) else list(effects)
     outputs = {f"{prefix}predicted": output}
     if interval is not None:
         from .bands import bands
@@ -66,6 +61,16 @@ def scored(
 ) -> pa.RecordBatchReader:  # fmt: skip
     """The columns `columns` of the source (None: all, and in its order) with `outputs`, null where a level is not known to the fit."""
     return _scored(fit, data, outputs, conditional, "null", columns is None, columns, options)
+
+
+def asked(fit: MixedFit, effects: str | Sequence[str], kind: str) -> tuple[str, list[str]]:
+    """Which prediction `effects` asks for, and the grouping factors it is conditional on. Raises ConfigError for what is not known."""
+    if kind not in ("response", "link"):
+        raise ConfigError(f"kind = {kind!r} is not known", hint=did_you_mean(str(kind), ["response", "link"]))
+    wanted = _wanted(fit, effects)
+    if kind == "link" and wanted == "marginal" and fit.recipe.family is not None:
+        raise ConfigError("a mean over the random effects has no linear predictor", hint='kind="response", or effects="population"')
+    return wanted, [] if wanted != "conditional" else fit.groups if isinstance(effects, str) else list(effects)
 
 
 def _wanted(fit: MixedFit, effects: str | Sequence[str]) -> str:

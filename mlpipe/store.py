@@ -66,6 +66,9 @@ def write_all(
     else:
         index = json.loads(record) if record is not None else {"format": FORMATS, "by": by.names if by is not None else []}
         _write_folder(index, Path(target), tables, prefix, mode, run)
+    for one in entries:
+        if one.fit is not None:
+            one.fit.written = {"run_id": run, "model": one.model, **one.by}
 
 
 def _is_database(target: Any) -> bool:
@@ -211,6 +214,7 @@ def _load_folder(folder: Path, wanted: dict[str, Any]) -> MixedFit:
         manifest = pq.ParquetFile(runs / f"{record['prefix']}_manifest.parquet").read()
         return _of_several(manifest, wanted, str(folder), list(found), lambda name: pq.ParquetFile(found[name]).read())
     fit = _read(record, str(folder))
+    fit.written = {"run_id": record["run_id"], "model": fit.formula}
     _keep(fit, list(found), lambda name: pq.ParquetFile(found[name]).read())
     return fit
 
@@ -250,6 +254,7 @@ def _of_several(
         raise DataError("this model could not be fitted", code="not_a_fit", hint="the table of fits has the reason in `message`")
     fit = _read(_parsed(text, where), where)
     stamps = {"model": rows["model"][0].as_py(), **{name: rows[name][0].as_py() for name in wanted}}
+    fit.written = {"run_id": rows["run_id"][0].as_py(), **stamps}
     _keep(fit, modes, lambda name: _matching(read(name), stamps), [name for name in wanted if name != "model"])
     return fit
 
