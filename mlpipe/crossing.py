@@ -77,11 +77,16 @@ def _levels(plan: Plan, held: pa.Table | None, rows: int) -> list[Levels]:
 def _outer(keys: pa.Table) -> pa.Table | None:
     """The distinct rows of sorted keys in their order; None for types whose equality is the engine's own."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     plain = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_temporal)
     if not all(any(check(field.type) for check in plain) for field in keys.schema):
         return None
-    return keys.group_by(keys.column_names, use_threads=False).aggregate([])
+    new = np.ones(len(keys), dtype=bool)
+    new[1:] = False
+    for values in (key.combine_chunks() for key in keys.columns):
+        new[1:] |= pc.not_equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
+    return keys.filter(pa.array(new))
 
 
 def _every_number(plan: Plan, group: str, rows: int) -> pa.Table | None:
