@@ -80,7 +80,7 @@ def _outer(keys: pa.Table) -> pa.Table | None:
     import pyarrow.compute as pc
 
     plain = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_temporal)
-    if not all(any(check(field.type) for check in plain) for field in keys.schema):
+    if not all(any(check(kind) for check in plain) and not pa.types.is_interval(kind) for kind in keys.schema.types):
         return None
     new = np.ones(len(keys), dtype=bool)
     new[1:] = False
