@@ -8,6 +8,8 @@ import pytest
 
 from mlpipe.solve.crossed import Exact
 from mlpipe.solve.folding import folded
+from mlpipe.solve.profile import LevelSurface
+from mlpipe.solve.refit import refit
 
 from .dense_several import DenseSeveral, Grouping
 from .test_crossed import KINDS, lambda_of
@@ -50,6 +52,26 @@ def test_likelihood_score_and_information_are_those_of_all_levels(name: str, kin
     assert look.loglik == pytest.approx(truth.loglik(lambda_), abs=1e-9)
     np.testing.assert_allclose(look.score, plain.score, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(look.outer, plain.outer, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["intercepts", "slopes above"])
+def test_profiles_and_refits_of_like_levels(name: str) -> None:
+    truth = model(name, False)
+    problem, lambda_ = truth.problem(), lambda_of(truth, "regular")
+    assert folded(problem) is not problem
+    theta = np.array([lambda_[i, j] for i, j in problem.entries])
+    phi = np.append(theta, 0.5 * np.log(truth.gls(lambda_)[1] / truth.degrees))
+    surface = LevelSurface(problem)
+    at = surface.look(phi, None)
+    assert at.value == pytest.approx(-2.0 * truth.loglik(lambda_), abs=1e-8)
+    for k, slope in enumerate(at.gradient):
+        step = 1e-5 * np.eye(len(phi))[k]
+        ahead, behind = (surface.look(phi + sign * step, None).value for sign in (1.0, -1.0))
+        assert slope == pytest.approx((ahead - behind) / 2e-5, rel=1e-5, abs=1e-5)
+    found = refit(problem, theta)
+    assert found.converged
+    assert found.value == pytest.approx(-2.0 * truth.loglik(found.lambda_), abs=1e-8)
+    np.testing.assert_allclose(Exact(problem).look(found.lambda_).score, 0.0, atol=1e-4)
 
 
 def test_levels_in_any_order_fold_alike() -> None:
