@@ -9,7 +9,7 @@ import numpy as np
 from sqlglot import exp
 
 from . import statements
-from .arrays import column
+from .arrays import arrow, column
 from .engines.base import Columns
 from .errors import DataError, ResourceError
 from .factors import Crossed, FactorSums, oriented, products_of
@@ -77,11 +77,16 @@ def _levels(plan: Plan, held: pa.Table | None, rows: int) -> list[Levels]:
 def _outer(keys: pa.Table) -> pa.Table | None:
     """The distinct rows of sorted keys in their order; None for types whose equality is the engine's own."""
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     plain = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_temporal)
-    if not all(any(check(field.type) for check in plain) for field in keys.schema):
+    if not all(any(check(kind) for check in plain) and not pa.types.is_interval(kind) for kind in keys.schema.types):
         return None
-    return keys.group_by(keys.column_names, use_threads=False).aggregate([])
+    new = np.ones(len(keys), dtype=bool)
+    new[1:] = False
+    for values in (key.combine_chunks() for key in keys.columns):
+        new[1:] |= np.from_dlpack(pc.not_equal(values[1:], values[:-1]).cast(pa.uint8())).astype(bool)
+    return keys.take(arrow(np.flatnonzero(new), pa.int64()))
 
 
 def _every_number(plan: Plan, group: str, rows: int) -> pa.Table | None:
@@ -98,7 +103,7 @@ def _every_number(plan: Plan, group: str, rows: int) -> pa.Table | None:
     kind, low, high = table.schema.field("low").type, table.column("low")[0].as_py(), table.column("high")[0].as_py()
     if not pa.types.is_integer(kind) or low is None or high >= 2**63 or high - low >= max(NUMBERS, rows // ROWS_EACH):
         return None
-    return pa.table({group: pa.array(low + np.arange(high - low + 1), pa.int64()).cast(kind)})
+    return pa.table({group: arrow(low + np.arange(high - low + 1), pa.int64()).cast(kind)})
 
 
 def _queried(plan: Plan, groups: tuple[str, ...]) -> pa.Table:
@@ -223,7 +228,7 @@ class _Adder:
         factors = []
         for level, rows, sums, at in zip(self.levels, self.rows, self.sums, kept, strict=True):
             if len(at) < len(rows):
-                level = Levels(level.group, level.columns, level.keys.take(pa.array(at)))
+                level = Levels(level.group, level.columns, level.keys.take(arrow(at, pa.int64())))
                 rows, sums = rows[at], np.ascontiguousarray(sums[:, at])
             factors.append(FactorSums(level, rows, sums))
         for k, h in cells:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arrays import arrow
 from .errors import DataError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Index:
         if self.table is not None and _signed(values.type) and values.null_count == 0:
             return _looked_up(self.table, np.from_dlpack(values).astype(np.int64, copy=False) - self.first)
         found = pc.index_in(self._alike(values), value_set=self.values)
-        return np.from_dlpack(pc.fill_null(found, -1)).astype(np.int64)
+        return np.from_dlpack(pc.fill_null(found, -1) if found.null_count else found).astype(np.int64)
 
     def _alike(self, values: pa.Array) -> pa.Array:
         """The values in the type of the known ones; null where that type cannot hold them."""
@@ -178,7 +179,7 @@ def levels_of(columns: tuple[str, ...], keys: pa.Table) -> tuple[Levels, np.ndar
         codes = np.unique(codes, return_inverse=True)[1].astype(np.int64)
     first = np.empty(int(codes.max(initial=-1)) + 1, dtype=np.int64)
     first[codes[::-1]] = np.arange(len(codes))[::-1]
-    found = own.take(pa.array(first))
+    found = own.take(arrow(first, pa.int64()))
     order = places(found, columns)
     if order is not None:
         found = found.take(order)

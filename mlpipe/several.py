@@ -18,6 +18,7 @@ from .progress import stage
 from .reduction import Coded, Random, coded, lower_factor
 from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
+from .solve.folding import folded
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
 from .solve.refit import with_log_sigma
 from .stats import SuffStats, full_map
@@ -157,9 +158,11 @@ class Several:
         problem = self.problem
         start = self._start() if start is None else start
         if self.path(method, options.memory_bytes) == "exact":
-            exact = Exact(problem)
-            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical, observe=OBSERVED)
+            inside = folded(problem)
+            exact, size = Exact(inside), problem.offsets[-1]
+            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, size, False, problem.typical, observe=OBSERVED)
             solution = solve_glmm(search, start, tol=options.tol, max_evaluations=options.max_passes)
+            exact = exact if inside is problem else Exact(problem)
             at, _ = exact.evaluate(solution.lambda_)
             return Solved(solution, at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
         return self._iterated(start, options)

@@ -27,10 +27,12 @@ Places: TypeAlias = np.ndarray | slice
 
 @dataclass(frozen=True)
 class Factor:
-    """One grouping factor: `S` (q, q, m) Z'wZ per level and `C` (q, p + 1, m) Z'w[X y]."""
+    """One grouping factor: `S` (q, q, m) Z'wZ per level and `C` (q, p + 1, m) Z'w[X y]; `idle`, with one effect a level: Z'wZ of levels
+    that meet no other factor and have C = 0, and how many there are of each (`folding`)."""
 
     S: Array
     C: Array
+    idle: tuple[Array, Array] = (np.zeros(0), np.zeros(0))
 
     @property
     def q(self) -> int:
@@ -46,6 +48,16 @@ class Factor:
     def size(self) -> int:
         """The number of random effects q m."""
         return self.q * self.levels
+
+    @property
+    def all_levels(self) -> float:
+        """The number of levels with the idle ones."""
+        return self.levels + float(self.idle[1].sum())
+
+    @property
+    def mean(self) -> Array:
+        """The mean (q, q) of Z'wZ over all levels."""
+        return np.asarray((self.S.sum(axis=2) + self.idle[0] @ self.idle[1]) / self.all_levels)
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,7 @@ class CrossedProblem:
         """The mean Z'wZ of a level, block-diagonal over factors."""
         out = np.zeros((self.offsets[-1],) * 2)
         for f, a, b in zip(self.factors, self.offsets[:-1], self.offsets[1:], strict=True):
-            out[a:b, a:b] = f.S.mean(axis=2)
+            out[a:b, a:b] = f.mean
         return out
 
     @cached_property
@@ -239,10 +251,17 @@ class Exact:
         p, dof = problem.p, problem.degrees
         s2 = float(R[-1, -1] ** 2) / dof
         beta = np.linalg.solve(R[:p, :p], R[:p, p]) if p else np.zeros(0)
-        minus2 = M.logdet - problem.sum_log_w + dof * (1.0 + math.log(2.0 * math.pi * s2))
+        minus2 = self.logdet(lambda_, M) - problem.sum_log_w + dof * (1.0 + math.log(2.0 * math.pi * s2))
         minus2 += 2.0 * float(np.log(np.abs(np.diag(R)[:p])).sum()) if problem.reml else 0.0
         inverse = np.linalg.inv(R[:p, :p]) if p else np.zeros((0, 0))
         return Evaluation(-minus2 / 2.0, beta, s2, inverse @ inverse.T, U[:, p] - U[:, :p] @ beta, M), U
+
+    def logdet(self, lambda_: Array, M: Eliminated | Nested) -> float:
+        """log|M|, idle levels included."""
+        out = M.logdet
+        for f, lam in zip(self.problem.factors, self.problem.lambdas(lambda_), strict=True):
+            out += float(f.idle[1] @ np.log1p(lam[0, 0] ** 2 * f.idle[0]))
+        return out
 
     def look(self, lambda_: Array) -> Look:
         """One evaluation with score and average information over the entries of Λ."""
@@ -316,8 +335,10 @@ class Exact:
             diagonal = np.abs(np.diag(lam)) * np.sqrt(np.diag(self.problem.typical)[slice(*self.problem.offsets[k : k + 2])])
             if diagonal.min() < INVERTIBLE:
                 out.append(self._direct(lambda_, M, k))
-                continue
-            out.append(np.asarray(np.linalg.solve(lam.T, f.levels * np.eye(f.q) - M.sums(k)), dtype=np.float64))
+            else:
+                out.append(np.asarray(np.linalg.solve(lam.T, f.levels * np.eye(f.q) - M.sums(k)), dtype=np.float64))
+            if len(f.idle[0]):
+                out[k] += f.idle[1] @ (f.idle[0] * lam[0, 0] / (1.0 + lam[0, 0] ** 2 * f.idle[0]))
         return out
 
     def _direct(self, lambda_: Array, M: Eliminated | Nested, k: int) -> Array:

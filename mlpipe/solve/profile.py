@@ -17,6 +17,7 @@ from mlpipe.errors import ConvergenceError
 
 from .blocks import Array, Index
 from .crossed import CrossedProblem, Exact
+from .folding import folded
 from .glmm import GLMMProblem
 from .likelihood import LMMProblem, evaluate
 
@@ -89,7 +90,7 @@ class LevelSurface:
     """The same for several grouping factors."""
 
     def __init__(self, problem: CrossedProblem) -> None:
-        self.exact = Exact(replace(problem, reml=False))
+        self.exact = Exact(folded(replace(problem, reml=False)))
         rows, columns = np.array(problem.entries, dtype=np.intp).reshape(-1, 2).T
         self.free = rows, columns
 
@@ -105,7 +106,7 @@ class LevelSurface:
         moved = replace(at, beta=beta, s2=s2, u=U[:, -1] - U[:, :-1] @ beta)
         t, H = self.exact.residual_sums(lambda_, moved, U)
         gradient = -2.0 * self.exact.score(lambda_, moved, U, t, H)
-        value = at.M.logdet - problem.sum_log_w + problem.n * math.log(2.0 * math.pi * s2) + rss / s2
+        value = self.exact.logdet(lambda_, at.M) - problem.sum_log_w + problem.n * math.log(2.0 * math.pi * s2) + rss / s2
         return Look(value, np.append(gradient, 2.0 * problem.n - 2.0 * rss / s2), slope / s2)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from .blocks import Array, Index
 from .crossed import CrossedProblem, Exact
+from .folding import folded
 from .glmm import GLMMProblem, solve_glmm
 from .likelihood import LMMProblem
 from .lmm import information, solve
@@ -33,7 +34,7 @@ def refit(problem: LMMProblem | CrossedProblem, start: Array, *, tol: float = 1e
         found = solve(problem, start=start, tol=tol, max_evaluations=max_evaluations)
         at_optimum = information(problem, found).vcov
         return Optimum(found.lambda_, found.sigma2, found.beta, found.vcov, found.objective, at_optimum, found.converged, found.singular)
-    exact = Exact(problem)
+    exact = Exact(folded(problem))
     search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, problem.offsets[-1], False, problem.typical)
     solution = solve_glmm(search, start, tol=tol, max_evaluations=max_evaluations)
     at, _ = exact.evaluate(solution.lambda_)
