@@ -118,6 +118,23 @@ def test_an_infinite_key_is_an_error_and_a_nan_is_missing(kind: str, tmp_path: P
     assert mp.lmm(FORMULA, as_data(with_key(float("nan")), kind, tmp_path)).info["dropped"] == {"g": count}
 
 
+@pytest.mark.parametrize("column", ["y", "x"])
+def test_values_too_large_to_be_squared(column: str) -> None:
+    """Their sums of squares would be infinite: the covariate was called collinear, the response failed in the solver."""
+    with pytest.raises(mp.DataError, match=f"^{column} has values of [1-9]e[+]16[01], too large to be squared") as caught:
+        mp.lmm(FORMULA, data().with_columns(pl.col(column) * 1e160))
+    assert (caught.value.code, caught.value.column) == ("overflow", column)
+
+
+@pytest.mark.parametrize(("rows", "message"), [(0, "there are no rows"), (3, "none of the 3 rows can be used: 'y' is missing in all")])
+def test_a_file_without_values_has_no_rows_rather_than_text(rows: int, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("y,x,g\n" + ",1.5,2\n" * rows)
+    for fit in (lambda d: mp.lmm(FORMULA, d), lambda d: mp.glmm(FORMULA, d, family="poisson")):
+        with pytest.raises(mp.DataError, match=message) as caught:
+            fit(tmp_path / "a.csv")
+        assert caught.value.code == "no_rows"
+
+
 def test_a_factor_with_many_levels() -> None:
     """Statements as long as that must not be as deep: parsers and generators of SQL recurse."""
     frame = pl.concat([data(400), data(400)]).with_columns(f=pl.format("l{}", pl.int_range(pl.len()) % 150))
