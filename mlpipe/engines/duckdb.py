@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import duckdb
 from sqlglot import exp
 
-from ..errors import DataError, MlpipeError, ResourceError
+from ..errors import ConfigError, DataError, MlpipeError, ResourceError, did_you_mean
 from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerprint, spread
 from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
@@ -273,6 +273,7 @@ def open_files(
         else:
             from . import text
 
+            _check_types(con, types)
             table = (text.csv_table if form == "csv" else text.json_table)(con, files, types, hive)
         bound = con.sql(render(select_all(table.from_, table.raw, len(table.names)), "duckdb"))
         columns = _columns(table.names, bound, table.levels)
@@ -283,6 +284,15 @@ def open_files(
                 sample=table.sample, problems=table.problems, snapshot=snapshot, workspace=workspace,
             )
         )  # fmt: skip
+
+
+def _check_types(con: DuckDBPyConnection, types: Mapping[str, str]) -> None:
+    for name, kind in types.items():
+        try:
+            con.dtype(kind)
+        except (duckdb.Error, TypeError) as error:
+            hint = did_you_mean(str(kind), ["BIGINT", "BOOLEAN", "DATE", "DOUBLE", "INTEGER", "TIMESTAMP", "VARCHAR"])
+            raise ConfigError(f"types gives {name!r} the type {kind!r}, which DuckDB does not have", code="types", hint=hint) from error
 
 
 def open_dataset(files: list[str], form: str, options: Options, *, hive: bool = False, filesystem: Any = None) -> DuckDBEngine:

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-import duckdb
 from sqlglot import exp
 
-from ..errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
+from ..errors import ColumnNotFoundError, DataError, did_you_mean
 from .dialects import call, cast, render, widens
 from .files import Merged, Variant, merge, refuse_case
 from .parquet import FileTable, check_hive, literals
@@ -35,7 +34,7 @@ def csv_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str,
     _settle_empty(con, found)
     merged = merge([Variant((csv.file,), csv.types) for csv in found])
     keys = _hive_keys(con, files, types, merged) if hive else {}
-    _check_types(con, types, [*merged.types, *keys])
+    _check_types(types, [*merged.types, *keys])
     widest = _widest(con, merged) | keys
     groups = [list(group) for _, group in groupby(found, key=lambda csv: (csv.dialect, tuple(csv.types)))]
     parts = [_csv_part(group, widest, keys) for group in groups]
@@ -145,7 +144,7 @@ def json_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str
     refuse_case(variants)
     merged = merge(variants)
     keys = _hive_keys(con, files, types, merged) if hive else {}
-    _check_types(con, types, [*merged.types, *keys])
+    _check_types(types, [*merged.types, *keys])
     widest = _widest(con, merged)
     columns = exp.EQ(this=exp.column("columns"), expression=_struct(widest))
     read = call("read_json", literals(files), columns, *_partitioning(bool(keys), keys))
@@ -174,17 +173,12 @@ def _refuse_renamed(con: DuckDBPyConnection, file: str, names: Sequence[str]) ->
             )
 
 
-def _check_types(con: DuckDBPyConnection, types: Mapping[str, str], names: Sequence[str]) -> None:
-    for name, kind in types.items():
+def _check_types(types: Mapping[str, str], names: Sequence[str]) -> None:
+    for name in types:
         if name not in names:
             raise ColumnNotFoundError(
                 f"types names a column {name!r} that the files do not have", column=name, hint=did_you_mean(name, list(names))
             )
-        try:
-            con.dtype(kind)
-        except (duckdb.Error, TypeError) as error:
-            hint = did_you_mean(str(kind), ["BIGINT", "BOOLEAN", "DATE", "DOUBLE", "INTEGER", "TIMESTAMP", "VARCHAR"])
-            raise ConfigError(f"types gives {name!r} the type {kind!r}, which DuckDB does not have", code="types", hint=hint) from error
 
 
 def _widest(con: DuckDBPyConnection, merged: Merged) -> dict[str, str]:
