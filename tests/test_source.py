@@ -57,6 +57,18 @@ def test_integers_then_fractions_over_files(tmp_path: Path, opened: Opened) -> N
     assert rows(engine, "select k0 from src order by rn", Columns(keys=frozenset([0]), row_number=True))[2] == (1.5,)
 
 
+def test_whole_numbers_beside_single_precision(tmp_path: Path, opened: Opened) -> None:
+    """DuckDB's common type is FLOAT, which holds neither wide integers nor decimals."""
+    for name, kind, value in (("x", pa.int32(), 16_777_217), ("z", pa.int16(), 7)):
+        parquet(tmp_path / name / "a.parquet", **{name: pa.array([value], kind)})
+        parquet(tmp_path / name / "b.parquet", **{name: pa.array([1.5], pa.float32())})
+    with pytest.raises(DataError, match="'x' has no type common.*a.parquet.*b.parquet"):
+        used(opened(tmp_path / "x"), "x")
+    assert used(opened(tmp_path / "z"), "z") == [(7.0,), (1.5,)]
+    parquet(tmp_path / "x" / "c.parquet", x=[2.5])
+    assert used(opened(tmp_path / "x"), "x") == [(16_777_217.0,), (1.5,), (2.5,)]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "json", "arrow"])
 def test_integers_then_fractions_over_other_files(suffix: str, tmp_path: Path, opened: Opened) -> None:
     write(tmp_path / f"a.{suffix}", pl.DataFrame({"y": [1, 2]}))
