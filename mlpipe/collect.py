@@ -13,7 +13,6 @@ import numpy as np
 from . import expr, statements
 from .arrays import column
 from .blocks import Blocks, Clusters, Collector, with_key_names
-from .crossing import crossed
 from .design import Atom
 from .engines.base import Columns
 from .errors import DataError
@@ -60,6 +59,8 @@ def collect(plan: Plan) -> SuffStats:
     parts: tuple[Part | None, ...] = ()
     several = None
     if plan.path == "crossed":
+        from .crossing import crossed
+
         with stage("cells", seconds, engine, options) as fields:
             several = crossed(plan, rows)
             _reconcile(plan, gram, [factor.sums.sum(axis=1) for factor in several.factors])

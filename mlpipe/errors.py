@@ -105,6 +105,6 @@ def did_you_mean(name: str, known: list[str]) -> str | None:
     """A hint that names the closest known name, or lists some of them; None where there are none."""
     import difflib
 
-    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+    if close := [other for other in known if other.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(map(repr, known[:12]))}{' …' if len(known) > 12 else ''}" if known else None

@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .reduction import Fixed, Random, Reduced
-from .solve.crossed import CrossedProblem
-from .solve.likelihood import LMMProblem
-from .stats import SuffStats
+if TYPE_CHECKING:
+    from .reduction import Fixed, Random, Reduced
+    from .solve.crossed import CrossedProblem
+    from .solve.likelihood import LMMProblem
+    from .stats import SuffStats
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from .quantiles import Selector
 from .sql import Expression, Names, both
 
 MAX_LEVELS = 1_000
+HUGE = 1e150  # beyond which squares and their sums overflow
 UNSHIFTED = 4.0  # a column whose mean lies within so many spreads of 0 keeps its digits without a shift
 
 
@@ -152,10 +153,20 @@ class Looks:
             nodes = [node for _, node in atoms]
             row = self._row(statements.moments(nodes, self.names, both([])), sample=True)
             self._note_wide_integers(nodes, row)
+            self._refuse_huge(nodes, row)
             scalings = {atom: scaling(row, k) for k, (atom, _) in enumerate(atoms)}
         omitted = {label: max(counts, key=lambda level: counts[level]) for label, counts in self.counts.items() if counts}
         covariates = [v for label, v in variables.items() if label not in self.shell.responses]
         return Coordinates(scalings, level_labels(variables.values()), omitted).with_products(covariates)
+
+    def _refuse_huge(self, nodes: Sequence[expr.Node], row: Mapping[str, Any]) -> None:
+        for k, node in enumerate(nodes):
+            largest = max(abs(float(row[f"max_{k}"])), abs(float(row[f"min_{k}"]))) if row[f"count_{k}"] else 0.0
+            if largest > HUGE:
+                raise DataError(
+                    f"{expr.label(node)} has values of {largest:.0e}, too large to be squared",
+                    code="overflow", hint="rescale it", column=next(iter(expr.columns(node)), None),
+                )  # fmt: skip
 
     def _note_wide_integers(self, nodes: Sequence[expr.Node], row: Mapping[str, Any]) -> None:
         schema = self.engine.schema()

@@ -282,6 +282,8 @@ def _responses(
     engine: Engine, formula: Formula, names: Names, request: Request, variables: Mapping[str, Variable]
 ) -> tuple[dict[str, Variable], str | None, tuple[Level, ...]]:
     """The variables of the response, the modelled level of one that is text, and the levels of a time that is."""
+    if request.family != "binomial":
+        _refuse_no_values(engine, formula.response, names)
     if request.family is None:
         return response_variables(formula, names.kinds, request.offset, request.responses or ()), None, ()
     node, success = formula.response, None
@@ -304,6 +306,19 @@ def _waves(
     shell = _shell(formula, request, names, {**variables, TIME: outcome}, (TIME,))
     known = {label: order for label, order in (request.levels or {}).items() if label == name}
     return tuple(Looks(engine, names, shell, known).settled({name: outcome})[name].levels)
+
+
+def _refuse_no_values(engine: Engine, node: expr.Node | None, names: Names) -> None:
+    """A column of a CSV or JSON file that has no values is text: that there are none is the truer message."""
+    from . import statements
+
+    if isinstance(node, expr.Column) and names.kinds[node.name] == "text":
+        statement = statements.missing((node.name,), (), {}, names)
+        row = engine.query(statement, Columns(values=frozenset([names.positions[node.name]]))).read_all().to_pylist()[0]
+        total, absent = int(row["row_count"]), int(row["missing_0"] or 0)
+        if total == absent:
+            what = f"none of the {total:,} rows can be used: {node.name!r} is missing in all" if total else "there are no rows"
+            raise DataError(what, code="no_rows", column=node.name if total else None)
 
 
 def _second_level(

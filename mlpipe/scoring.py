@@ -155,6 +155,7 @@ def found(engine: Engine, recipe: Recipe, wanted: Sequence[str]) -> Names:
                 f"the column {name!r} is of kind {schema[name].kind} ({schema[name].name}), the fit had {recipe.kinds[name]}",
                 code="column_type",
                 column=name,
+                hint="cast it; for CSV and JSON files give mp.source types",
             )
     return Names({name: i for i, name in enumerate(schema)}, recipe.kinds)
 

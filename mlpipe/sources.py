@@ -161,7 +161,11 @@ def _open_database(data: Table | Query, options: Options) -> Engine:
 def _open_paths(data: PathSource, options: Options) -> Engine:
     from .engines import duckdb, files
 
-    given = [_local(os.fspath(path)) for path in ([data.path] if isinstance(data.path, str | os.PathLike) else data.path)]
+    paths = data.path if isinstance(data.path, Sequence) and not isinstance(data.path, str | bytes) else [data.path]
+    for path in paths:
+        if not isinstance(path, str | os.PathLike):
+            raise DataError(f"{type(path).__name__} is not a path", code="source_type", hint="a list of data holds paths")
+    given = [_local(os.fspath(path)) for path in paths]
     if not given:
         raise DataError("the list of paths is empty", code="source_type")
     if any("://" in path for path in given):

@@ -43,6 +43,20 @@ def test_importing_loads_nothing_heavy() -> None:
     assert len(loaded) < 40  # typing, and re for it, are most of them
 
 
+def test_a_plain_fit_loads_only_its_own_path() -> None:
+    """Some 0.1 s of a small job: scipy is for several factors and generalized models, text files and Arrow data have readers of theirs."""
+    code = """
+    import sys, mlpipe
+    print(mlpipe.lmm("reaction ~ days + (1 + days | subject)", mlpipe.datasets.path("sleepstudy")), file=sys.stderr)
+    print(*sys.modules)
+    """
+    loaded = set(python(code).split())
+    assert {"duckdb", "mlpipe.solve.lmm"} <= loaded
+    assert not loaded & {"scipy", "polars", "pandas", "pydantic", "click"}
+    others = {"crossing", "factors", "pairs", "several", "generalized", "glmm", "kernel", "crossed", "means", "plot", "text", "spool"}
+    assert not [name for name in loaded if name.startswith("mlpipe.") and name.rpartition(".")[2] in others]
+
+
 @pytest.mark.parametrize("name", mlpipe.__all__)
 def test_every_public_name_resolves(name: str) -> None:
     value = getattr(mlpipe, name)

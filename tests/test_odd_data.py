@@ -118,6 +118,62 @@ def test_an_infinite_key_is_an_error_and_a_nan_is_missing(kind: str, tmp_path: P
     assert mp.lmm(FORMULA, as_data(with_key(float("nan")), kind, tmp_path)).info["dropped"] == {"g": count}
 
 
+@pytest.mark.parametrize("column", ["y", "x"])
+def test_values_too_large_to_be_squared(column: str) -> None:
+    """Their sums of squares would be infinite: the covariate was called collinear, the response failed in the solver."""
+    with pytest.raises(mp.DataError, match=f"^{column} has values of [1-9]e[+]16[01], too large to be squared") as caught:
+        mp.lmm(FORMULA, data().with_columns(pl.col(column) * 1e160))
+    assert (caught.value.code, caught.value.column) == ("overflow", column)
+
+
+@pytest.mark.parametrize(("rows", "message"), [(0, "there are no rows"), (3, "none of the 3 rows can be used: 'y' is missing in all")])
+def test_a_file_without_values_has_no_rows_rather_than_text(rows: int, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("y,x,g\n" + ",1.5,2\n" * rows)
+    for fit in (lambda d: mp.lmm(FORMULA, d), lambda d: mp.glmm(FORMULA, d, family="poisson")):
+        with pytest.raises(mp.DataError, match=message) as caught:
+            fit(tmp_path / "a.csv")
+        assert caught.value.code == "no_rows"
+
+
+def put(column: str, value: object, rows: int = 3) -> pl.DataFrame:
+    """The data with one value in the first rows of a column."""
+    held = pl.col(column).cast(pl.Float64) if isinstance(value, float) else pl.col(column)
+    return data().with_columns(pl.when(pl.int_range(pl.len()) < rows).then(pl.lit(value)).otherwise(held).alias(column))
+
+
+LEVELS = pl.select(y=pl.int_range(100_000) % 7, x=1.5, g=pl.int_range(100_000) % 5, f=pl.format("l{}", pl.int_range(100_000)))
+BAD = {  # formula, data, arguments, code, column, message
+    "missing column": ("y ~ X + (1 | g)", data(), {}, "column_not_found", "X", "(?s)there is no column 'X'.*did you mean 'x'"),
+    "missing key": ("y ~ x + (1 | gg)", data(), {}, "column_not_found", "gg", "(?s)no column 'gg'.*did you mean 'g'"),
+    "response all null": (FORMULA, put("y", None, 200), {}, "no_rows", "y", "none of the 200 rows can be used: 'y' is missing in 200"),
+    "response all NaN": (FORMULA, put("y", float("nan"), 200), {}, "no_rows", "y", "'y' is missing in 200"),
+    "group all null": (FORMULA, put("g", None, 200), {}, "no_rows", "g", "none of the 200 rows can be used: 'g' is missing in 200"),
+    "one level": (FORMULA, put("g", 1, 200), {}, "one_level", "g", "g has fewer than two levels"),
+    "a level a row": (FORMULA, data().with_columns(g=pl.int_range(200)), {}, "unidentified", "g", "as many levels as there are rows .200."),
+    "infinite response": (FORMULA, put("y", float("inf")), {}, "infinite_values", "y", "'y' is infinite in 3 rows"),
+    "infinite covariate": (FORMULA, put("x", -float("inf")), {}, "infinite_values", "x", "'x' is infinite in 3 rows"),
+    "a logarithm of 0": ("y ~ log(x) + (1 | g)", put("x", 0.0, 200), {}, "not_finite", "x", r"log\(x\) is not finite in 200 rows.*x = 0"),
+    "text response": ("f ~ x + (1 | g)", LEVELS, {}, "response_type", "f", "the response f is not numeric"),
+    "a list": (FORMULA, data().with_columns(x=pl.concat_list("x")), {}, "column_type", "x", "'x' of type .* cannot be a covariate"),
+    "no rows": (FORMULA, data().head(0), {}, "no_rows", None, "^there are no rows$"),
+    "100,000 levels": ("y ~ f + (1 | g)", LEVELS, {}, "too_many_levels", "f", r"(?s)f has 100,000 levels.*random effect, \(1 \| f\)"),
+    "negative weights": (FORMULA, data(), {"weights": "x"}, "negative_weights", None, "the weight 'x' is negative in [0-9]+ rows"),
+    "missing values": (FORMULA, put("x", None), {"na": "raise"}, "missing_values", "x", "3 rows have missing values: 'x' is missing in 3"),
+    "nothing left": (FORMULA, put("y", 2.0, 200), {}, "no_residual", None, "fitted exactly"),
+    "little memory": (FORMULA, data(), {"options": mp.Options(memory_limit="1MB")}, "memory_limit", None, "1 MB cannot hold the plan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["polars", "path"])
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_named(what: str, kind: str, tmp_path: Path) -> None:
+    formula, frame, arguments, code, column, message = BAD[what]
+    expected = mp.ResourceError if code == "memory_limit" else mp.DataError
+    with pytest.raises(expected, match=message) as caught:
+        mp.lmm(formula, as_data(frame, kind, tmp_path), **arguments)
+    assert caught.value.code == code and (column is None or caught.value.column == column)
+
+
 def test_a_factor_with_many_levels() -> None:
     """Statements as long as that must not be as deep: parsers and generators of SQL recurse."""
     frame = pl.concat([data(400), data(400)]).with_columns(f=pl.format("l{}", pl.int_range(pl.len()) % 150))

@@ -57,6 +57,18 @@ def test_integers_then_fractions_over_files(tmp_path: Path, opened: Opened) -> N
     assert rows(engine, "select k0 from src order by rn", Columns(keys=frozenset([0]), row_number=True))[2] == (1.5,)
 
 
+def test_whole_numbers_beside_single_precision(tmp_path: Path, opened: Opened) -> None:
+    """DuckDB's common type is FLOAT, which holds neither wide integers nor decimals."""
+    for name, kind, value in (("x", pa.int32(), 16_777_217), ("z", pa.int16(), 7)):
+        parquet(tmp_path / name / "a.parquet", **{name: pa.array([value], kind)})
+        parquet(tmp_path / name / "b.parquet", **{name: pa.array([1.5], pa.float32())})
+    with pytest.raises(DataError, match="'x' has no type common.*a.parquet.*b.parquet"):
+        used(opened(tmp_path / "x"), "x")
+    assert used(opened(tmp_path / "z"), "z") == [(7.0,), (1.5,)]
+    parquet(tmp_path / "x" / "c.parquet", x=[2.5])
+    assert used(opened(tmp_path / "x"), "x") == [(16_777_217.0,), (1.5,), (2.5,)]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "json", "arrow"])
 def test_integers_then_fractions_over_other_files(suffix: str, tmp_path: Path, opened: Opened) -> None:
     write(tmp_path / f"a.{suffix}", pl.DataFrame({"y": [1, 2]}))
@@ -160,6 +172,10 @@ def test_types_given_by_the_user(tmp_path: Path, opened: Opened) -> None:
     assert used(opened(str(path), types={"zip": "VARCHAR"}), "zip")[0] == ("1234",)
     with pytest.raises(ColumnNotFoundError, match="zib"):
         opened(source(path, types={"zib": "VARCHAR"}))
+    with pytest.raises(ConfigError, match="(?s)'zip' the type 'VARCHER'.*did you mean 'VARCHAR'"):
+        opened(source(path, types={"zip": "VARCHER"}))
+    with pytest.raises(ConfigError, match="'zip' the type <class"):
+        opened(source(path, types={"zip": int}))  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match="CSV and JSON"):
         opened(source(parquet(tmp_path / "a.parquet", x=[1]), types={"x": "DOUBLE"}))
 
@@ -168,6 +184,31 @@ def test_types_settle_a_dispute_between_files(tmp_path: Path, opened: Opened) ->
     (tmp_path / "a.json").write_text('{"g": 1}')
     (tmp_path / "b.json").write_text('{"g": "q"}')
     assert used(opened(source(tmp_path, types={"g": "VARCHAR"})), "g") == [("1",), ("q",)]
+
+
+def test_a_value_that_is_not_of_the_type_given(tmp_path: Path, opened: Opened) -> None:
+    (tmp_path / "a.csv").write_text("g,y\n1,2\n3,oops\n")
+    (tmp_path / "b.csv").write_text("y,g\n1,2\n")
+    engine = opened(source(tmp_path, types={"y": "DOUBLE"}))
+    with pytest.raises(DataError, match="the column 'y' is read as DOUBLE, and line 3 holds 'oops'") as caught:
+        used(engine, "y")
+    assert (caught.value.code, caught.value.column) == ("column_value", "y")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_a_column_without_values_in_one_file(suffix: str, tmp_path: Path, opened: Opened) -> None:
+    write(tmp_path / f"a.{suffix}", pl.DataFrame({"x": [None], "y": [1.5]}, schema={"x": pl.Float64, "y": pl.Float64}))
+    write(tmp_path / f"b.{suffix}", pl.DataFrame({"x": [2.5], "y": [2.5]}))
+    engine = opened(tmp_path)
+    assert used(engine, "x", "y") == [(None, 1.5), (2.5, 2.5)] and engine.schema()["x"].kind == "number"
+
+
+def test_a_csv_that_is_only_a_header(tmp_path: Path, opened: Opened) -> None:
+    """Beside files with rows it adds none; `y` and `f` look like values to DuckDB."""
+    write(tmp_path / "b.csv", pl.DataFrame({"y": [1.5], "f": [2]}))
+    (tmp_path / "a.csv").write_text("y,f\n")
+    assert opened(tmp_path / "a.csv").row_count() is None and list(opened(tmp_path / "a.csv").schema()) == ["y", "f"]
+    assert used(opened(tmp_path), "y", "f") == [(1.5, 2.0)]
 
 
 def test_ways_of_writing_csv(tmp_path: Path, opened: Opened) -> None:
@@ -207,6 +248,22 @@ def test_a_hive_tree(tmp_path: Path, opened: Opened) -> None:
     assert list(engine.schema()) == ["x", "site", "year"]
     assert used(engine, "x", "year", "site")[1] == (2023.0, 2023.0, "b")
     assert used(opened(str(tmp_path / "*" / "*" / "*.parquet")), "site")[0] == ("a",)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_a_hive_tree_of_text(suffix: str, tmp_path: Path, opened: Opened) -> None:
+    """Files written in two ways, a key that looks like a number in one of them, one called like a column of the reader's."""
+    write(tmp_path / "f0=7" / f"zone=01.{suffix}", pl.DataFrame({"x": [1.5], "y": [2.5]}))
+    write(tmp_path / "f0=9" / f"part.{suffix}", pl.DataFrame({"y": [4.5], "x": [3.5]}))
+    write(tmp_path / "f0=__HIVE_DEFAULT_PARTITION__" / f"part.{suffix}", pl.DataFrame({"y": [6.5], "x": [5.5]}))
+    engine = opened(tmp_path)
+    assert list(engine.schema()) == ["x", "y", "f0"]
+    assert used(engine, "f0", "x", "y") == [(7.0, 1.5, 2.5), (9.0, 3.5, 4.5), (None, 5.5, 6.5)]
+    assert used(opened(source(tmp_path, types={"f0": "VARCHAR"})), "f0")[0] == ("7",)
+    assert list(opened(tmp_path / "f0=9" / f"part.{suffix}").schema()) == ["y", "x"]
+    write(tmp_path / "F0=1" / f"part.{suffix}", pl.DataFrame({"f0": [4.5]}))
+    with pytest.raises(DataError, match="differ only by case"):
+        opened(tmp_path / "F0=1")
 
 
 def test_a_hive_key_that_differs_by_case(tmp_path: Path) -> None:
@@ -258,8 +315,8 @@ def test_a_delta_table_is_refused(tmp_path: Path) -> None:
 
 
 BAD = {
-    "absent.parquet": "no file matches", "*.parquet": "no file matches", "empty.csv": "is empty", "text.parquet": "text.parquet",
-    "cut.parquet": "cut.parquet", "a.xlsx": "parquet, csv", "a": "parquet, csv", "a.duckdb": "mp.table", "a.db": "mp.table",
+    "absent.parquet": "no file matches", "*.parquet": "no file matches", "empty.csv": "is empty", "text.parquet": "is not a Parquet file",
+    "cut.parquet": "cut.parquet is cut off", "a.xlsx": "parquet, csv", "a": "parquet, csv", "a.duckdb": "mp.table", "a.db": "mp.table",
     "s4://bucket/a.parquet": "s4://", "broken.arrow": "broken.arrow",
 }  # fmt: skip
 
@@ -267,7 +324,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_paths_that_are_no_data(name: str, tmp_path: Path) -> None:
     if "*" not in name and "absent" not in name and "://" not in name:
-        (tmp_path / name).write_text("" if "empty" in name else "this is text and not that at all")
+        (tmp_path / name).write_text("" if "empty" in name else "PAR1 and no more" if "cut" in name else "this is text and not that at all")
     with pytest.raises(DataError) as caught:
         open_source(name if "://" in name else str(tmp_path / name))
     assert BAD[name] in str(caught.value)
@@ -281,9 +338,12 @@ def test_several_formats_and_no_paths(tmp_path: Path) -> None:
         open_source([])
 
 
-@pytest.mark.parametrize("data", [1, {"x": [1]}, None, object()])
+NO_DATA = [1, {"x": [1]}, None, object(), [1], [pl.DataFrame({"x": [1]})], source(3)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", NO_DATA)
 def test_what_is_no_data(data: Any) -> None:
-    with pytest.raises(DataError, match="accepted are") as caught:
+    with pytest.raises(DataError, match="accepted are|is not a path") as caught:
         open_source(data)
     assert caught.value.code == "source_type"
 
@@ -372,8 +432,9 @@ STATEMENTS = [
 def test_only_select_runs_on_a_users_connection(sql: str) -> None:
     con = duckdb.connect()
     con.execute("create table t as select 1.0::double as x")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as caught:
         open_source(query(sql, con))
+    assert caught.value.code == ("engine_refused" if sql.startswith(("with", "select 1)", "selec")) and sql != STATEMENTS[2] else "query")
     assert con.sql("from t").fetchall() == [(1.0,)] and len(con.sql("from duckdb_tables()").fetchall()) == 1
 
 
@@ -514,6 +575,8 @@ def test_pandas(opened: Opened) -> None:
     assert used(engine, "x", "g", "late") == [(1.5, "b", None), (None, None, None), (3.5, "a", "text")]
     with pytest.raises(DataError, match="cannot become an Arrow table"):
         opened(pd.DataFrame({"x": [1, "a", None]}))
+    with pytest.raises(DataError, match="stream of Series"):
+        opened(pd.Series([1.0]))
 
 
 def test_two_columns_of_one_name(opened: Opened) -> None:

@@ -103,7 +103,7 @@ def in_memory(data: Any) -> pa.Table | None:
     try:
         if isinstance(data, pa.RecordBatch):
             return pa.Table.from_batches([data])
-        if package == "pandas":
+        if package == "pandas" and hasattr(data, "columns"):
             return pa.Table.from_pandas(data, preserve_index=False)
         return data if isinstance(data, pa.Table) else pa.table(data) if package == "narwhals" else None
     except (pa.ArrowException, TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Types and functions that differ between engines: one table each, and the rendering of nodes to text."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from sqlglot import exp
@@ -70,9 +70,14 @@ def duckdb_type(type_name: str, levels: tuple[str, ...] | None) -> ColumnType:
     return ColumnType(duckdb_family(type_name).kind, type_name, levels, type_name in INTEGERS)
 
 
-def widens(types: Iterable[str]) -> bool:
+_IN_FLOAT = {"FLOAT", "TINYINT", "UTINYINT", "SMALLINT", "USMALLINT"}
+
+
+def widens(types: Collection[str]) -> bool:
     """Whether columns of these DuckDB types are one column, in its widest type, without a change of meaning."""
     families = {duckdb_family(name).name for name in set(types)}
+    if "FLOAT" in types and "DOUBLE" not in types and not set(types) <= _IN_FLOAT:  # DuckDB would read them as FLOAT, which loses digits
+        return False
     if "other" in families:
         return len(set(types)) == 1
     return len(families) == 1 or any(families <= group for group in _WIDENING)

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import duckdb
 from sqlglot import exp
 
-from ..errors import DataError, MlpipeError, ResourceError
-from . import arrow, parquet, text
+from ..errors import ConfigError, DataError, MlpipeError, ResourceError, did_you_mean
 from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerprint, spread
 from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _TURN_SECONDS = 0.2
+_UNREADABLE = r"CSV Error on Line: (\d+).*column \"mlpipe_(\d+)\"\. Could not convert string \"(.*?)\" to '([^']*)'"
 _RESERVED = ("memory", "system", "temp")
 
 
@@ -159,7 +159,16 @@ class DuckDBEngine:
         except (DataError, ResourceError) as error:
             if isinstance(error.__cause__, duckdb.Error):
                 self.check_unchanged()
+                self._explain_field(error.__cause__)
             raise
+
+    def _explain_field(self, error: duckdb.Error) -> None:
+        """Raises DataError (code "column_value") where a value of a CSV file is not of the type its column is read as."""
+        if found := re.search(_UNREADABLE, str(error), re.DOTALL):
+            line, field, value, kind = found.groups()
+            name = list(self._origin.columns)[int(field)]
+            message = f"the column {name!r} is read as {kind}, and line {line} holds {value!r}"
+            raise DataError(message, code="column_value", column=name, hint="give mp.source another type for it") from error
 
 
 def _settle(future: Future[T], work: Callable[[], T]) -> None:
@@ -254,9 +263,18 @@ def open_files(
     with translating(con, workspace):
         snapshot = Snapshot.of(dict.fromkeys(files))
         if form == "parquet":
-            table = parquet.parquet_table(con, files, hive)
+            from . import parquet
+
+            try:
+                table = parquet.parquet_table(con, files, hive)
+            except duckdb.Error as error:
+                parquet.refuse_other(files, error)
+                raise
         else:
-            table = (text.csv_table if form == "csv" else text.json_table)(con, files, types)
+            from . import text
+
+            _check_types(con, types)
+            table = (text.csv_table if form == "csv" else text.json_table)(con, files, types, hive)
         bound = con.sql(render(select_all(table.from_, table.raw, len(table.names)), "duckdb"))
         columns = _columns(table.names, bound, table.levels)
         identity = Identity(snapshot.fingerprint, True, True, snapshot.bytes, tuple(files), table.notes)
@@ -268,14 +286,27 @@ def open_files(
         )  # fmt: skip
 
 
+def _check_types(con: DuckDBPyConnection, types: Mapping[str, str]) -> None:
+    for name, kind in types.items():
+        try:
+            con.dtype(kind)
+        except (duckdb.Error, TypeError) as error:
+            hint = did_you_mean(str(kind), ["BIGINT", "BOOLEAN", "DATE", "DOUBLE", "INTEGER", "TIMESTAMP", "VARCHAR"])
+            raise ConfigError(f"types gives {name!r} the type {kind!r}, which DuckDB does not have", code="types", hint=hint) from error
+
+
 def open_dataset(files: list[str], form: str, options: Options, *, hive: bool = False, filesystem: Any = None) -> DuckDBEngine:
     """Arrow ("ipc") or Parquet files through a pyarrow dataset. Raises DataError for files that cannot be read."""
+    from . import arrow
+
     data, merged = arrow.file_dataset(files, form, filesystem, hive)
     return open_arrow(data, options, merged.notes, merged.problems)
 
 
 def open_arrow(data: Any, options: Options, notes: tuple[str, ...] = (), problems: Mapping[str, str] | None = None) -> DuckDBEngine:
     """Arrow data: tables, pandas and narwhals frames as they lie, datasets streamed, any other stream spooled to disk once."""
+    from . import arrow
+
     workspace = Workspace(options.temp_directory)
     with translating(workspace):
         table, levels, again = arrow.rows_of(data, workspace, problems or {})

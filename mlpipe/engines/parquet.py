@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _LEVEL_FILES, _SLICE_FILES = 16, 64
+_MAGIC = b"PAR1"
 _SCHEMAS = """
     select signature, list(file_name) as files
     from (
@@ -62,7 +63,7 @@ def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> 
     bound = con.sql(render(exp.select("*").from_(read.copy()), "duckdb")).columns if hive else []
     names = (*merged.types, *bound[len(merged.types) :])
     if hive:
-        _check_hive(files, merged.types)
+        check_hive(files, merged.types)
     counts = dict(con.sql(render(exp.select("file_name", "num_rows").from_(_read("parquet_file_metadata", files)), "duckdb")).fetchall())
     starts = [0]
     for file in files:
@@ -74,6 +75,19 @@ def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> 
         read, names, levels, merged.problems, (*merged.notes, *notes, *unread), starts[-1],
         _durations(schemas, names), _row_number(starts) if numbered else None, _slices(files, starts) if numbered else None,
     )  # fmt: skip
+
+
+def refuse_other(files: Iterable[str], cause: Exception) -> None:
+    """Raises DataError (code "file_format") for a file that does not begin and end as a Parquet file does."""
+    for file in files:
+        with open(file, "rb") as stream:
+            begin, size = stream.read(4), stream.seek(0, 2)
+            stream.seek(max(0, size - 4))
+            end = stream.read()
+        if begin != _MAGIC:
+            raise DataError(f"{file} is not a Parquet file", code="file_format", hint="files are read as their suffix says") from cause
+        if end != _MAGIC:
+            raise DataError(f"{file} is cut off: a Parquet file ends with its footer", code="file_format", hint="write it again") from cause
 
 
 def literals(files: Iterable[str]) -> exp.Expr:
@@ -112,7 +126,7 @@ def _top_names(signature: Sequence[Sequence[object]]) -> list[str]:
     return names
 
 
-def _check_hive(files: Sequence[str], names: Iterable[str]) -> None:
+def check_hive(files: Sequence[str], names: Iterable[str]) -> None:
     """Raises DataError where DuckDB, blind to case, would put the value of a `key=value` directory in a column of the files."""
     keys = {part.partition("=")[0] for part in Path(files[0]).parent.parts if "=" in part}
     for name in names:

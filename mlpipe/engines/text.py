@@ -10,13 +10,14 @@ from sqlglot import exp
 from ..errors import ColumnNotFoundError, DataError, did_you_mean
 from .dialects import call, cast, render, widens
 from .files import Merged, Variant, merge, refuse_case
-from .parquet import FileTable, literals
+from .parquet import FileTable, check_hive, literals
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _DIALECT = ("Delimiter", "Quote", "Escape", "NewLineDelimiter", "Comment", "SkipRows", "HasHeader", "DateFormat", "TimestampFormat")
-_NONE = "(empty)"
+_NONE, _NULL = "(empty)", '"NULL"'
+FIELD = "mlpipe_"  # and the position in the table: what DuckDB calls a column of a CSV file
 
 
 class _Csv(NamedTuple):
@@ -27,16 +28,44 @@ class _Csv(NamedTuple):
     types: dict[str, str]
 
 
-def csv_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str, str]) -> FileTable:
+def csv_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str, str], hive: bool) -> FileTable:
     """The table of CSV files; `types` (name to DuckDB type) win over those found. Raises DataError, ColumnNotFoundError."""
     found = [_sniffed(con, file, types) for file in files]
+    _settle_empty(con, found)
     merged = merge([Variant((csv.file,), csv.types) for csv in found])
-    _check_types(types, merged)
-    widest = _widest(con, merged)
+    keys = _hive_keys(con, files, types, merged) if hive else {}
+    _check_types(types, [*merged.types, *keys])
+    widest = _widest(con, merged) | keys
     groups = [list(group) for _, group in groupby(found, key=lambda csv: (csv.dialect, tuple(csv.types)))]
-    parts = [_csv_part(group, widest) for group in groups]
+    parts = [_csv_part(group, widest, keys) for group in groups]
     union = parts[0] if len(parts) == 1 else exp.union(*parts, distinct=False)
     return FileTable(union.subquery(), tuple(widest), problems=merged.problems, notes=merged.notes)
+
+
+def _settle_empty(con: DuckDBPyConnection, found: Sequence[_Csv]) -> None:
+    """A column without values is text to DuckDB: beside files in which it has another type it takes that of the first."""
+    for name in dict.fromkeys(name for csv in found for name in csv.types):
+        kinds = list(dict.fromkeys(csv.types[name] for csv in found if name in csv.types))
+        if len(kinds) == 1 or "VARCHAR" not in kinds:
+            continue
+        other = next(kind for kind in kinds if kind != "VARCHAR")
+        for csv in found:
+            if csv.types.get(name) == "VARCHAR":
+                place = list(csv.types).index(name)
+                read = _csv_read([csv.file], csv.dialect, dict.fromkeys(range(len(csv.types)), "VARCHAR"))
+                count = exp.select(exp.Count(this=exp.column(f"{FIELD}{place}"))).from_(read.subquery("f"))
+                if con.sql(render(count, "duckdb")).fetchall() == [(0,)]:
+                    csv.types[name] = other
+
+
+def _hive_keys(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str, str], merged: Merged) -> dict[str, str]:
+    """The keys of `key=value` directories, which win over columns of their name, and the types of their values over all files."""
+    check_hive(files, merged.types)
+    bound = con.sql(render(_csv_read(files, None, {0: "VARCHAR"}, hive=True), "duckdb"))
+    found = dict(zip(bound.columns[1:], map(str, bound.types[1:]), strict=True))
+    for name in found:
+        merged.problems.pop(name, None)
+    return {name: types.get(name, kind) for name, kind in found.items()}
 
 
 def _sniffed(con: DuckDBPyConnection, file: str, types: Mapping[str, str]) -> _Csv:
@@ -46,9 +75,13 @@ def _sniffed(con: DuckDBPyConnection, file: str, types: Mapping[str, str]) -> _C
     dialect = tuple("" if values[key] == _NONE else values[key] for key in _DIALECT)
     shown = [(column["name"], column["type"]) for column in values["Columns"]]
     names = [name for name, _ in shown]
-    if values["HasHeader"]:
-        header = con.sql(render(_csv_read([file], dialect, dict.fromkeys(map(str, range(len(shown))), "VARCHAR"), header=False), "duckdb"))
-        names = _exact_names(header.limit(1).fetchall()[0], names)
+    if values["HasHeader"] or {kind for _, kind in shown} <= {"VARCHAR", "BOOLEAN"}:
+        as_text = _csv_read([file], dialect, dict.fromkeys(range(len(shown)), "VARCHAR"), header=False)
+        first = con.sql(render(as_text, "duckdb")).limit(2).fetchall()
+        if values["HasHeader"] or len(first) == 1:  # one line of text is a header without rows (`t` and `f` may be names too)
+            names = _exact_names(first[0], names)
+            shown = shown if values["HasHeader"] else [(name, "VARCHAR") for name in names]
+            dialect = tuple(key == "HasHeader" or value for key, value in zip(_DIALECT, dialect, strict=True))
     return _Csv(file, dialect, {name: types.get(name, kind) for name, (_, kind) in zip(names, shown, strict=True)})
 
 
@@ -60,19 +93,23 @@ def _exact_names(header: Sequence[str | None], shown: Sequence[str]) -> list[str
     return names
 
 
-def _csv_part(group: Sequence[_Csv], widest: Mapping[str, str]) -> exp.Select:
+def _csv_part(group: Sequence[_Csv], widest: Mapping[str, str], keys: Mapping[str, str]) -> exp.Select:
     """The files of one dialect, their columns in the order of the whole table; NULL for those they lack."""
-    types = {name: widest[name] for name in group[0].types}
-    place = {name: i for i, name in enumerate(types)}
-    read = _csv_read([csv.file for csv in group], group[0].dialect, types)
-    columns = [exp.column(f"f{place[n]}") if n in place else cast(exp.null(), widest[n]) for n in widest]
+    place = {name: i for i, name in enumerate(widest)}
+    types = {place[name]: widest[name] for name in group[0].types}
+    read = _csv_read([csv.file for csv in group], group[0].dialect, types, hive=bool(keys), keys=keys)
+    held = {name: exp.column(f"{FIELD}{place[name]}") for name in group[0].types} | {name: exp.column(name, quoted=True) for name in keys}
+    columns = [held[name] if name in held else cast(exp.null(), widest[name]) for name in widest]
     chosen = [exp.alias_(column, f"r{i}") for i, column in enumerate(columns)]
     return exp.select(*chosen).from_(read.subquery("f"))
 
 
-def _csv_read(files: Sequence[str], dialect: Sequence[object], types: Mapping[str, str], header: bool | None = None) -> exp.Select:
-    """Reads files without looking at them again: columns f0, f1, … by position."""
-    delimiter, quote, escape, newline, comment, skip, has_header, date, timestamp = dialect
+def _csv_read(
+    files: Sequence[str], dialect: Sequence[object] | None, types: Mapping[int, str], *, header: bool | None = None, hive: bool = False,
+    keys: Mapping[str, str] | None = None
+) -> exp.Select:  # fmt: skip
+    """Reads files without looking at them again: columns FIELD and their place, then the keys of the directories."""
+    delimiter, quote, escape, newline, comment, skip, has_header, date, timestamp = dialect or (None,) * len(_DIALECT)
     given = {
         "auto_detect": False, "delim": delimiter, "quote": quote, "escape": escape or quote, "new_line": newline, "comment": comment,
         "skip": skip, "header": has_header if header is None else header, "dateformat": date, "timestampformat": timestamp,
@@ -80,34 +117,45 @@ def _csv_read(files: Sequence[str], dialect: Sequence[object], types: Mapping[st
     options = [exp.EQ(this=exp.column(key), expression=exp.convert(value)) for key, value in given.items() if value not in (None, "")]
     if not quote:
         options.append(exp.EQ(this=exp.column("quote"), expression=exp.Literal.string("")))
-    columns = exp.Struct(
-        expressions=[
-            exp.PropertyEQ(this=exp.to_identifier(f"f{i}"), expression=exp.Literal.string(kind)) for i, kind in enumerate(types.values())
-        ]
+    options.append(exp.EQ(this=exp.column("columns"), expression=_struct({f"{FIELD}{i}": kind for i, kind in types.items()})))
+    return exp.select("*").from_(call("read_csv", literals(files), *options, *_partitioning(hive, keys)))
+
+
+def _struct(values: Mapping[str, str]) -> exp.Struct:
+    return exp.Struct(
+        expressions=[exp.PropertyEQ(this=exp.to_identifier(n, quoted=True), expression=exp.Literal.string(t)) for n, t in values.items()]
     )
-    options.append(exp.EQ(this=exp.column("columns"), expression=columns))
-    return exp.select("*").from_(call("read_csv", literals(files), *options))
 
 
-def json_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str, str]) -> FileTable:
+def _partitioning(hive: bool, keys: Mapping[str, str] | None = None) -> list[exp.Expr]:
+    """Whether directories are columns: said in every read, as DuckDB else decides by the paths."""
+    said: list[exp.Expr] = [exp.EQ(this=exp.column("hive_partitioning"), expression=exp.convert(hive))]
+    return [*said, exp.EQ(this=exp.column("hive_types"), expression=_struct(keys))] if keys else said
+
+
+def json_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str, str], hive: bool) -> FileTable:
     """The table of JSON files, objects one a line or in an array; `types` win over those found."""
-    variants = [Variant((file,), _json_types(con, file, types)) for file in files]
+    found = [_json_types(con, file, types) for file in files]
+    first: dict[str, str] = {}  # what a column without values is: the first file's type that has some, or text
+    for name, kind in ((name, kind) for each in found for name, kind in each.items() if kind != _NULL):
+        first.setdefault(name, kind)
+    settled = [{name: first.get(name, "VARCHAR") if kind == _NULL else kind for name, kind in each.items()} for each in found]
+    variants = [Variant((file,), each) for file, each in zip(files, settled, strict=True)]
     refuse_case(variants)
     merged = merge(variants)
-    _check_types(types, merged)
+    keys = _hive_keys(con, files, types, merged) if hive else {}
+    _check_types(types, [*merged.types, *keys])
     widest = _widest(con, merged)
-    columns = exp.Struct(
-        expressions=[exp.PropertyEQ(this=exp.to_identifier(n, quoted=True), expression=exp.Literal.string(t)) for n, t in widest.items()]
-    )
-    read = call("read_json", literals(files), exp.EQ(this=exp.column("columns"), expression=columns))
-    return FileTable(read, tuple(widest), problems=merged.problems, notes=merged.notes)
+    columns = exp.EQ(this=exp.column("columns"), expression=_struct(widest))
+    read = call("read_json", literals(files), columns, *_partitioning(bool(keys), keys))
+    return FileTable(read, tuple(widest | keys), problems=merged.problems, notes=merged.notes)
 
 
 def _json_types(con: DuckDBPyConnection, file: str, types: Mapping[str, str]) -> dict[str, str]:
     sample = exp.EQ(this=exp.column("sample_size"), expression=exp.Literal.number(-1))
-    found = con.sql(render(exp.select("*").from_(call("read_json", literals([file]), sample)), "duckdb"))
+    found = con.sql(render(exp.select("*").from_(call("read_json", literals([file]), sample, *_partitioning(False))), "duckdb"))
     _refuse_renamed(con, file, found.columns)
-    return {name: types.get(name, "VARCHAR" if str(t) == '"NULL"' else str(t)) for name, t in zip(found.columns, found.types, strict=True)}
+    return {name: types.get(name, str(t)) for name, t in zip(found.columns, found.types, strict=True)}
 
 
 def _refuse_renamed(con: DuckDBPyConnection, file: str, names: Sequence[str]) -> None:
@@ -125,11 +173,11 @@ def _refuse_renamed(con: DuckDBPyConnection, file: str, names: Sequence[str]) ->
             )
 
 
-def _check_types(types: Mapping[str, str], merged: Merged) -> None:
+def _check_types(types: Mapping[str, str], names: Sequence[str]) -> None:
     for name in types:
-        if name not in merged.types:
+        if name not in names:
             raise ColumnNotFoundError(
-                f"types names a column {name!r} that the files do not have", column=name, hint=did_you_mean(name, list(merged.types))
+                f"types names a column {name!r} that the files do not have", column=name, hint=did_you_mean(name, list(names))
             )
 
 
