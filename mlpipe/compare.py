@@ -195,10 +195,14 @@ def mundlak(fit: LMMFit, stats: SuffStats, ordinary: Solution, inside: Solution)
     C = block_products(stats, lambda n: 1.0 / n - psi / (1.0 + psi * n))  # x̄'V⁻¹x
     X, M = ordinary.fixed.Q, inside.fixed.Q
     y = ordinary.e + ordinary.gamma
-    inner = np.block([[X.T @ A @ X, X.T @ C @ M], [M.T @ C @ X, M.T @ C @ M]])
-    V = np.linalg.pinv(inner, hermitian=True) * fit.sigma**2
-    gamma = (V / fit.sigma**2 @ np.concatenate([X.T @ A @ y, M.T @ C @ y]))[X.shape[1] :]
-    return _wald(gamma, V[X.shape[1] :, X.shape[1] :])
+    over = np.linalg.solve(X.T @ A @ X, X.T @ np.column_stack([C @ M, A @ y]))
+    S = M.T @ C @ M - M.T @ C @ X @ over[:, :-1]  # what the means add to the model: gamma = S⁻¹g, and gamma'V⁻¹gamma = g'S⁻¹g
+    g = M.T @ C @ y - M.T @ C @ X @ over[:, -1]
+    d = np.sqrt(np.diag(M.T @ stats.gram @ M))
+    values, vectors = np.linalg.eigh(S / np.outer(d, d))
+    kept = values > 1e-9
+    along = vectors[:, kept].T @ (g / d)
+    return float((along**2 / values[kept]).sum()) / fit.sigma**2, int(kept.sum())
 
 
 def _wald(difference: Array, V: Array) -> tuple[float, int]:

@@ -92,3 +92,8 @@ def test_from_statistics_and_after_loading(tmp_path: object) -> None:
 def test_other_models_are_refused() -> None:
     with pytest.raises(mp.ConfigError, match="one random intercept"):
         mp.lmm("y ~ x + (1 + z | g)", FRAME).compare()
+
+
+def test_balanced_covariates_leave_nothing_to_test() -> None:
+    found = mp.lmm("reaction ~ days + (1 | subject)", mp.datasets.path("sleepstudy")).compare()
+    assert [(row["statistic"], row["df"], row["p_value"]) for row in found.tests.to_pylist()] == [(0.0, 0.0, 1.0)] * 2
