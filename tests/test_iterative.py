@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import mlpipe as mp
 from mlpipe.solve.crossed import Cells, CrossedProblem, Exact, Factor
 from mlpipe.solve.glmm import GLMMProblem, solve_glmm
 from mlpipe.solve.iterative import ERROR, Iterative, IterativeSolution, solve_iterative
+
+from .test_reference import SEVERAL, SPECS, fitted
 
 SHAPES: list[tuple[tuple[int, ...], tuple[int, ...], int]] = [
     ((60, 25), (1, 1), 1500),
@@ -116,6 +119,22 @@ def test_estimates_agree_within_the_stated_error(levels: tuple[int, ...], widths
     se = np.sqrt(np.diag(want.vcov))
     assert found.solution.converged and found.error.max() <= ERROR
     assert (np.abs(found.solution.psi - want.psi) / se < 3 * found.error + 0.01).all()
+
+
+@pytest.mark.parametrize("name", sorted(SEVERAL - {"insteval_crossed", "insteval_slope_ml"}))
+def test_reference_models_lie_within_three_stated_errors(name: str, tmp_path: Path) -> None:
+    """InstEval takes minutes: benchmarks/probe_coverage.py."""
+    fit = fitted(SPECS[name], "polars", tmp_path)
+    held = fit.held
+    assert held is not None and isinstance(held.problem, CrossedProblem)
+    theta = held.lambda_([term.star for term in fit.terms])[held.free]
+    se = np.sqrt(np.diag(held.in_solver_order(fit.theta_covariance))[:-1])
+    found = solved(held.problem, np.where(theta == 0.0, 0.0, 1.2 * theta + 0.05), 0)
+    inside = np.isfinite(se)
+    assert found.solution.converged and found.error.max() <= ERROR
+    off = np.abs(found.solution.psi - theta)
+    assert (off[inside] <= 3.0 * found.error[inside] * se[inside] + 1e-7).all()
+    assert (off[~inside] < 1e-3).all()
 
 
 def test_the_stated_error_covers_the_true_one() -> None:

@@ -162,7 +162,8 @@ def _products(a: Array, b: Array, q: int) -> Array:
 @dataclass
 class IterativeSolution:
     """A GLMMSolution whose `information` is the average one, the estimates there, `along` (see Exact), `inverses`: diagonal blocks
-    (q_k, q_k, m_k) of M⁻¹, `error`: the Monte Carlo error of each θ as a share of its standard error, `loglik_error`, and `probes`."""
+    (q_k, q_k, m_k) of M⁻¹, `error` of each θ as a share of its standard error (Monte Carlo, and what the search left), `loglik_error`,
+    and how many `probes`."""
 
     solution: GLMMSolution
     at: Evaluation
@@ -195,7 +196,7 @@ def solve_iterative(
         np.array([final[i, j] for i, j in problem.entries]), final, loglik, *_covariance(root), root.converged,
         bool(root.held.any()) or _rank_deficient(problem, final), root.score, root.evaluations, root.message,
     )  # fmt: skip
-    error = _error(root.AI, root.each, root.held)
+    error = np.hypot(_error(root.AI, root.each, root.held), _remaining(root))
     return IterativeSolution(solution, replace(at, u=u), solver.along(lambda_, at), inverses, error, loglik_error, solver.probes.shape[1])
 
 
@@ -208,6 +209,7 @@ class _Root:
     AI: Array
     each: Array
     held: np.ndarray
+    step: Array
     score: float
     evaluations: int
     converged: bool
@@ -218,7 +220,7 @@ def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int) 
     """Newton's method on the average information, corrected by what the scores showed."""
     problem = solver.problem
     floor = LEAST / np.sqrt(np.maximum(np.diag(problem.typical), 1e-300))
-    theta, shorter, last, best, since = start.copy(), 1.0, math.inf, math.inf, 0
+    theta, shorter, last, best, since = _above(problem, start, floor), 1.0, math.inf, math.inf, 0
     pairs: list[tuple[Array, Array]] = []
     previous: tuple[Array, Array] | None = None
     for evaluation in range(1, max_evaluations + 1):
@@ -229,7 +231,7 @@ def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int) 
         step = np.where(held, 0.0, _free_step(_corrected(AI, pairs, held), s, held))
         score = math.sqrt(max(float(step @ s), 0.0))
         best, since = (score, 0) if score < best / 2.0 else (best, since + 1)
-        found = _Root(theta, at, AI, each, held, score, evaluation, False, "out of evaluations")
+        found = _Root(theta, at, AI, each, held, step, score, evaluation, False, "out of evaluations")
         if score < enough or (score < ROUNDING and since >= 3):
             error = _error(AI, each, held)
             if error.max(initial=0.0) <= ERROR or solver.probes.shape[1] >= MOST_PROBES:
@@ -242,6 +244,12 @@ def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int) 
         last, previous = score, (theta.copy(), s)
         theta = _stepped(problem, theta, shorter * step, floor)
     return found
+
+
+def _remaining(root: _Root) -> Array:
+    """The Newton step that was not taken any more, in standard errors of each θ: what the end of the search leaves."""
+    variance = np.diag(_covariance(root)[1])
+    return np.where(root.held, 0.0, np.abs(root.step) / np.sqrt(np.where(variance > 0.0, variance, np.inf)))
 
 
 def _covariance(root: _Root) -> tuple[Array, Array]:
@@ -299,8 +307,13 @@ def _stepped(problem: CrossedProblem, theta: Array, step: Array, floor: Array) -
             room[k] = 0.6 * theta[k] if theta[k] > 3.0 * floor[i] else np.inf
     with np.errstate(divide="ignore"):
         out = theta + step * min(1.0, float((room / np.abs(step)).min(initial=np.inf)))
+    return _above(problem, out, floor)
+
+
+def _above(problem: CrossedProblem, theta: Array, floor: Array) -> Array:
+    """theta with its diagonal elements at least at their floor."""
     low = [floor[i] if i == j else -np.inf for i, j in problem.entries]
-    return np.asarray(np.maximum(out, low))
+    return np.asarray(np.maximum(theta, low))
 
 
 def _error(AI: Array, each: Array, held: np.ndarray) -> Array:
