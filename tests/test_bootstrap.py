@@ -109,8 +109,8 @@ def intervals(fit: mp.LMMFit, draws: int) -> dict[str, tuple[float, float]]:
 def test_bootstrap_intervals_are_near_the_profile_ones_and_repeat() -> None:
     fit = mp.lmm("Reaction ~ Days + (Days | Subject)", SLEEP, options=mp.Options(seed=4))
     found = intervals(fit, 250)
-    assert found == intervals(fit, 250)
     assert fit.info["bootstrap"]["draws"] == 250
+    assert intervals(fit, 20) == intervals(fit, 20)
     for row in fit.confint(method="profile").to_pylist():
         low, high = found[row["term"]]
         width = row["conf_high"] - row["conf_low"]
@@ -147,7 +147,7 @@ def test_simulated_responses_have_the_family_s_moments(family: str) -> None:
 def test_bootstrap_of_a_generalized_fit() -> None:
     fit = mp.glmm("cbind(incidence, size - incidence) ~ period + (1 | herd)", SLEEP.parent / "cbpp.parquet", family="binomial")
     found = intervals(fit, 100)
-    assert found == intervals(fit, 100)
+    assert intervals(fit, 10) == intervals(fit, 10)
     for row in fit.confint(method="profile").to_pylist():
         width, (low, high) = row["conf_high"] - row["conf_low"], found[row["term"]]
         assert abs(low - row["conf_low"]) < 0.35 * width and abs(high - row["conf_high"]) < 0.35 * width, row["term"]

@@ -299,7 +299,7 @@ def test_a_plan_of_a_generalized_model(invoke: Invoke) -> None:
         (MIXED, ["--nagq", "3"], "nagq does not belong to lmm\nhint: it is for glmm"),
         (MIXED, ["--family", "binomal"], "did you mean 'binomial'?"),
         (MIXED, ["--family", "binomial", "--link", "lgoit"], "did you mean 'logit'?"),
-        (MIXED, ["--family", "binomial", "--cluster", "herd"], "cluster does not belong to glmm\nhint: it is for glm"),
+        (MIXED, ["--family", "binomial", "--absorb", "herd"], "absorb does not belong to glmm\nhint: it is for ols"),
         (MIXED, ["--family", "binomial", "--nagq", "0"], "nagq = 0"),
         (MIXED, ["--family", "binomial", "--ml"], "reml does not belong to glmm\nhint: it is for lmm"),
         (COUNTS, ["--family", "binomial", "--nagq", "3"], "nagq does not belong to glm\nhint: it is for glmm"),

@@ -325,7 +325,7 @@ def test_another_model_is_refused_and_a_rebase_takes_it(run: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"formula": "y ~ x", "kind": "glm", "family": "poisson"}}, "is for linear mixed models"),
+        ({"model": {"formula": "y ~ x", "kind": "glm", "family": "poisson"}}, "is for one linear mixed model"),
         ({"store": {"window": 0}}, "window"),
         ({"store": {"vanished": "forget"}}, "vanished"),
         ({"store": {"partition_by": "nothing"}}, "no column 'nothing'"),
