@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +10,7 @@ import numpy as np
 from . import marginal
 from .arrays import arrow
 from .passes import first_tau
-from .reduction import Random, lower_factor
+from .reduction import lower_factor, stacked_inverse
 from .result import MixedFit, RandomTerm
 from .solve.density import density
 
@@ -225,7 +224,7 @@ def _modes(fit: GLMMFit, model: Model, solution: GLMMSolution) -> pa.Table:
 
     kernel, spool, u = model.kernel, model.rows.spool, model.rows.info["modes"]
     point = Point(model.Q @ solution.psi[: model.Q.shape[1]], solution.lambda_, fit.tau)
-    back = stacked(fit.terms)
+    back = stacked_inverse([term.R for term in fit.terms])
     parts = spool.map(lambda chunk: kernel.posterior(chunk, point, u[:, chunk.blocks]))
     modes = back @ solution.lambda_ @ np.concatenate([part[0] for part in parts], axis=1)
     factor = np.einsum("ij,jkb->ikb", back, np.concatenate([part[1] for part in parts], axis=2))
@@ -235,15 +234,3 @@ def _modes(fit: GLMMFit, model: Model, solution: GLMMSolution) -> pa.Table:
     for k, name in enumerate(coefficient_names(fit.terms)):
         columns |= {name: arrow(modes[k]), f"{name}_se": arrow(sds[k])}
     return pa.table(columns)
-
-
-
-def stacked(terms: Sequence[RandomTerm | Random]) -> Array:
-    """R⁻¹ of each term, block-diagonal."""
-    size = sum(len(term.names) for term in terms)
-    out, at = np.zeros((size, size)), 0
-    for term in terms:
-        k = len(term.names)
-        out[at : at + k, at : at + k] = np.linalg.inv(term.R)
-        at += k
-    return out

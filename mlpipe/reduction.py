@@ -348,3 +348,14 @@ class _chunks:
     def _clusters(self, clusters: Clusters) -> BlockChunk:
         rows, owner = pseudo_blocks(clusters.count, clusters.products)
         return BlockChunk(self._S(clusters.mean()), clusters.count, self._C(rows.T), owner)
+
+
+def stacked_inverse(factors: Sequence[np.ndarray]) -> np.ndarray:
+    """The inverses of square matrices, such as the R of each random term, block-diagonal."""
+    size = sum(len(R) for R in factors)
+    out, at = np.zeros((size, size)), 0
+    for R in factors:
+        k = len(R)
+        out[at : at + k, at : at + k] = np.linalg.inv(R)
+        at += k
+    return out

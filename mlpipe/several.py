@@ -15,7 +15,7 @@ from .errors import ConfigError, DataError, ResourceError
 from .formula import Formula
 from .held import Held
 from .progress import stage
-from .reduction import Coded, Random, coded, lower_factor
+from .reduction import Coded, coded, lower_factor, stacked_inverse
 from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
 from .solve.folding import folded
@@ -352,7 +352,7 @@ def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: lis
         factor, f = model.crossed.factors[k], model.problem.factors[at]
         lam = model.problem.lambdas(lambda_)[at]
         terms = [model.parts.random[i] for i in model.bars[k]]
-        back = _stacked(terms) @ lam
+        back = stacked_inverse([term.R for term in terms]) @ lam
         modes = back @ per_level(u[place : place + f.size, None], f.q)[:, 0]
         sds = sigma * np.sqrt(np.maximum(np.einsum("ia,abm,ib->im", back, inverses[at], back), 0.0))
         place += f.size
@@ -369,15 +369,3 @@ def _square(products: Array, pairs: Sequence[tuple[int, int]], z: Sequence[int])
     for values, (a, b) in zip(products, pairs, strict=True):
         out[place[a], place[b]] = out[place[b], place[a]] = values
     return out
-
-
-def _stacked(terms: list[Random]) -> Array:
-    """R⁻¹ of each term, block-diagonal."""
-    size = sum(len(term.names) for term in terms)
-    out, at = np.zeros((size, size)), 0
-    for term in terms:
-        k = len(term.names)
-        out[at : at + k, at : at + k] = np.linalg.inv(term.R)
-        at += k
-    return out
-

@@ -10,11 +10,11 @@ import numpy as np
 
 from .arrays import arrow
 from .errors import ConfigError, DataError, ResourceError
-from .generalized_result import GLMMFit, common, joint_covariance, stacked
+from .generalized_result import GLMMFit, common, joint_covariance
 from .levels import Levels, levels_of
 from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Model, plain, tau_bound
 from .progress import stage
-from .reduction import lower_factor
+from .reduction import lower_factor, stacked_inverse
 from .result import RandomTerm
 from .solve.coded_rows import Exactly, JointProblem, Part
 from .solve.glmm import GLMMProblem, solve_glmm
@@ -311,7 +311,7 @@ def _modes(joint: JointModel, found: JointSolution) -> dict[str, pa.Table]:
     modes = problem.split(problem.scaled(found.solution.lambda_, found.u[:, None]))
     for k, mode, covariance in zip(joint.order, modes, found.covariances, strict=True):
         factor, terms = joint.levels[k], [joint.model.random[i] for i in joint.bars[k]]
-        back = stacked(terms)
+        back = stacked_inverse([term.R for term in terms])
         values = back @ mode[:, 0]
         sds = np.sqrt(np.maximum(np.einsum("ia,abm,ib->im", back, covariance, back), 0.0))
         columns: dict[str, Any] = dict(zip(key_names(terms, factor.columns), factor.keys.columns, strict=True))
