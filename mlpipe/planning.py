@@ -247,7 +247,7 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     variables = {v.label: v for v in variables_of(formula, names.kinds, request.contrasts)}
     responses, success, waves = _responses(engine, formula, names, request, variables)
     shell = replace(_shell(formula, request, names, variables | responses, tuple(responses)), success=success, waves=waves)
-    engine.check_columns(sorted(used_columns(shell, names).values | used_columns(shell, names).keys))
+    engine.check_columns(used_columns(shell, names))
     own = {expr.label(formula.response)} if success is not None and formula.response is not None else set()
     own |= {expr.label(parse_expression(request.time))} if waves and request.time is not None else set()
     looks = Looks(engine, names, shell, {name: order for name, order in (request.levels or {}).items() if name not in own})

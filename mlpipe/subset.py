@@ -1,7 +1,7 @@
 """Some of the rows of a source: an engine over another one, whose statements see only the rows for which a condition holds."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -74,9 +74,9 @@ class FilteredEngine:
         """About how many distinct keys the whole source holds at most."""
         return self.inner.key_count(keys)
 
-    def check_columns(self, positions: Iterable[int]) -> None:
+    def check_columns(self, columns: Columns) -> None:
         """See Engine."""
-        self.inner.check_columns({*positions, *self.read.values, *self.read.keys})
+        self.inner.check_columns(replace(columns, values=columns.values | self.read.values, keys=columns.keys | self.read.keys))
 
     def check_unchanged(self) -> None:
         """See Engine."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from .base import BATCH_ROWS
 from .dialects import render
-from .duckdb import connect, translating
+from .duckdb import connect
+from .failures import translating
 from .files import Workspace
 
 if TYPE_CHECKING:

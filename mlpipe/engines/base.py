@@ -6,7 +6,7 @@ A statement never sees the names of the source: it reads a table `src` whose col
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -94,8 +94,9 @@ class Engine(Protocol):
     def key_count(self, keys: Sequence[int]) -> int:
         """About how many distinct keys the columns at `keys` hold, from a scan of these columns."""
 
-    def check_columns(self, positions: Iterable[int]) -> None:
-        """Raises DataError for a column whose files disagree (no lossless common type, or absent from some)."""
+    def check_columns(self, columns: Columns) -> None:
+        """Raises DataError for a column whose files disagree: no lossless common type, absent from some, or, for a key, of a
+        common type in which different keys can become equal."""
 
     def check_unchanged(self) -> None:
         """Raises DataError (code "source_changed") when the source is not what it was at open, as far as can be seen."""

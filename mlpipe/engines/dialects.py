@@ -70,6 +70,7 @@ def duckdb_type(type_name: str, levels: tuple[str, ...] | None) -> ColumnType:
     return ColumnType(duckdb_family(type_name).kind, type_name, levels, type_name in INTEGERS)
 
 
+_BEYOND_DOUBLE = {"BIGINT", "UBIGINT", "HUGEINT", "UHUGEINT", "DECIMAL"}
 _IN_FLOAT = {"FLOAT", "TINYINT", "UTINYINT", "SMALLINT", "USMALLINT"}
 
 
@@ -81,6 +82,12 @@ def widens(types: Collection[str]) -> bool:
     if "other" in families:
         return len(set(types)) == 1
     return len(families) == 1 or any(families <= group for group in _WIDENING)
+
+
+def merges_keys(types: Collection[str]) -> bool:
+    """Whether in the widest of these DuckDB types different whole numbers can become equal: DOUBLE holds those up to 2^53."""
+    bare = {name.partition("(")[0] for name in types}
+    return "DOUBLE" in bare and not bare.isdisjoint(_BEYOND_DOUBLE)
 
 
 # Functions of the DuckDB dialect that Polars' SQL has under another name (by node), and those it lacks (by rendered name).

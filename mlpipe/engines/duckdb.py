@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 from sqlglot import exp
 
-from ..errors import ConfigError, DataError, MlpipeError, ResourceError, did_you_mean
+from ..errors import ConfigError, DataError, ResourceError, did_you_mean
 from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerprint, spread
 from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
-from .files import Snapshot, Workspace
-from .memory import SETTINGS, distinct_keys, hash_is_key, table_room
+from .failures import translating
+from .files import Merged, Snapshot, Workspace
+from .memory import SETTINGS, direct_bits, distinct_keys, hash_is_key, table_room
 from .origin import RELATION, Origin, select_all, source_rows, with_source
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _TURN_SECONDS = 0.2
+LAST_WHOLE = 2**53  # up to here a DOUBLE holds every whole number
 _UNREADABLE = r"CSV Error on Line: (\d+).*column \"mlpipe_(\d+)\"\. Could not convert string \"(.*?)\" to '([^']*)'"
 _RESERVED = ("memory", "system", "temp")
 
@@ -66,12 +68,21 @@ class DuckDBEngine:
         """See Engine."""
         return int(self.query(distinct_keys(keys), Columns(keys=frozenset(keys))).read_all()["keys"][0].as_py())
 
-    def check_columns(self, positions: Iterable[int]) -> None:
+    def check_columns(self, columns: Columns) -> None:
         """Raises DataError (code "column_files") for a column that cannot be read as one from all files."""
         names = list(self._origin.columns)
-        for name in (names[i] for i in positions):
-            if problem := self._origin.problems.get(name):
-                raise DataError(problem, code="column_files", column=name, hint="write the files with one schema, or give mp.source types")
+        for i in sorted(columns.values | columns.keys):
+            problem = self._origin.problems.get(names[i])
+            if problem is None and i in columns.keys and names[i] in self._origin.key_problems and self._exceeds_double(i):
+                problem = self._origin.key_problems[names[i]]
+            if problem is not None:
+                hint = "write the files with one schema, or give mp.source types"
+                raise DataError(problem, code="column_files", column=names[i], hint=hint)
+
+    def _exceeds_double(self, key: int) -> bool:
+        largest = exp.Max(this=exp.Abs(this=exp.column(f"k{key}")))
+        found = self.query(exp.select(exp.alias_(largest, "largest")).from_("src"), Columns(keys=frozenset({key}))).read_all()
+        return bool((found["largest"][0].as_py() or 0) >= LAST_WHOLE)
 
     def check_unchanged(self) -> None:
         """Raises DataError (code "source_changed") when a file is not as it was at open; other sources pass."""
@@ -86,7 +97,7 @@ class DuckDBEngine:
         source = source_rows(self._origin, columns, sample)
         sql = render(with_source(statement, source, joined is not None), "duckdb", copy=False)
         with self._checked():
-            con = self._connection()
+            con = self._connection(statement)
             relation = _bound(sql, self._origin, con, joined)
             reader = self._guarded(con, lambda: relation.to_arrow_reader(BATCH_ROWS))
             return buffered(reader.schema, self._batches(con, reader))
@@ -108,12 +119,14 @@ class DuckDBEngine:
         if self._origin.workspace is not None:
             self._origin.workspace.close()
 
-    def _connection(self) -> DuckDBPyConnection | None:
+    def _connection(self, statement: exp.Query) -> DuckDBPyConnection | None:
         if not self._origin.own or self._origin.con is None:
             return self._origin.con
         con = self._origin.con.cursor()
         con.execute("set enable_progress_bar = true")
         con.execute("set enable_progress_bar_print = false")
+        if self._origin.rows is not None and self._origin.options is not None:
+            con.execute(f"set perfect_ht_threshold = {direct_bits(statement, self._origin.rows, self._origin.options)}")
         if self._origin.use:
             con.execute(self._origin.use)
         return con
@@ -197,51 +210,6 @@ def _bound(sql: str, origin: Origin, con: DuckDBPyConnection | None, joined: Any
     return found
 
 
-_RESOURCE: tuple[tuple[type[duckdb.Error], str, str | None], ...] = (
-    (duckdb.OutOfMemoryException, "out_of_memory", "raise memory_limit, or free space for the spill in temp_directory"),
-    (duckdb.InterruptException, "interrupted", None),
-    (duckdb.ConnectionException, "connection", None),
-    (duckdb.InternalError, "engine", None),
-    (duckdb.FatalException, "engine", None),
-    (duckdb.IOException, "io", None),
-)
-
-
-def explained(error: duckdb.Error) -> MlpipeError:
-    """The error that users see for one of DuckDB's: ResourceError for memory, disk and connection, else DataError."""
-    message = re.sub(r"\s+", " ", str(error).split("\n\nLINE")[0]).strip()
-    message = message if len(message) <= 300 else message[:299] + "…"
-    if "file handle conflict" in message:
-        hint = "pass the connection that has it open"
-        return ResourceError("the database file is open in this process", code="database_open", hint=hint)
-    if "Resource In Use" in message:
-        hint = "read out or close the result that is still open on the connection"
-        return ResourceError("the connection is busy", code="connection_busy", hint=hint)
-    for kind, code, hint_ in _RESOURCE:
-        if isinstance(error, kind):
-            return ResourceError(message, code=code, hint=hint_)
-    return DataError(message, code="engine_refused")
-
-
-class _Closable(Protocol):
-    def close(self) -> None: ...
-
-
-@contextmanager
-def translating(*held: _Closable) -> Iterator[None]:
-    """Errors of DuckDB become ours; after any error what was opened so far is closed."""
-    try:
-        yield
-    except BaseException as error:
-        for thing in held:
-            thing.close()
-        if isinstance(error, duckdb.Error):
-            raise explained(error) from error
-        if isinstance(error, RuntimeError) and str(error) == "Query interrupted":  # DuckDB's word for Ctrl-C
-            raise KeyboardInterrupt from error
-        raise
-
-
 def connect(options: Options, workspace: Workspace) -> DuckDBPyConnection:
     """A connection of ours within the options' limits."""
     settings: dict[str, Any] = {
@@ -281,7 +249,8 @@ def open_files(
         return DuckDBEngine(
             Origin(
                 table.from_, con, True, columns, identity, rows=table.rows, raw=table.raw, row_number=table.row_number,
-                sample=table.sample, problems=table.problems, snapshot=snapshot, workspace=workspace,
+                sample=table.sample, problems=table.problems, key_problems=table.key_problems, snapshot=snapshot, workspace=workspace,
+                options=options,
             )
         )  # fmt: skip
 
@@ -300,28 +269,30 @@ def open_dataset(files: list[str], form: str, options: Options, *, hive: bool = 
     from . import arrow
 
     data, merged = arrow.file_dataset(files, form, filesystem, hive)
-    return open_arrow(data, options, merged.notes, merged.problems)
+    return open_arrow(data, options, merged)
 
 
-def open_arrow(data: Any, options: Options, notes: tuple[str, ...] = (), problems: Mapping[str, str] | None = None) -> DuckDBEngine:
-    """Arrow data: tables, pandas and narwhals frames as they lie, datasets streamed, any other stream spooled to disk once."""
+def open_arrow(data: Any, options: Options, merged: Merged | None = None) -> DuckDBEngine:
+    """Arrow data: tables, pandas and narwhals frames as they lie, datasets (of `merged` files) streamed, any other stream spooled
+    to disk once."""
     from . import arrow
 
+    merged = merged or Merged({})
     workspace = Workspace(options.temp_directory)
     with translating(workspace):
-        table, levels, again = arrow.rows_of(data, workspace, problems or {})
+        table, levels, again = arrow.rows_of(data, workspace, merged.problems)
         con = connect(options, workspace)
         columns = _columns(table.schema.names, con.from_arrow(table), levels)
     snapshot = Snapshot.of(table.files, table.filesystem) if hasattr(table, "files") else None
     rows = getattr(table, "num_rows", None)
     identity = Identity(
         snapshot.fingerprint if snapshot else fingerprint(table.schema, rows), again, True,
-        snapshot.bytes if snapshot else getattr(table, "nbytes", None), tuple(snapshot.states) if snapshot else (), notes,
+        snapshot.bytes if snapshot else getattr(table, "nbytes", None), tuple(snapshot.states) if snapshot else (), merged.notes,
     )  # fmt: skip
     return DuckDBEngine(
         Origin(
             exp.to_table(RELATION), con, True, columns, identity, lambda cursor: (cursor or con).from_arrow(table), rows,
-            problems=problems or {}, snapshot=snapshot, workspace=workspace,
+            problems=merged.problems, key_problems=merged.key_problems, snapshot=snapshot, workspace=workspace,
         )
     )  # fmt: skip
 

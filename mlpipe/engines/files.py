@@ -5,14 +5,14 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ResourceError
 from ..scratch import Scratch
 from .base import fingerprint
-from .dialects import widens
+from .dialects import merges_keys, widens
 
 SUFFIXES = {
     ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".ndjson": "json", ".jsonl": "json",
@@ -173,10 +173,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Merged:
-    """Schemas joined by exact name: `types` per name (one or several), `problems` per name, `notes` on types that differ."""
+    """Schemas joined by exact name: `types` per name (one or several), `problems` per name, `key_problems` of columns whose
+    large keys would fall together, `notes` on types that differ."""
 
     types: dict[str, tuple[str, ...]]
     problems: dict[str, str] = field(default_factory=dict)
+    key_problems: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -191,9 +193,11 @@ def merge(variants: Sequence[Variant]) -> Merged:
             merged.problems[name] = f"column {name!r} is absent from {_listed(absent)}"
         elif len(types) > 1 and widens(types):
             notes.append(f"column {name!r} is {where}: read as the widest of these")
+            if merges_keys(types):
+                merged.key_problems[name] = f"column {name!r} is {where}: read as DOUBLE, its keys beyond 2^53 would fall together"
         elif len(types) > 1:
             merged.problems[name] = f"column {name!r} has no type common to all files: {where}"
-    return Merged(merged.types, merged.problems, tuple(notes))
+    return replace(merged, notes=tuple(notes))
 
 
 def refuse_case(variants: Sequence[Variant]) -> None:

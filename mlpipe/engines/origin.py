@@ -15,6 +15,8 @@ from .files import Snapshot, Workspace
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
+    from ..options import Options
+
 HEAD_ROWS = 20_000
 RELATION = "mlpipe_source"
 JOINED = "mlpipe_joined_rows"
@@ -24,8 +26,8 @@ JOINED = "mlpipe_joined_rows"
 class Origin:
     """What an engine reads. `from_`: the FROM item; `relation`: for an item `mlpipe_source`, what it is on a connection;
     `con`: the connection, None for a bare relation; `own`: whether it is ours, so that each query takes a cursor of it;
-    `columns`: exact names with DuckDB's types; `raw`, `row_number`, `sample`: as in FileTable; `problems`: by exact name;
-    `use`: the statement that makes an attached database the current one of a cursor."""
+    `columns`: exact names with DuckDB's types; `raw`, `row_number`, `sample`: as in FileTable; `problems`, `key_problems`: by exact name;
+    `use`: the statement that makes an attached database the current one of a cursor; `options`: of files, whose key ranges are known."""
 
     from_: exp.Expr
     con: DuckDBPyConnection | None
@@ -38,9 +40,11 @@ class Origin:
     row_number: exp.Expr | None = None
     sample: exp.Expr | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
+    key_problems: Mapping[str, str] = field(default_factory=dict)
     snapshot: Snapshot | None = None
     workspace: Workspace | None = None
     use: str | None = None
+    options: Options | None = None
 
 
 def with_source(statement: exp.Query, source: exp.Select, joined: bool) -> exp.Query:

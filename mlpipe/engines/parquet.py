@@ -46,6 +46,7 @@ class FileTable:
     names: tuple[str, ...]
     levels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    key_problems: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     rows: int | None = None
     raw: dict[int, Convert] = field(default_factory=dict)
@@ -72,7 +73,7 @@ def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> 
     schemas, unread = _arrow_schemas(con, files)
     levels, notes = _levels(schemas, files)
     return FileTable(
-        read, names, levels, merged.problems, (*merged.notes, *notes, *unread), starts[-1],
+        read, names, levels, merged.problems, merged.key_problems, (*merged.notes, *notes, *unread), starts[-1],
         _durations(schemas, names), _row_number(starts) if numbered else None, _slices(files, starts) if numbered else None,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Polars: DataFrames and LazyFrames through their own SQL, streaming. Positions, not names, select the columns."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
@@ -63,7 +63,7 @@ class PolarsEngine:
         except _FAILURES as error:
             raise explained(error) from error
 
-    def check_columns(self, positions: Iterable[int]) -> None:
+    def check_columns(self, columns: Columns) -> None:
         """A frame has one schema: every column can be read."""
 
     def check_unchanged(self) -> None:

@@ -17,7 +17,8 @@ from sqlglot import exp
 
 from ..errors import ConfigError, DataError, ResourceError
 from .dialects import render
-from .duckdb import connect, translating
+from .duckdb import connect
+from .failures import translating
 from .files import Workspace
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ def csv_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str,
     groups = [list(group) for _, group in groupby(found, key=lambda csv: (csv.dialect, tuple(csv.types)))]
     parts = [_csv_part(group, widest, keys) for group in groups]
     union = parts[0] if len(parts) == 1 else exp.union(*parts, distinct=False)
-    return FileTable(union.subquery(), tuple(widest), problems=merged.problems, notes=merged.notes)
+    return FileTable(union.subquery(), tuple(widest), problems=merged.problems, key_problems=merged.key_problems, notes=merged.notes)
 
 
 def _settle_empty(con: DuckDBPyConnection, found: Sequence[_Csv]) -> None:
@@ -65,6 +65,7 @@ def _hive_keys(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str
     found = dict(zip(bound.columns[1:], map(str, bound.types[1:]), strict=True))
     for name in found:
         merged.problems.pop(name, None)
+        merged.key_problems.pop(name, None)
     return {name: types.get(name, kind) for name, kind in found.items()}
 
 
@@ -148,7 +149,7 @@ def json_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str
     widest = _widest(con, merged)
     columns = exp.EQ(this=exp.column("columns"), expression=_struct(widest))
     read = call("read_json", literals(files), columns, *_partitioning(bool(keys), keys))
-    return FileTable(read, tuple(widest | keys), problems=merged.problems, notes=merged.notes)
+    return FileTable(read, tuple(widest | keys), problems=merged.problems, key_problems=merged.key_problems, notes=merged.notes)
 
 
 def _json_types(con: DuckDBPyConnection, file: str, types: Mapping[str, str]) -> dict[str, str]:
