@@ -4,7 +4,7 @@
 
 The formula (default: `FORMULA` below) is fitted exactly once; then each seed's probes find their own root of the score from there. The
 reported error is one standard deviation, estimated from k probes, so that an interval of 95 % is Student's with k - 1 degrees of freedom:
-±2.1 for 16 probes. Prints per θ (in the solver's order) the root mean square of the true error and the mean reported one, in standard
+±2.1 for 16 probes. Prints a line per seed, then per θ (in the solver's order) the root mean square of the true error and the mean reported one, in standard
 errors of θ, and the shares of seeds within that interval and within 1, 2 and 3 reported errors. The program fails where an interval holds
 fewer than 95 % of seeds by more than twice the binomial error of that share, or where a seed does not converge.
 """
@@ -50,6 +50,8 @@ def main() -> None:
     began, rows = time.process_time(), []
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         rows.append(errors(problem, exact, seed))
+        ratios = " ".join(f"{ratio:5.2f}" for ratio in rows[-1][0] / rows[-1][1])
+        print(f"seed {seed}: {rows[-1][2]} probes, true over reported error {ratios}", flush=True)
     spent = (time.process_time() - began) / len(rows)
     true, reported = (np.array([row[k] for row in rows]) for k in (0, 1))
     probes = np.array([row[2] for row in rows])

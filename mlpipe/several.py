@@ -168,7 +168,7 @@ class Several:
         return self._iterated(start, options)
 
     def _iterated(self, start: Array, options: Options) -> Solved:
-        from .solve.iterative import BLUP_SAMPLES, solve_iterative
+        from .solve.iterative import solve_iterative
 
         found = solve_iterative(
             self.problem, start, self.draws(), tol=options.tol, max_evaluations=options.max_passes, seed=options.seed,
@@ -176,7 +176,7 @@ class Several:
         )  # fmt: skip
         carlo = {
             "probes": found.probes, "error": found.error.tolist(), "loglik_error": found.loglik_error,
-            "blup_variance_samples": BLUP_SAMPLES,
+            "samples": found.samples, "sd_error": found.sd_error,
         }  # fmt: skip
         return Solved(found.solution, found.at, found.along, found.inverses, carlo)
 
@@ -324,7 +324,8 @@ def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[
     worst = max(carlo["error"], default=0.0)
     note = (
         f"iterative solver: Monte Carlo error at most {worst:.1%} of a standard error ({carlo['probes']} probes); log-likelihood good to "
-        f"about {carlo['loglik_error']:.2g}; conditional variances of the random effects from {carlo['blup_variance_samples']} samples"
+        f"about {carlo['loglik_error']:.2g}; conditional standard deviations of the random effects to {carlo['sd_error']:.1%} "
+        f"({carlo['samples']} samples)"
     )
     return {"monte_carlo": carlo, "notes": [*info.get("notes", []), note]}
 

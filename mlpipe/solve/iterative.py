@@ -30,7 +30,9 @@ CG_SINGLE, CG_HESSIAN = 1e-6, 1e-4  # the same of probes, and of the average inf
 NEWTON = 1.0  # scaled score from which the scores' own changes correct the average information
 ENOUGH = 1e-3  # scaled score that ends the search: far below the Monte Carlo error
 ROUNDING = 1e-2  # scaled score that will do where it falls no further: probes are solved in single precision
-BLUP_SAMPLES = 32  # a conditional variance is then good to about 9 %
+SAMPLES, MOST_SAMPLES = 8, 64  # of conditional variances, drawn in batches
+SD_ERROR = 0.02  # Monte Carlo error of a conditional standard deviation, in root mean square over levels, that is good enough
+ROUGH_PROBES, CG_ROUGH = 4, 1e-5  # far from the root the direction is all that matters: fewer probes, everything in singles
 LEAST = 0.03  # diagonal of Λ, in units of what a level tells, that stands for zero on the way: Λ⁻¹ multiplies the probes' rounding
 
 
@@ -50,7 +52,7 @@ class Iterative(Exact):
     def add(self, count: int) -> None:
         """Further probes."""
         more = (self.rng.integers(0, 2, (len(self.probes), count), dtype=np.int8) * 2 - 1).astype(np.float32)
-        self.probes, self.warm = np.hstack([self.probes, more]), (self.warm[0], None)
+        self.probes = np.hstack([self.probes, more])
 
     def operator(self, lambda_: Array) -> Operator:
         """M at Λ."""
@@ -60,24 +62,33 @@ class Iterative(Exact):
         """See Exact."""
         return self.double.times(k, h, x)
 
-    def newton(self, lambda_: Array) -> tuple[Evaluation, Array, Array, Array]:
+    def newton(self, lambda_: Array, *, rough: bool = False) -> tuple[Evaluation, Array, Array, Array]:
         """The estimates, the score over the entries of Λ, the average information, and the score's part by traces per probe."""
         M = self.operator(lambda_)
         single = M.single(self.half)
         c = self.spherical(lambda_)
         y = M.down(c[: M.size])
-        x = M.solve_rest(c[M.size :] - M.transposed(y), CG_TIGHT, self.warm[0]).x
-        g = single.solve_rest(single.by_blocks(small.multiply, self.probes), CG_SINGLE, self.warm[1]).x
+        b, probes = c[M.size :] - M.transposed(y), self.probes[:, :ROUGH_PROBES] if rough else self.probes
+        if rough:
+            x = single.solve_rest(b.astype(np.float32), CG_ROUGH, self.warm[0]).x.astype(float)
+        else:
+            x = M.solve_rest(b, CG_TIGHT, self.warm[0]).x
+        g = single.solve_rest(single.by_blocks(small.multiply, probes), CG_ROUGH if rough else CG_SINGLE, self._warm(probes.shape[1])).x
         self.warm = x, g
         U = np.concatenate([M.up(y - M.times(x)), x])
         at = self.estimates(c, U, M)
         t, H = self.residual_sums(lambda_, at, U)
-        traces = self.traces_by_probe(single, M, g)
+        traces = self.traces_by_probe(single, M, probes, g)
         each = np.column_stack([-self.entries_of(self.gaps(lambda_, [part[:, :, i] for part in traces])) for i in range(g.shape[1])])
         score = self.score_from(at, U, t, H, self.gaps(lambda_, [part.mean(axis=2) for part in traces]))
         G = self.working(lambda_, at, t)
         AI = self.information_from(lambda_, at, t, H, G, lambda b: single.solve(b.astype(np.float32), CG_HESSIAN))
         return at, score, AI, each
+
+    def _warm(self, probes: int) -> Array | None:
+        """The last solutions for the probes, zeros for new ones."""
+        last = self.warm[1]
+        return None if last is None else np.pad(last[:, :probes], ((0, 0), (0, max(0, probes - last.shape[1]))))
 
     def estimates(self, c: Array, U: Array, M: Operator) -> Evaluation:
         problem, p = self.problem, self.problem.p
@@ -88,10 +99,10 @@ class Iterative(Exact):
         inverse = np.linalg.inv(R[:p, :p]) if p else np.zeros((0, 0))
         return Evaluation(math.nan, beta, s2, inverse @ inverse.T, U[:, p] - U[:, :p] @ beta, M)  # type: ignore[arg-type]
 
-    def traces_by_probe(self, single: Operator, M: Operator, x: Array) -> list[Array]:
-        """Σ_i (M⁻¹)_ki,ki of every factor, per probe (q_k, q_k, probes): Hutchinson's estimates with B⁻¹, whose trace is known, as control
-        variate."""
-        g = single.by_blocks(small.backward, self.probes)
+    def traces_by_probe(self, single: Operator, M: Operator, probes: Array, x: Array) -> list[Array]:
+        """Σ_i (M⁻¹)_ki,ki of every factor, per probe (q_k, q_k, probes), from x = S⁻¹R probes: Hutchinson's estimates with B⁻¹, whose
+        trace is known, as control variate."""
+        g = single.by_blocks(small.backward, probes)
         first, base = single.up(single.times(x)), single.up(single.times(g))
         inverse = small.inverse_factor(M.L)
         known = np.einsum("kam,kbm->ab", inverse, inverse) + M.expected()
@@ -122,28 +133,30 @@ class Iterative(Exact):
         minus2 -= float(np.linalg.slogdet(at.C)[1]) if problem.reml and p else 0.0
         return -minus2 / 2.0, error / 2.0
 
-    def variances(self, lambda_: Array, draw: Callable[[np.random.Generator], Array] | None) -> list[Array]:
-        """Blocks (q_k, q_k, m_k) of M⁻¹ of every factor, from samples v ~ N(0, M⁻¹) (R7); `draw` gives Z'w^½ε over single effects, where
-        the cells tell it."""
-        problem = self.problem
+    def variances(self, lambda_: Array, draw: Callable[[np.random.Generator], Array] | None) -> tuple[list[Array], int, float]:
+        """Blocks (q_k, q_k, m_k) of M⁻¹ of every factor, from samples v ~ N(0, M⁻¹) (R7), how many these are, and the error of the
+        standard deviations they tell, as a share, in root mean square over levels; `draw` gives Z'w^½ε over single effects, where the
+        cells tell it."""
         M = self.operator(lambda_)
-        single = M.single(self.half)
-        rhs = self._drawn(lambda_, draw) if draw is not None else normal(M, self.rng, BLUP_SAMPLES)
-        v = single.solve(rhs.astype(np.float32), CG_SINGLE)
-        out, place = [], 0
-        for f, D in zip(problem.factors, M.D, strict=True):
-            rows = slice(place, place + f.size)
-            place += f.size
-            L = small.cholesky(D)
-            off = per_level(rhs[rows], f.q) - np.einsum("ijm,jkm->ikm", D, per_level(v[rows], f.q))
-            shifted = small.solve(L, off)
-            inverse = small.inverse_factor(L)
-            out.append(np.einsum("kam,kbm->abm", inverse, inverse) + np.einsum("ikm,jkm->ijm", shifted, shifted) / BLUP_SAMPLES)
-        return out
+        single, L = M.single(self.half), [small.cholesky(D) for D in M.D]
+        inverses = [small.inverse_factor(R) for R in L]
+        known = [np.einsum("kam,kbm->abm", R, R) for R in inverses]
+        sums, count, error = [np.zeros_like(block) for block in known], 0, math.inf
+        while error > SD_ERROR and count < MOST_SAMPLES:
+            rhs = self._drawn(lambda_, draw) if draw is not None else normal(M, self.rng, SAMPLES)
+            v = single.solve(rhs.astype(np.float32), CG_SINGLE)
+            count, place = count + SAMPLES, 0
+            for f, D, R, total in zip(self.problem.factors, M.D, L, sums, strict=True):
+                rows = slice(place, place + f.size)
+                place += f.size
+                shifted = small.solve(R, per_level(rhs[rows], f.q) - np.einsum("ijm,jkm->ikm", D, per_level(v[rows], f.q)))
+                total += np.einsum("ikm,jkm->ijm", shifted, shifted)
+            error = max(_sampling_error(own, total / count) for own, total in zip(known, sums, strict=True)) / math.sqrt(2.0 * count)
+        return [own + total / count for own, total in zip(known, sums, strict=True)], count, error
 
     def _drawn(self, lambda_: Array, draw: Callable[[np.random.Generator], Array]) -> Array:
-        """Samples (all effects, BLUP_SAMPLES) from N(0, M)."""
-        noise = np.column_stack([draw(self.rng) for _ in range(BLUP_SAMPLES)])
+        """Samples (all effects, SAMPLES) from N(0, M)."""
+        noise = np.column_stack([draw(self.rng) for _ in range(SAMPLES)])
         parts = [flat(np.einsum("ia,ikm->akm", lam, per_level(part, f.q))) for f, lam, part in self._by_factor(lambda_, noise)]
         return np.asarray(np.concatenate(parts) + self.rng.standard_normal(noise.shape))
 
@@ -159,16 +172,24 @@ def _products(a: Array, b: Array, q: int) -> Array:
     return np.asarray(np.einsum("mik,mjk->ijk", left, right, dtype=np.float64))
 
 
+def _sampling_error(known: Array, sampled: Array) -> float:
+    """The root mean square of the sampled share of variances: times √(1/2n) it is the error of their roots from n samples."""
+    part, whole = (np.einsum("aam->am", block) for block in (sampled, known + sampled))
+    return math.sqrt(float(np.mean((part / whole) ** 2)))
+
+
 @dataclass
 class IterativeSolution:
     """A GLMMSolution whose `information` is the average one, the estimates there, `along` (see Exact), `inverses`: diagonal blocks
-    (q_k, q_k, m_k) of M⁻¹, `error` of each θ as a share of its standard error (Monte Carlo, and what the search left), `loglik_error`,
-    and how many `probes`."""
+    (q_k, q_k, m_k) of M⁻¹ with their `samples` and `sd_error` (see `variances`), `error` of each θ as a share of its standard error (Monte
+    Carlo, and what the search left), `loglik_error`, and how many `probes`."""
 
     solution: GLMMSolution
     at: Evaluation
     along: Array
     inverses: list[Array]
+    samples: int
+    sd_error: float
     error: Array
     loglik_error: float
     probes: int
@@ -187,7 +208,7 @@ def solve_iterative(
     theta, at = root.theta, root.at
     lambda_ = _lambda(problem, theta)
     loglik, loglik_error = solver.loglik(lambda_)
-    blocks = solver.variances(lambda_, None if draw is None else lambda rng: draw(rng)[places])
+    blocks, samples, sd_error = solver.variances(lambda_, None if draw is None else lambda rng: draw(rng)[places])
     inverses = [part[:, :, np.argsort(order)] for part, order in zip(blocks, orders, strict=True)]
     u = np.empty_like(at.u)
     u[places] = at.u
@@ -197,7 +218,9 @@ def solve_iterative(
         bool(root.held.any()) or _rank_deficient(problem, final), root.score, root.evaluations, root.message,
     )  # fmt: skip
     error = np.hypot(_error(root.AI, root.each, root.held), _remaining(root))
-    return IterativeSolution(solution, replace(at, u=u), solver.along(lambda_, at), inverses, error, loglik_error, solver.probes.shape[1])
+    return IterativeSolution(
+        solution, replace(at, u=u), solver.along(lambda_, at), inverses, samples, sd_error, error, loglik_error, solver.probes.shape[1]
+    )
 
 
 @dataclass
@@ -217,21 +240,26 @@ class _Root:
 
 
 def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int) -> _Root:
-    """Newton's method on the average information, corrected by what the scores showed."""
+    """Newton's method on the average information, corrected by what the scores showed; roughly until the scaled score is small."""
     problem = solver.problem
     floor = LEAST / np.sqrt(np.maximum(np.diag(problem.typical), 1e-300))
     theta, shorter, last, best, since = _above(problem, start, floor), 1.0, math.inf, math.inf, 0
     pairs: list[tuple[Array, Array]] = []
     previous: tuple[Array, Array] | None = None
+    rough = True
     for evaluation in range(1, max_evaluations + 1):
-        at, s, AI, each = solver.newton(_lambda(problem, theta))
+        at, s, AI, each = solver.newton(_lambda(problem, theta), rough=rough)
         held = _at_floor(problem, theta, s, floor)
-        if previous is not None and last < NEWTON:
+        if not rough and previous is not None and last < NEWTON:
             pairs = [*pairs, (theta - previous[0], previous[1] - s)][-4:]
         step = np.where(held, 0.0, _free_step(_corrected(AI, pairs, held), s, held))
         score = math.sqrt(max(float(step @ s), 0.0))
         best, since = (score, 0) if score < best / 2.0 else (best, since + 1)
         found = _Root(theta, at, AI, each, held, step, score, evaluation, False, "out of evaluations")
+        if rough and (score < NEWTON or since >= 3):
+            rough, previous, best, since = False, None, math.inf, 0
+            theta = _stepped(problem, theta, shorter * step, floor)
+            continue
         if score < enough or (score < ROUNDING and since >= 3):
             error = _error(AI, each, held)
             if error.max(initial=0.0) <= ERROR or solver.probes.shape[1] >= MOST_PROBES:
