@@ -103,20 +103,7 @@ class Reduced:
 
     def theta_star(self, theta: Sequence[float]) -> np.ndarray:
         """The solver's theta for one in the user's coordinates, lower triangles by column, terms in order."""
-        wanted = sum(k * (k + 1) // 2 for k in self.problem.sizes)
-        try:
-            values = np.asarray(theta, dtype=float)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"start = {theta!r} are no numbers", code="start") from error
-        if values.shape != (wanted,) or not np.isfinite(values).all():
-            raise ConfigError(f"start must be the {wanted} finite numbers of theta, not {theta!r}", code="start")
-        factors, at = [], 0
-        for k in self.problem.sizes:
-            factor = np.zeros((k, k))
-            factor.T[np.triu_indices(k)] = values[at : at + k * (k + 1) // 2]
-            at += k * (k + 1) // 2
-            factors.append(factor)
-        return theta_of(self.split(self.star(factors)))
+        return theta_of(self.split(self.star(start_factors(theta, self.problem.sizes))))
 
     def least_squares(self) -> np.ndarray:
         """The solver's coefficients (p,) of the fixed effects alone."""
@@ -348,6 +335,23 @@ class _chunks:
     def _clusters(self, clusters: Clusters) -> BlockChunk:
         rows, owner = pseudo_blocks(clusters.count, clusters.products)
         return BlockChunk(self._S(clusters.mean()), clusters.count, self._C(rows.T), owner)
+
+
+def start_factors(theta: Sequence[float], sizes: Sequence[int]) -> list[np.ndarray]:
+    """The lower triangular factors (k, k), by column in `theta`, of terms of these sizes. Raises ConfigError for anything else."""
+    wanted = sum(k * (k + 1) // 2 for k in sizes)
+    try:
+        values = np.asarray(theta, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"start = {theta!r} are no numbers", code="start") from error
+    if values.shape != (wanted,) or not np.isfinite(values).all():
+        raise ConfigError(f"start must be the {wanted} finite numbers of theta, not {theta!r}", code="start")
+    out, at = [], 0
+    for k in sizes:
+        out.append(np.zeros((k, k)))
+        out[-1].T[np.triu_indices(k)] = values[at : at + k * (k + 1) // 2]
+        at += k * (k + 1) // 2
+    return out
 
 
 def stacked_inverse(factors: Sequence[np.ndarray]) -> np.ndarray:

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays import arrow
-from .errors import ConfigError, DataError, ResourceError
+from .errors import DataError, ResourceError
 from .formula import Formula
 from .held import Held
 from .progress import stage
-from .reduction import Coded, coded, lower_factor, stacked_inverse
+from .reduction import Coded, coded, stacked_inverse
 from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
 from .solve.folding import folded
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
 from .solve.refit import with_log_sigma
 from .stats import SuffStats, full_map
+from .term_order import TermOrder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,23 +89,19 @@ class Solved:
 
 
 class Several:
-    """A model over statistics of several factors: the solver's factors are in order of size, `order` says which is which."""
+    """A model over statistics of several factors, in the solver's order of `terms`."""
 
     def __init__(self, stats: SuffStats, formula: Formula, parts: Coded, reml: bool) -> None:
         assert stats.crossed is not None
         self.stats, self.parts, self.crossed = stats, parts, stats.crossed
-        self.bars = [[i for i, bar in enumerate(formula.random) if bar.groups == groups] for groups in stats.recipe.factors]
-        self.order = [k for k in np.argsort([-self._size(k) for k in range(len(self.bars))], kind="stable").tolist() if self.bars[k]]
-        self.maps = [np.hstack([parts.random[i].Q for i in self.bars[k]]) for k in self.order]
-        factors = tuple(self._factor(self.crossed, k, z) for k, z in zip(self.order, self.maps, strict=True))
-        self.pairs = {(a, b): self.crossed.between(self.order[a], self.order[b]) for a, b in combinations(range(len(self.order)), 2)}
+        levels = [factor.levels for factor in stats.crossed.factors]
+        self.terms = TermOrder.of(levels, stats.recipe.factors, formula, parts.random)
+        order, self.maps = self.terms.order, self.terms.maps()
+        factors = tuple(self._factor(self.crossed, k, z) for k, z in zip(order, self.maps, strict=True))
+        self.pairs = {(a, b): self.crossed.between(order[a], order[b]) for a, b in combinations(range(len(order)), 2)}
         cells = {pair: self._cells(*pair) for pair in self.pairs}
-        terms = tuple(tuple(len(parts.random[i].names) for i in self.bars[k]) for k in self.order)
         WW = parts.W.T @ stats.gram @ parts.W
-        self.problem = CrossedProblem(factors, cells, WW, stats.n, stats.sum_log_w, reml, terms)
-
-    def _size(self, k: int) -> int:
-        return len(self.crossed.factors[k].levels) * sum(len(self.parts.random[i].names) for i in self.bars[k])
+        self.problem = CrossedProblem(factors, cells, WW, stats.n, stats.sum_log_w, reml, self.terms.sizes)
 
     def _factor(self, crossed: Crossed, k: int, Z: Array) -> Factor:
         recipe, sums = self.stats.recipe, crossed.factors[k].sums
@@ -125,18 +122,8 @@ class Several:
         return Cells(held.rows, held.columns, np.einsum("ia,ijc,jb->abc", left, products, right, optimize=True))
 
     def nested(self) -> list[str]:
-        """Which factors lie within which: their cells are as many as their levels."""
-        groups, out = [self.crossed.factors[k].levels for k in self.order], []
-        for (a, b), cells in self.problem.cells.items():
-            if len(cells.rows) == len(groups[a]) and not set(groups[b].columns) <= set(groups[a].columns):
-                out.append(f"every level of {groups[a].group} lies within one of {groups[b].group}: nested, and fitted as such")
-        return out
-
-    @property
-    def sequence(self) -> list[int]:
-        """The formula's random terms in lme4's order: by decreasing number of levels, then as they were written."""
-        levels = {i: len(self.crossed.factors[k].levels) for k, bars in enumerate(self.bars) for i in bars}
-        return sorted(levels, key=lambda i: (-levels[i], i))
+        """Which factors lie within which."""
+        return self.terms.nested({pair: len(cells.rows) for pair, cells in self.problem.cells.items()})
 
     def path(self, method: str, limit: int) -> str:
         """"exact" or "iterative": the exact one where nested, or where its dense rest and the work to fill it are small.
@@ -183,7 +170,7 @@ class Several:
     def draws(self, *, normal: bool = False) -> Callable[[np.random.Generator], Array] | None:
         """A function that draws Z'w^½ε over single effects, from the cells, ε of random signs (only second moments matter) or normal; None
         for more than two factors, where pairs do not tell it."""
-        if len(self.order) != 2:
+        if len(self.problem.factors) != 2:
             return None
         held, cells, nz = self.pairs[0, 1], self.problem.cells[0, 1], len(self.stats.recipe.z)
         n, maps, sizes = len(held), self.maps, [f.levels for f in self.problem.factors]
@@ -220,36 +207,6 @@ class Several:
             sds += np.sqrt(np.clip(psi, 0.1 / typical, np.maximum(100.0 / typical, 4.0))).tolist()
         return np.array([sds[i] if i == j else 0.0 for i, j in problem.entries])
 
-    def theta_star(self, theta: Sequence[float]) -> Array:
-        """The solver's theta for one in the user's coordinates and lme4's order. Raises ConfigError where it is none."""
-        sizes = [len(term.names) for term in self.parts.random]
-        wanted = sum(k * (k + 1) // 2 for k in sizes)
-        try:
-            values = np.asarray(theta, dtype=float)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"start = {theta!r} are no numbers", code="start") from error
-        if values.shape != (wanted,) or not np.isfinite(values).all():
-            raise ConfigError(f"start must be the {wanted} finite numbers of theta, not {theta!r}", code="start")
-        stops = np.cumsum([0, *(sizes[i] * (sizes[i] + 1) // 2 for i in self.sequence)])
-        out = []
-        starts = {i: stops[at] for at, i in enumerate(self.sequence)}
-        for i in (i for k in self.order for i in self.bars[k]):
-            term, lower, size = self.parts.random[i], np.zeros((sizes[i], sizes[i])), sizes[i] * (sizes[i] + 1) // 2
-            lower.T[np.triu_indices(sizes[i])] = values[starts[i] : starts[i] + size]
-            star = lower_factor(term.R @ lower)
-            out.append(star.T[np.triu_indices(sizes[i])])
-        return np.concatenate(out)
-
-    def places(self) -> list[tuple[int, int]]:
-        """Where each of the formula's random terms stands in the solver's Λ: (factor, first row)."""
-        out: dict[int, tuple[int, int]] = {}
-        for at, k in enumerate(self.order):
-            row = self.problem.offsets[at]
-            for i in self.bars[k]:
-                out[i] = at, row
-                row += len(self.parts.random[i].names)
-        return [out[i] for i in range(len(out))]
-
 
 def _signs(rng: np.random.Generator, rows: int, n: int) -> Array:
     bits = np.unpackbits(np.frombuffer(rng.bytes(rows * (n // 8 + 1)), dtype=np.uint8))
@@ -275,16 +232,16 @@ def fitted(
     parts = coded(stats, formula, coding.get("contrasts"), coding.get("levels"))
     model = Several(stats, formula, parts, reml)
     with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
-        solved = model.solved(None if start is None else model.theta_star(start), options, method)
+        solved = model.solved(None if start is None else model.terms.theta_star(start), options, method)
         fields |= {"evaluations": solved.solution.evaluations, "score": solved.solution.score}
     return _result(text, model, solved, data, options, coding)
 
 
 def _result(text: str, model: Several, solved: Solved, data: Any, options: Options, coding: dict[str, Any]) -> LMMFit:
     stats, parts, problem, solution, at = model.stats, model.parts, model.problem, solved.solution, solved.at
-    terms, places = [], model.places()
-    for term, row in ((parts.random[i], places[i][1]) for i in model.sequence):
-        star = solution.lambda_[row : row + len(term.names), row : row + len(term.names)]
+    terms, rows = [], model.terms.rows()
+    for term, at_ in ((parts.random[i], rows[i]) for i in model.terms.sequence):
+        star = solution.lambda_[at_, at_]
         terms.append(RandomTerm(term.group, term.names, term.raw(star), term.Q, term.R, star))
     R, p = parts.fixed.R, len(parts.fixed.names)
     scale = parts.scale
@@ -312,9 +269,9 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
 
 def _held(model: Several, coding: dict[str, Any]) -> Held:
     """The statistics for later questions."""
-    parts, bars = model.parts, [i for k in model.order for i in model.bars[k]]
-    order = tuple(bars.index(i) for i in model.sequence)
-    random = tuple(parts.random[i] for i in bars)
+    parts, solver = model.parts, model.terms.solver
+    order = tuple(solver.index(i) for i in model.terms.sequence)
+    random = tuple(parts.random[i] for i in solver)
     base = np.zeros(len(parts.fixed.names))
     return Held(model.stats, model.problem, parts.fixed, random, order, parts.scale, parts.offset, base, coding)
 
@@ -332,14 +289,9 @@ def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[
 
 def _theta_covariance(model: Several, solved: Solved) -> Array:
     """The covariance of (theta*, log sigma), terms in the fit's order."""
-    sizes = [len(term.names) * (len(term.names) + 1) // 2 for term in model.parts.random]
-    first, at = {}, 0
-    for i in (i for k in model.order for i in model.bars[k]):
-        first[i] = at
-        at += sizes[i]
     whole = with_log_sigma(solved.solution.vcov, solved.along, model.problem.degrees)
-    order = np.concatenate([*(first[i] + np.arange(sizes[i]) for i in model.sequence), [at]]).astype(np.intp)
-    return whole[np.ix_(order, order)]
+    order = [*model.terms.theta_places(), len(model.problem.entries)]
+    return np.asarray(whole[np.ix_(order, order)])
 
 
 def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: list[Array]) -> dict[str, pa.Table]:
@@ -349,10 +301,10 @@ def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: lis
     from .effects import coefficient_names, key_names
 
     out, place = {}, 0
-    for at, k in enumerate(model.order):
+    for at, k in enumerate(model.terms.order):
         factor, f = model.crossed.factors[k], model.problem.factors[at]
         lam = model.problem.lambdas(lambda_)[at]
-        terms = [model.parts.random[i] for i in model.bars[k]]
+        terms = [model.parts.random[i] for i in model.terms.bars[k]]
         back = stacked_inverse([term.R for term in terms]) @ lam
         modes = back @ per_level(u[place : place + f.size, None], f.q)[:, 0]
         sds = sigma * np.sqrt(np.maximum(np.einsum("ia,abm,ib->im", back, inverses[at], back), 0.0))

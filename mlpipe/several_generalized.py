@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays import arrow
-from .errors import ConfigError, DataError, ResourceError
+from .errors import DataError, ResourceError
 from .generalized_result import GLMMFit, common, joint_covariance
 from .levels import Levels, levels_of
 from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Model, plain, tau_bound
 from .progress import stage
-from .reduction import lower_factor, stacked_inverse
+from .reduction import stacked_inverse
 from .result import RandomTerm
 from .solve.coded_rows import Exactly, JointProblem, Part
 from .solve.glmm import GLMMProblem, solve_glmm
@@ -23,6 +23,7 @@ from .solve.joint_iterative import SAMPLES, JointSolution, solve_joint
 from .solve.kernel import Chunk, Kernel, Point, Rows
 from .solve.meetings import Pairs, Pattern, stays_sparse
 from .solve.probes import Probed, chosen, filling, probes_for
+from .term_order import TermOrder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,8 +38,7 @@ SPARSE = 6.0  # trials per level below which the Laplace approximation of 0/1 da
 
 
 class JointModel:
-    """A model of several factors over a spool whose blocks are the combinations of all keys. The solver's factors are in order of size,
-    `order` says which is which."""
+    """A model of several factors over a spool whose blocks are the combinations of all keys, in the solver's order of `terms`."""
 
     def __init__(self, model: Model) -> None:
         import pyarrow as pa
@@ -47,23 +47,17 @@ class JointModel:
         assert spool.keys is not None
         keys = pa.table(dict(zip(recipe.groups, spool.keys.columns, strict=True)))
         coded = [levels_of(columns, keys) for columns in recipe.factors]
-        self.levels: list[Levels] = [levels for levels, _ in coded]
-        for levels in self.levels:
+        self.terms = TermOrder.of([levels for levels, _ in coded], recipe.factors, recipe.formula, model.random)
+        for levels in self.terms.levels:
             if len(levels) < 2:
                 raise DataError(f"the grouping factor {levels.group} has fewer than two levels", code="one_level", column=levels.columns[0])
             self._check_separable(levels)
         self._check_memory()
-        bars = recipe.formula.random
-        self.bars = [[i for i, bar in enumerate(bars) if bar.groups == columns] for columns in recipe.factors]
-        self.order = np.argsort([-self._size(k) for k in range(len(self.bars))], kind="stable").tolist()
-        self.codes = [coded[k][1] for k in self.order]
-        sizes = [len(self.levels[k]) for k in self.order]
-        kernels = tuple(
-            Kernel(model.density, recipe.z, np.hstack([model.random[i].Q for i in self.bars[k]]), ()) for k in self.order
-        )
+        self.codes = [coded[k][1] for k in self.terms.order]
+        sizes = [len(self.terms.levels[k]) for k in self.terms.order]
+        kernels = tuple(Kernel(model.density, recipe.z, Z, ()) for Z in self.terms.maps())
         pairs, self.cells = self._cells(sizes, [kernel.q for kernel in kernels])
-        terms = tuple(tuple(len(model.random[i].names) for i in self.bars[k]) for k in self.order)
-        self.problem = JointProblem(model.density, model.Q, kernels, tuple(sizes), terms, pairs, self.scan)
+        self.problem = JointProblem(model.density, model.Q, kernels, tuple(sizes), self.terms.sizes, pairs, self.scan)
 
     def _check_separable(self, levels: Levels) -> None:
         rows, density = self.model.rows.rows, self.model.density
@@ -76,7 +70,7 @@ class JointModel:
             )  # fmt: skip
 
     def _check_memory(self) -> None:
-        factors, limit = len(self.levels), self.model.plan.request.options.memory_bytes
+        factors, limit = len(self.terms.levels), self.model.plan.request.options.memory_bytes
         combinations, pairs = self.model.rows.spool.n_blocks, factors * (factors - 1) // 2
         needed = combinations * (4 * factors + CELL_BYTES * pairs)
         if needed > limit * 3 // 4:
@@ -84,9 +78,6 @@ class JointModel:
                 f"{combinations:,} combinations of levels of {factors} grouping factors need {needed / 1e6:,.0f} MB, "
                 f"the memory limit is {limit / 1e6:,.0f} MB", code="memory_limit", hint="raise memory_limit",
             )  # fmt: skip
-
-    def _size(self, k: int) -> int:
-        return len(self.levels[k]) * sum(len(self.model.random[i].names) for i in self.bars[k])
 
     def _cells(self, levels: Sequence[int], q: Sequence[int]) -> tuple[Pairs, dict[tuple[int, int], np.ndarray]]:
         """The cells of every pair of factors, and the cell of each combination of keys."""
@@ -114,25 +105,6 @@ class JointModel:
         cells = {pair: spread(cell) for pair, cell in self.cells.items()}
         return Part(rows, tuple(spread(code) for code in self.codes), cells, place)
 
-    @property
-    def sequence(self) -> list[int]:
-        """The formula's random terms in lme4's order: by decreasing number of levels, then as they were written."""
-        levels = {i: len(self.levels[k]) for k, bars in enumerate(self.bars) for i in bars}
-        return sorted(levels, key=lambda i: (-levels[i], i))
-
-    @property
-    def solver_terms(self) -> list[int]:
-        """The formula's random terms in the order of the solver's Λ."""
-        return [i for k in self.order for i in self.bars[k]]
-
-    def starts(self, *, squared: bool) -> dict[int, int]:
-        """Where each random term starts in the solver's theta (`squared`), or in Λ's rows."""
-        out, at = {}, 0
-        for i in self.solver_terms:
-            out[i], q = at, len(self.model.random[i].names)
-            at += q * (q + 1) // 2 if squared else q
-        return out
-
     def path(self, method: str, limit: int) -> str:
         """"exact" or "iterative": the exact one where nested, or where its dense rest and the work to fill it are small.
 
@@ -146,23 +118,6 @@ class JointModel:
             message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
             raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
         return path
-
-    def theta_star(self, theta: Sequence[float]) -> Array:
-        """The solver's theta for one in the user's coordinates and lme4's order. Raises ConfigError where it is none."""
-        try:
-            values = np.asarray(theta, dtype=float)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"start = {theta!r} are no numbers", code="start") from error
-        if values.shape != (len(self.problem.entries),) or not np.isfinite(values).all():
-            raise ConfigError(f"start must be the {len(self.problem.entries)} finite numbers of theta, not {theta!r}", code="start")
-        parts, at = {}, 0
-        for i in self.sequence:
-            term, q = self.model.random[i], len(self.model.random[i].names)
-            lower = np.zeros((q, q))
-            lower.T[np.triu_indices(q)] = values[at : at + q * (q + 1) // 2]
-            at += q * (q + 1) // 2
-            parts[i] = lower_factor(term.R @ lower).T[np.triu_indices(q)]
-        return np.concatenate([parts[i] for i in self.solver_terms])
 
 
 def fitted(
@@ -178,7 +133,7 @@ def fitted(
         first, typical = _started(joint, solver, psi, options)
         if start is not None and psi is None:
             p = joint.problem.p
-            first[p : p + len(joint.problem.entries)] = joint.theta_star(start)
+            first[p : p + len(joint.problem.entries)] = joint.terms.theta_star(start)
     saved = state.save if state is not None else None
     with stage("fit", rows.info["seconds"], None, options) as fields:
         if probed is None:
@@ -234,13 +189,11 @@ def _started(joint: JointModel, solver: Joint, psi: Array | None, options: Optio
 def _result(text: str, joint: JointModel, found: JointSolution, data: Any, options: Options) -> GLMMFit:
     model, problem, solution = joint.model, joint.problem, found.solution
     p, r, shape = problem.p, len(problem.entries), model.density.family.shape
-    rows, wide = joint.starts(squared=False), joint.starts(squared=True)
-    terms, order = [], []
-    for i in joint.sequence:
-        term, q = model.random[i], len(model.random[i].names)
-        star = solution.lambda_[rows[i] : rows[i] + q, rows[i] : rows[i] + q]
+    terms, rows = [], joint.terms.rows()
+    for term, at in ((model.random[i], rows[i]) for i in joint.terms.sequence):
+        star = solution.lambda_[at, at]
         terms.append(RandomTerm(term.group, term.names, term.raw(star), term.Q, term.R, star))
-        order += [p + wide[i] + k for k in range(q * (q + 1) // 2)]
+    order = [p + place for place in joint.terms.theta_places()]
     tau = float(solution.psi[-1]) if shape else 0.0
     fit = GLMMFit(
         **common(text, model, solution.psi[:p], solution.vcov[:p, :p], data, options),
@@ -261,7 +214,7 @@ def _result(text: str, joint: JointModel, found: JointSolution, data: Any, optio
     every = [*range(p), *order, *range(p + r, p + r + shape)]
     fit.joint_covariance = joint_covariance(solution.vcov[np.ix_(every, every)], model.fixed.R)
     fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
-    levels = {factor.group: len(factor) for factor in joint.levels}
+    levels = {factor.group: len(factor) for factor in joint.terms.levels}
     fit.n_blocks = max(levels.values())
     fit.info |= {
         "evaluations": solution.evaluations, "score": solution.score, "information": solution.information, "levels": levels,
@@ -290,12 +243,9 @@ def _carlo(fit: GLMMFit, joint: JointModel, found: JointSolution, error: Array) 
 
 def _notes(joint: JointModel) -> list[str]:
     """What nests within what, and levels of few trials."""
-    factors, out = [joint.levels[k] for k in joint.order], []
-    for (a, b), cells in joint.problem.pairs.items():
-        if len(cells.rows) == len(factors[a]) and not set(factors[b].columns) <= set(factors[a].columns):
-            out.append(f"every level of {factors[a].group} lies within one of {factors[b].group}: nested, and fitted as such")
+    out = joint.terms.nested({pair: len(cells.rows) for pair, cells in joint.problem.pairs.items()})
     if joint.model.density.family.name == "binomial":
-        for factor in factors:
+        for factor in (joint.terms.levels[k] for k in joint.terms.order):
             if (each := joint.model.rows.size / len(factor)) < SPARSE:
                 out.append(f"levels of {factor.group} have {each:.1f} trials on average: the Laplace approximation may be biased")
     return out
@@ -309,8 +259,8 @@ def _modes(joint: JointModel, found: JointSolution) -> dict[str, pa.Table]:
 
     problem, out = joint.problem, {}
     modes = problem.split(problem.scaled(found.solution.lambda_, found.u[:, None]))
-    for k, mode, covariance in zip(joint.order, modes, found.covariances, strict=True):
-        factor, terms = joint.levels[k], [joint.model.random[i] for i in joint.bars[k]]
+    for k, mode, covariance in zip(joint.terms.order, modes, found.covariances, strict=True):
+        factor, terms = joint.terms.levels[k], [joint.model.random[i] for i in joint.terms.bars[k]]
         back = stacked_inverse([term.R for term in terms])
         values = back @ mode[:, 0]
         sds = np.sqrt(np.maximum(np.einsum("ia,abm,ib->im", back, covariance, back), 0.0))
