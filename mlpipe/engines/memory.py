@@ -53,9 +53,12 @@ def table_room(settings: pa.Table) -> int:
 
 
 def direct_bits(statement: exp.Query, rows: int, options: Options) -> int:
-    """Bits of a key's range up to which the aggregates of a statement over so many rows may lie in a table addressed by the key:
-    on rows in random order it takes three quarters of a hash table's time, but each thread holds the whole range."""
-    sums = sum(1 for _ in statement.find_all(exp.AggFunc))
+    """Bits of a key's range up to which the innermost aggregates of a statement over so many rows may lie in a table addressed by the
+    key: on rows in random order it takes three quarters of a hash table's time, but each thread holds the whole range."""
+    grouped = [select for select in statement.find_all(exp.Select) if select.args.get("group")]
+    if not grouped:
+        return DIRECT
+    sums = sum(1 for _ in grouped[-1].find_all(exp.AggFunc))
     slots = min(rows // ROWS_PER_SLOT, _room(options.engine_bytes, options.threads or os.cpu_count() or 1) // (STATE * (sums + 2)))
     return max(slots.bit_length() - 1, DIRECT)
 
