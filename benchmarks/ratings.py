@@ -66,9 +66,9 @@ def fresh_score(fit: Any, probes: int, threads: int) -> float:
     t, H = solver.residual_sums(lambda_, at, U)
     sums = [np.zeros((f.q, f.q)) for f in problem.factors]
     for _ in range(0, probes, TOGETHER):
-        solver.probes = solver.rng.integers(0, 2, (len(solver.probes), TOGETHER)) * 2.0 - 1.0
-        solved = M.solve_rest(M.by_blocks(small.multiply, solver.probes), 1e-10).x
-        for total, part in zip(sums, solver.traces_by_probe(M, M, solved), strict=True):
+        fresh = solver.rng.integers(0, 2, (len(solver.probes), TOGETHER)) * 2.0 - 1.0
+        solved = M.solve_rest(M.by_blocks(small.multiply, fresh), 1e-10).x
+        for total, part in zip(sums, solver.traces_by_probe(M, M, fresh, solved), strict=True):
             total += part.sum(axis=2) / probes
     score = solver.score_from(at, U, t, H, solver.gaps(lambda_, sums))
     AI = solver.information_from(lambda_, at, t, H, solver.working(lambda_, at, t), lambda b: M.solve(b, 1e-10))
