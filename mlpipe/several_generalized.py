@@ -233,11 +233,12 @@ def _carlo(fit: GLMMFit, joint: JointModel, found: JointSolution, error: Array) 
     p = joint.problem.p
     fit.info["monte_carlo"] = {
         "probes": found.probes, "error": error[p : p + len(joint.problem.entries)].tolist(), "error_fixed": error[:p].tolist(),
-        "loglik_error": found.loglik_error, "blup_variance_samples": SAMPLES,
+        "loglik_error": found.loglik_error, "samples": SAMPLES, "sd_error": found.sd_error,
     }  # fmt: skip
     fit.info["notes"].append(
         f"iterative solver: Monte Carlo error at most {error.max():.1%} of a standard error ({found.probes} probes); log-likelihood to "
-        f"about {found.loglik_error:.2g}; conditional variances of the random effects from {SAMPLES} samples"
+        f"about {found.loglik_error:.2g}; conditional standard deviations of the random effects to "
+        f"{found.sd_error:.1%} ({SAMPLES} samples)"
     )
 
 

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from . import small
+from .conditional import sd_error, split_covariance
 from .conjugate import Operator
 from .crossed import CrossedProblem, Evaluation, Exact, Factor, flat, per_level
 from .crosses import Crosses, by_size, over_effects
@@ -138,20 +139,16 @@ class Iterative(Exact):
         standard deviations they tell, as a share, in root mean square over levels; `draw` gives Z'w^½ε over single effects, where the
         cells tell it."""
         M = self.operator(lambda_)
-        single, L = M.single(self.half), [small.cholesky(D) for D in M.D]
-        inverses = [small.inverse_factor(R) for R in L]
-        known = [np.einsum("kam,kbm->abm", R, R) for R in inverses]
-        sums, count, error = [np.zeros_like(block) for block in known], 0, math.inf
+        single, known = M.single(self.half), M.D
+        sums, count, error = [np.zeros_like(D) for D in M.D], 0, math.inf
         while error > SD_ERROR and count < MOST_SAMPLES:
             rhs = self._drawn(lambda_, draw) if draw is not None else normal(M, self.rng, SAMPLES)
             v = single.solve(rhs.astype(np.float32), CG_SINGLE)
-            count, place = count + SAMPLES, 0
-            for f, D, R, total in zip(self.problem.factors, M.D, L, sums, strict=True):
-                rows = slice(place, place + f.size)
-                place += f.size
-                shifted = small.solve(R, per_level(rhs[rows], f.q) - np.einsum("ijm,jkm->ikm", D, per_level(v[rows], f.q)))
-                total += np.einsum("ikm,jkm->ijm", shifted, shifted)
-            error = max(_sampling_error(own, total / count) for own, total in zip(known, sums, strict=True)) / math.sqrt(2.0 * count)
+            both = zip(M.D, self._by_factor(lambda_, rhs), self._by_factor(lambda_, v), strict=True)
+            parts = [split_covariance(D, per_level(b, f.q), per_level(x, f.q)) for D, (f, _, b), (_, _, x) in both]
+            known, count = [own for own, _ in parts], count + SAMPLES
+            sums = [total + more for total, (_, more) in zip(sums, parts, strict=True)]
+            error = sd_error(known, [total / count for total in sums], count)
         return [own + total / count for own, total in zip(known, sums, strict=True)], count, error
 
     def _drawn(self, lambda_: Array, draw: Callable[[np.random.Generator], Array]) -> Array:
@@ -170,12 +167,6 @@ def _products(a: Array, b: Array, q: int) -> Array:
     """Σ over levels of a_i b_i', per column (q, q, k)."""
     left, right = a.reshape(-1, q, a.shape[1]), b.reshape(-1, q, b.shape[1])
     return np.asarray(np.einsum("mik,mjk->ijk", left, right, dtype=np.float64))
-
-
-def _sampling_error(known: Array, sampled: Array) -> float:
-    """The root mean square of the sampled share of variances: times √(1/2n) it is the error of their roots from n samples."""
-    part, whole = (np.einsum("aam->am", block) for block in (sampled, known + sampled))
-    return math.sqrt(float(np.mean((part / whole) ** 2)))
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import cast
 
 import numpy as np
 
-from . import small
 from .coded_rows import Part, add_levels
+from .conditional import sd_error, split_covariance
 from .glm import TAU_STEP, newton_step
 from .glmm import ZERO, GLMMSolution
 from .joint import Joint, State
@@ -27,14 +27,15 @@ NEAR = 0.1  # scaled score from which probes are solved tightly and the score's 
 ENOUGH = 1e-3  # scaled score that ends the search: far below the Monte Carlo error
 DIFFERENCE = 1e-2  # step of the differences in standard errors
 LEAST = 0.03  # diagonal of Λ, in units of what a level tells, that stands for zero on the way
-SAMPLES = 32  # for conditional variances, which are then good to about 9 %
+SAMPLES = 32  # for conditional variances, whose error is told
 PAIRS, MOST_SHRINKS = 4, 4
 
 
 @dataclass
 class JointSolution:
     """A GLMMSolution; `error`, the Monte Carlo error of each parameter as a share of its standard error (None: there is none);
-    `loglik_error`; how many `probes`; the modes `u`, and `covariances` (q_k, q_k, m_k) of the random effects given the data."""
+    `loglik_error`; how many `probes`; the modes `u`, and `covariances` (q_k, q_k, m_k) of the random effects given the data, with the
+    `sd_error` that sampling them left."""
 
     solution: GLMMSolution
     error: Array | None
@@ -42,6 +43,7 @@ class JointSolution:
     probes: int
     u: Array
     covariances: list[Array]
+    sd_error: float = 0.0
 
 
 def solve_joint(
@@ -303,10 +305,10 @@ class _Root:
         solution = GLMMSolution(
             psi * flips, lam * signs, loglik, information, vcov, converged, singular, length, self.evaluations, message, at.rough
         )
-        return JointSolution(solution, error, logdet_error / 2.0, self.solver.probes.shape[1], u, self._covariances(state))
+        return JointSolution(solution, error, logdet_error / 2.0, self.solver.probes.shape[1], u, *self._covariances(state))
 
-    def _covariances(self, state: State) -> list[Array]:
-        """ΛM⁻¹Λ' per level, from samples v ~ N(0, M⁻¹) (R7)."""
+    def _covariances(self, state: State) -> tuple[list[Array], float]:
+        """ΛM⁻¹Λ' per level, from samples v ~ N(0, M⁻¹) (R7), and the error of the standard deviations."""
         joint, problem, point, u = self.joint, self.problem, state.point, state.u
         eta, sums, lock = joint.linear(point, u), joint.level_sums(SAMPLES), Lock()
 
@@ -323,11 +325,9 @@ class _Root:
         rhs = problem.scaled(point.lambda_, problem.joined(sums), transpose=True)
         rhs = rhs + rng.standard_normal(rhs.shape)
         v = self.solver.roughly(state.M, rhs)
-        out, own = [], state.weights.spherical(problem, point.lambda_).S
-        for lam, D, r, x in zip(problem.lambdas(point.lambda_), own, problem.split(rhs), problem.split(v), strict=True):
-            L = small.cholesky(D)
-            shifted = small.solve(L, r - np.einsum("ijm,jkm->ikm", D, x))
-            inverse = small.inverse_factor(L)
-            block = np.einsum("kam,kbm->abm", inverse, inverse) + np.einsum("ikm,jkm->ijm", shifted, shifted) / SAMPLES
-            out.append(np.einsum("ia,abm,jb->ijm", lam, block, lam))
-        return out
+        blocks = state.weights.spherical(problem, point.lambda_).S
+        parts = [split_covariance(D, r, x) for D, r, x in zip(blocks, problem.split(rhs), problem.split(v), strict=True)]
+        known, sampled = [own for own, _ in parts], [total / SAMPLES for _, total in parts]
+        each = zip(problem.lambdas(point.lambda_), known, sampled, strict=True)
+        out = [np.einsum("ia,abm,jb->ijm", lam, own + part, lam) for lam, own, part in each]
+        return out, sd_error(known, sampled, SAMPLES)
