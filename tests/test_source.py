@@ -78,7 +78,8 @@ def test_range_of_keys_that_is_addressed_directly(tmp_path: Path, opened: Opened
     rows = 200_000
     pq.write_table(pa.table({"g": [i % 40_000 for i in range(rows)]}), tmp_path / "a.parquet")
     pl.DataFrame({"g": [1, 2]}).write_csv(tmp_path / "b.csv")
-    asked = sqlglot.parse_one("select current_setting('perfect_ht_threshold') as bits, sum(c0) as s from src group by c0 % 2", dialect="duckdb")
+    sql = "select current_setting('perfect_ht_threshold') as bits, sum(c0) as s from src group by c0 % 2"
+    asked = sqlglot.parse_one(sql, dialect="duckdb")
     assert isinstance(asked, sqlglot.exp.Query)
     bits = []
     for file, threads in (("a.parquet", 1), ("a.parquet", 200), ("b.csv", 1)):

@@ -1,4 +1,4 @@
-"""Conditional covariances of random effects from samples of N(0, M⁻¹): their means given all other levels, not themselves (FORMULAS R7)."""
+"""Conditional covariances of random effects from samples of N(0, M⁻¹), by their means given all other levels (FORMULAS R7)."""
 from __future__ import annotations
 
 import math
