@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -106,6 +107,15 @@ def test_jobs_that_pages_show_are_jobs(tmp_path: Path) -> None:
                 read_job(tmp_path / "job.toml")
                 seen += 1
     assert seen >= 7
+
+
+def test_the_figures_are_what_the_data_draw() -> None:
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    assert spec is not None and spec.loader is not None
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    for name, draw in figures.DRAWN.items():
+        assert (figures.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == draw(), name
 
 
 def test_the_reference_has_every_public_name() -> None:
