@@ -66,7 +66,8 @@ def lmm(
         weights: precision weights, residual variance sigma²/w: a column or an expression.
         freq: frequency weights: a row that stands for so many.
         offset: added to the linear predictor with coefficient 1.
-        levels: level orders of factors. contrasts: "treatment", "sum", "helmert" or "poly" per factor.
+        levels: level orders of factors.
+        contrasts: "treatment", "sum", "helmert" or "poly" per factor.
         na: "drop" rows with missing values and count them, or "raise".
         cluster: a column, the grouping factor or one that it lies within, for cluster-robust errors of the fixed effects: "CR0", "CR1"
             (the default) or "CR2" by `vcov`, from one more scan.

@@ -60,12 +60,15 @@ def glmm(
         nagq: 1 for the Laplace approximation, k for adaptive Gauss-Hermite quadrature with k nodes a random effect (Pinheiro and
             Chao 2006).
         trials: numbers of trials of a binomial proportion.
-        weights: prior weights (variance phi / w), for families with a dispersion. freq: rows that stand for several.
+        weights: prior weights (variance phi / w), for families with a dispersion.
+        freq: rows that stand for several.
         cluster: the grouping factor, for a sandwich covariance of the coefficients over its blocks: "CR0" or "CR1" (the default) by
             `vcov`.
-        start: theta to start from. checkpoint: a file that keeps the state, from which the same fit goes on.
+        start: theta to start from.
+        checkpoint: a file that keeps the state, from which the same fit goes on.
         options: limits, tolerances, and `curvature`, the Hessian in the Laplace determinant.
-        data, offset, levels, contrasts, na, method: as in `mlpipe.lmm`.
+
+    `data`, `offset`, `levels`, `contrasts`, `na` and `method` are as in `mlpipe.lmm`.
 
     Family parameters (shape, dispersion) are estimated by maximum likelihood too; the log-likelihood has all its constants.
     Raises FormulaError, ConfigError, DataError, ResourceError; warns by SingularFitWarning, RankWarning, SeparationWarning,

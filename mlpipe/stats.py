@@ -46,7 +46,8 @@ class SuffStats:
 
     Attributes:
         recipe: what was summed: formula, features, shifts and scales, levels.
-        rows: rows that entered. n: the same with frequency weights counted.
+        rows: rows that entered.
+        n: the same with frequency weights counted.
         sum_log_w: sum of the logarithms of the precision weights.
         gram: (features, features) cross-products over all rows, weighted.
         blocks: per-block sums in the order of `recipe.pairs()`; None without a grouping factor.
@@ -97,7 +98,7 @@ class SuffStats:
     def block_products(self) -> Iterator[BlockProducts]:
         """Each block's own cross-products F'wF over the features, batch by batch, in the order in which the blocks are held.
 
-        With `W` (features, p + 1) of `reduction.coded`, W' F'wF W is the block's [X* y*]'w[X* y*]. Raises DataError where they were
+        With `W` (features, p + 1) of `reduction.coded`, W' F'wF W is the block's `[X* y*]'w[X* y*]`. Raises DataError where they were
         not collected (collect="blocks+xx").
         """
         if self.collect != "blocks+xx" or self.blocks is None:
