@@ -353,3 +353,28 @@ def _keep(fit: MixedFit, names: list[str], read: Callable[[str], pa.Table], by: 
             fit.effects_tables[group] = table
         else:
             fit.effects_table = table
+
+
+def tables_of_runs(target: Any, prefix: str, names: Sequence[str]) -> list[dict[str, pa.Table]]:
+    """The tables of these names, without prefix, of each run that a directory or database keeps, in the order they were written."""
+    import pyarrow.parquet as pq
+
+    from .engines import target as database
+
+    if not _is_database(target):
+        folder = Path(target)
+        runs = [folder / "runs" / run for run in json.loads((folder / "fit.json").read_text())["runs"]]
+        found = [{name: path for name in names for path in run.glob(f"*_{name}.parquet")} for run in runs]
+        return [{name: pq.ParquetFile(path).read() for name, path in paths.items()} for paths in found]
+    with database.opened(target, Options(), read_only=True) as held:
+        return [
+            {name: held.rows(f"{prefix}_{name}", run.run_id) for name in names if f"{prefix}_{name}" in run.tables}
+            for run in held.runs(f"{prefix}_manifest")
+        ]  # fmt: skip
+
+
+def of_entry(table: pa.Table, stamps: Mapping[str, Any]) -> pa.Table:
+    """The rows of a result table that are of one fit, by its model and the values it is for, under the names they had before."""
+    by = [name for name in stamps if name not in ("run_id", "model")]
+    rows = _matching(table, {name: value for name, value in stamps.items() if name != "run_id"})
+    return rows.drop_columns(["run_id", "model", *by])

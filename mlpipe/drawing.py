@@ -1,0 +1,63 @@
+"""A plot as SVG text for a page: drawn by vl-convert, which carries the renderer and needs neither browser nor network."""
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+from .layout import printable
+
+if TYPE_CHECKING:
+    from .plot import Plot
+
+INK, SOFT, FAINT = "#3a3833", "#63605a", "#e6e3dc"
+FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica Neue, Arial, Liberation Sans, DejaVu Sans, sans-serif"
+_AXIS = {
+    "labelColor": SOFT, "titleColor": INK, "gridColor": FAINT, "domain": False, "ticks": False, "labelPadding": 6, "labelFontSize": 11,
+    "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10, "labelLimit": 220,
+}  # fmt: skip
+THEME: dict[str, Any] = {
+    "background": "transparent", "font": FONT, "aria": False, "view": {"stroke": None}, "axis": _AXIS, "axisXBand": {"grid": False},
+    "legend": {
+        "labelColor": SOFT, "titleColor": INK, "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "orient": "top",
+    },
+    "header": {"labelColor": INK, "labelFontSize": 12, "title": None, "labelPadding": 4},
+}  # fmt: skip
+
+
+def require() -> Any:
+    """Altair. Raises ConfigError where it or vl-convert-python is not installed."""
+    try:
+        import altair
+        import vl_convert  # noqa: F401 - Altair calls it
+    except ImportError as error:
+        raise ConfigError(
+            "a report's figures need Altair and vl-convert-python", code="no_altair", hint="pip install 'mlpipe[plot]'"
+        ) from error
+    return altair
+
+
+def svg(plot: Plot, name: str, title: str, **size: Any) -> str:
+    """The drawing: an SVG element without scripts, links or anything to load; `name` begins its ids, `title` is read out in its place.
+
+    `size`: `width` and `height` in pixels, as of an Altair chart. Raises ConfigError where Altair or vl-convert-python is not installed.
+    """
+    altair = require()
+    rows = [{key: printable(value) if isinstance(value, str) else value for key, value in row.items()} for row in plot.table.to_pylist()]
+    chart = plot.drawn(altair, rows).properties(**size).configure(**THEME)
+    drawn = io.StringIO()
+    chart.save(drawn, format="svg")
+    return _embedded(drawn.getvalue(), name, title)
+
+
+def _embedded(drawn: str, name: str, title: str) -> str:
+    """An SVG document as an element of a page: the page knows the namespaces, and ids must be its only ones."""
+    import html as markup
+
+    head, rest = re.match(r"<svg ([^>]*)>", drawn), drawn.partition(">")[2]
+    assert head is not None
+    kept = [text for text in re.findall(r'[\w:]+="[^"]*"', head[1]) if text.split("=")[0] in ("width", "height", "viewBox")]
+    rest = re.sub(r'(<[^>]* )id="([^"]+)"', rf'\1id="{name}-\2"', rest)
+    rest = re.sub(r'url\(#([^)]+)\)', rf"url(#{name}-\1)", rest)
+    return f'<svg {" ".join(kept)} role="img" aria-label="{markup.escape(printable(title))}">{rest}'
