@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from .plot import Plot
 
 INK, SOFT, FAINT = "#3a3833", "#63605a", "#e6e3dc"
-FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica Neue, Arial, Liberation Sans, DejaVu Sans, sans-serif"
+# labels are measured as Liberation Sans, which is as wide as these
+FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 _AXIS = {
     "labelColor": SOFT, "titleColor": INK, "gridColor": FAINT, "domain": False, "ticks": False, "labelPadding": 6, "labelFontSize": 11,
-    "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10, "labelLimit": 220,
+    "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10, "labelLimit": 180, "labelFlush": False,
 }  # fmt: skip
 THEME: dict[str, Any] = {
-    "background": "transparent", "font": FONT, "aria": False, "view": {"stroke": None}, "axis": _AXIS, "axisXBand": {"grid": False},
+    "background": "transparent", "font": FONT, "aria": False, "view": {"stroke": None}, "axis": _AXIS,
+    "axisXQuantitative": {"tickCount": 6}, "axisXBand": {"grid": False}, "padding": {"left": 5, "right": 12, "top": 8, "bottom": 8},
     "legend": {
         "labelColor": SOFT, "titleColor": INK, "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "orient": "top",
     },
@@ -38,14 +40,14 @@ def require() -> Any:
     return altair
 
 
-def svg(plot: Plot, name: str, title: str, **size: Any) -> str:
+def svg(plot: Plot, name: str, title: str, *, legend: bool = True, **size: Any) -> str:
     """The drawing: an SVG element without scripts, links or anything to load; `name` begins its ids, `title` is read out in its place.
 
     `size`: `width` and `height` in pixels, as of an Altair chart. Raises ConfigError where Altair or vl-convert-python is not installed.
     """
     altair = require()
     rows = [{key: printable(value) if isinstance(value, str) else value for key, value in row.items()} for row in plot.table.to_pylist()]
-    chart = plot.drawn(altair, rows).properties(**size).configure(**THEME)
+    chart = plot.drawn(altair, rows).properties(**size).configure(**THEME | ({} if legend else {"legend": {"disable": True}}))
     drawn = io.StringIO()
     chart.save(drawn, format="svg")
     return _embedded(drawn.getvalue(), name, title)

@@ -67,7 +67,8 @@ def _moved(fit: MixedFit, runs: Sequence[Run]) -> list[dict[str, Any]]:
 def _sentence(fit: MixedFit, runs: Sequence[Run], moved: Sequence[Mapping[str, Any]]) -> str:
     if not moved:
         return ""
-    since = fit.info.get("drift", {}).get("since") or f"{runs[-2].started:%Y-%m-%d %H:%M} UTC"
+    noted = fit.info.get("drift", {}).get("since")
+    since = datetime.fromisoformat(noted) if noted else runs[-2].started
     worst = moved[0]
     verdict = (
         "That is more than chance would move it between fits that share most of their rows: look at what arrived."
@@ -75,7 +76,7 @@ def _sentence(fit: MixedFit, runs: Sequence[Run], moved: Sequence[Mapping[str, A
         else "That is within what chance moves."
     )
     return (
-        f"<p>Since the fit of {page.text(since)} the coefficient that moved most is {page.code(worst['term'])}: from "
+        f"<p>Since the fit of {since:%d %B %Y, %H:%M} UTC the coefficient that moved most is {page.code(worst['term'])}: from "
         f"{number(worst['previous'])} to {number(worst['estimate'])}, {abs(worst['drift']):.2f} of its standard errors. {verdict}</p>"
     )
 
@@ -85,14 +86,23 @@ def _figure(fit: MixedFit, runs: Sequence[Run], moved: Sequence[Mapping[str, Any
         return ""
     terms = [row["term"] for row in moved][:SHOWN] or list(fit.names)[:SHOWN]
     rows = [
-        {"term": term, "run": f"{run.started:%Y-%m-%d %H:%M:%S}", "number": k, **_interval(run.coefficients[term])}
+        {"term": term, "run": when, "number": k, **_interval(run.coefficients[term])}
         for term in terms
-        for k, run in enumerate(runs, 1)
+        for k, (run, when) in enumerate(zip(runs, _times(runs), strict=True), 1)
         if term in run.coefficients
     ]
     of = "coefficients" if len(terms) == len(fit.names) else f"{len(terms)} coefficients that moved most"
     caption = f"The {of} in the last {len(runs)} runs, with 95% intervals; each has a scale of its own."
     return page.figure(svg(drawn(rows), "drift", "Coefficients over runs"), caption)
+
+
+def _times(runs: Sequence[Run]) -> list[str]:
+    """When each run was, as short as tells them apart."""
+    for form in ("%d %b", "%d %b %Y", "%d %b %H:%M", "%d %b %H:%M:%S"):
+        out = [run.started.strftime(form) for run in runs]
+        if len(set(out)) == len(out):
+            return out
+    return [f"{when} ({k})" for k, when in enumerate(out, 1)]
 
 
 def _interval(row: Mapping[str, Any]) -> dict[str, Any]:

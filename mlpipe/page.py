@@ -5,6 +5,7 @@ import html as markup
 import re
 from collections.abc import Iterable, Sequence
 
+from . import __version__
 from .layout import printable
 
 # Nothing may be fetched and no script may run, whatever a label holds.
@@ -42,10 +43,11 @@ table { border-collapse: collapse; width: 100%; font-size: .86rem; line-height: 
 caption { text-align: left; color: var(--soft); padding-bottom: .5rem; }
 th { text-align: left; font-weight: 500; color: var(--soft); border-bottom: 1px solid var(--ink); vertical-align: bottom; }
 th, td { padding: .38rem .8rem .38rem 0; }
-td { border-bottom: 1px solid var(--rule); vertical-align: top; overflow-wrap: anywhere; }
-th.n, td.n { text-align: right; white-space: nowrap; overflow-wrap: normal; padding-right: 0; padding-left: .9rem; }
+td { border-bottom: 1px solid var(--rule); vertical-align: top; max-width: 20rem; overflow-wrap: break-word; }
+td code { overflow-wrap: break-word; }
+th.n, td.n { text-align: right; white-space: nowrap; overflow-wrap: normal; padding-right: 0; padding-left: .8rem; }
 figure { margin: 1.6rem 0; }
-figure svg { display: block; max-width: 100%; height: auto; }
+figure svg { display: block; max-width: 100%; height: auto; overflow: visible; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 1.5rem; align-items: start; }
 figcaption { margin-top: .5rem; color: var(--soft); font-size: .84rem; line-height: 1.45; }
 .shares { display: flex; height: 1.5rem; margin: 1rem 0 .5rem; border-radius: 3px; overflow: hidden; }
@@ -136,6 +138,11 @@ def section(title: str, *parts: str) -> str:
     body = "\n".join(part for part in parts if part)
     name = re.sub(r"\W+", "-", title.lower()).strip("-")
     return f'<section id="{name}"><h2>{text(title)}</h2>\n{body}\n</section>' if body else ""
+
+
+def footer() -> str:
+    """The end of a page."""
+    return f"<footer>Made by mlpipe {__version__}. This page stands alone: nothing is loaded from elsewhere.</footer>"
 
 
 def document(title: str, parts: Iterable[str]) -> str:

@@ -214,35 +214,34 @@ def _draw_history(alt: Any, rows: list[dict[str, Any]]) -> Any:
     shown = runs[:: max(1, -(-len(runs) // 6))]
     x = alt.X("run:N", sort=runs, title=None, axis=alt.Axis(values=shown, labelAngle=-30, grid=False))
     y = alt.Y("estimate:Q", title=None, scale=alt.Scale(zero=False))
-    base = alt.Chart(alt.Data(values=rows)).encode(x=x)
+    base = alt.Chart().encode(x=x)  # the panels share the data
     bars = base.mark_rule(color=BAND, strokeWidth=3).encode(y=alt.Y("conf_low:Q", title=None), y2="conf_high:Q")
     line = base.mark_line(color=MARK, strokeWidth=1.2).encode(y=y)
     dots = base.mark_point(color=MARK, filled=True, size=28, opacity=1).encode(y=y)
     terms = list(dict.fromkeys(row["term"] for row in rows))
-    panels = (bars + line + dots).properties(width=WIDTH * 0.6, height=HEIGHT * 0.4)
-    by_term = alt.Facet("term:N", sort=terms, title=None)
-    return panels.facet(facet=by_term, columns=2, data=alt.Data(values=rows)).resolve_scale(y="independent")
+    panels = alt.layer(bars, line, dots, data=alt.Data(values=rows)).properties(width=WIDTH * 0.55, height=HEIGHT * 0.4)
+    return panels.facet(facet=alt.Facet("term:N", sort=terms, title=None), columns=2).resolve_scale(y="independent")
 
 
 # -- residuals
 
 
-def diagnostics(fit: MixedFit, data: Any, options: Options | None) -> tuple[Plot, Plot, int]:
-    """The plots `residuals` and `qq` from one scan, and how many rows have a residual."""
+def diagnostics(fit: MixedFit, data: Any, options: Options | None, most: int = MOST) -> tuple[Plot, Plot, int]:
+    """The plots `residuals`, of at most so many marks, and `qq` from one scan, and how many rows have a residual."""
     sketch = Sketch()
-    table = _residuals(fit, data, options, sketch)
+    table = _residuals(fit, data, options, most, sketch)
     return Plot(table, _draw_residuals), Plot(qq_table({("Residual", "pearson"): sketch}, QQ_POINTS), _draw_qq), sketch.n
 
 
-def _residuals(fit: MixedFit, data: Any, options: Options | None, sketch: Sketch | None = None) -> pa.Table:
-    """Points, until there are more than MOST of them; then counts. The sketch takes in the residuals."""
+def _residuals(fit: MixedFit, data: Any, options: Options | None, most: int = MOST, sketch: Sketch | None = None) -> pa.Table:
+    """Points, until there are more than `most` of them; then counts. The sketch takes in the residuals."""
     import pyarrow as pa
 
     from .scoring import scored
 
     best = "conditional" if fit.terms else "population"
     outputs: dict[str, Output] = {"fitted": fit.output(best), "residual": pearson(fit)}
-    grid, n = Grid(), 0
+    grid, n = Grid(most), 0
     points: list[tuple[Array, Array]] = []
     for batch in scored(fit, data, outputs, fit.groups, options, columns=()):
         x, y = plain(batch.column(0)), plain(batch.column(1))
@@ -251,9 +250,9 @@ def _residuals(fit: MixedFit, data: Any, options: Options | None, sketch: Sketch
         grid.add(x, y)
         if sketch is not None:
             sketch.add(y)
-        points = [*points, (x[kept], y[kept])] if n <= MOST else []
+        points = [*points, (x[kept], y[kept])] if n <= most else []
     note_scan(fit, "residuals", data)
-    if n <= MOST:
+    if n <= most:
         x, y = (np.concatenate([np.zeros(0), *(pair[k] for pair in points)]) for k in (0, 1))
         return pa.table({"fitted": x, "residual": y, "count": np.ones(len(x))})
     assert grid.width is not None

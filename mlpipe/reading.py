@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from . import expr
 from .covariates import random_terms
 from .design import Atom, DesignColumn, code, level_label
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from .result import MixedFit
 
 MOST = 3  # coefficients that are put into words
+BOUNDARY = 1e-4  # least eigenvalue of a correlation matrix below which it has lost rank
 WEAK = 0.2  # correlation, in size, below which it is called weak
 RATIOS = {"logit": "odds", "log": "mean"}  # what a coefficient multiplies, by link
 
@@ -99,7 +102,7 @@ def _singular(fit: MixedFit) -> str:
         found += [f"the variance of {name(c)} by {name(term.group)} is zero" for c, s in zip(term.names, sd, strict=True) if s == 0.0]
         for i in range(len(psi)):
             for j in range(i):
-                if sd[i] * sd[j] > 0.0 and abs(psi[i, j]) > 0.9999 * sd[i] * sd[j]:
+                if sd[i] * sd[j] > 0.0 and abs(psi[i, j]) > (1.0 - BOUNDARY) * sd[i] * sd[j]:
                     sign = "1" if psi[i, j] > 0 else "-1"
                     found.append(f"{name(term.names[i])} and {name(term.names[j])} by {name(term.group)} are correlated by {sign}")
     what = f" ({'; '.join(found)})" if found else ""
@@ -153,32 +156,34 @@ class _Effect:
 
 
 def _coefficients(fit: MixedFit) -> Iterator[str]:
+    """The clearest coefficients that have a plain meaning; what interactions mean."""
     rows = [row for row in fit.tidy().to_pylist() if row["effect"] == "fixed" and row["term"] != "(Intercept)"]
-    rows = [row for row in rows if row["std_error"] is not None and math.isfinite(row["statistic"])]
-    rows.sort(key=lambda row: -abs(row["statistic"]))
     meant = _effects(fit)
-    for row in rows[:MOST]:
-        yield _coefficient(fit, row, meant.get(row["term"]))
-    if len(rows) > MOST:
-        more = f"The other {len(rows) - MOST} coefficients are" if len(rows) > MOST + 1 else "One more coefficient is"
-        yield f"{more} in the table below."
+    plain = [row for row in rows if row["term"] in meant and row["std_error"] is not None and math.isfinite(row["statistic"])]
+    plain.sort(key=lambda row: -abs(row["statistic"]))
+    for row in plain[:MOST]:
+        yield _coefficient(fit, row, meant[row["term"]])
+    joint = any(len(monomial) > 1 for c in code(fit.recipe.formula.fixed, fit.recipe.variables) for monomial, _ in c.combination)
+    if joint:
+        yield "Coefficients whose names have a colon say by how much the effect of one variable changes with the other."
+    if (left := len(rows) - len(plain[:MOST])) and len(plain) > MOST:
+        yield f"{'The other ' + str(left) + ' coefficients are' if left > 1 else 'One more coefficient is'} in the table below."
 
 
-def _coefficient(fit: MixedFit, row: dict[str, Any], effect: _Effect | None) -> str:
+def _coefficient(fit: MixedFit, row: dict[str, Any], effect: _Effect) -> str:
     b, low, high = row["estimate"], row["conf_low"], row["conf_high"]
-    what = effect.what if effect is not None else f"one unit more of {name(row['term'])}"
     of = response(fit)
     if ratio_name(fit):
         multiplied = of.replace("the probability", "the odds", 1) + " are" if fit.link == "logit" else f"{of} is"
-        says = f"{multiplied} {number(math.exp(b))} times as high (95% interval {number(_exp(low))} to {number(_exp(high))})"
+        says = f"{multiplied} {number(_exp(b))} times as high (95% interval {number(_exp(low))} to {number(_exp(high))})"
     elif fit.recipe.family is not None and fit.link != "identity":
         says = f"{of} changes, on the scale of the {text(fit.link)} link, by {number(b)} (95% interval {number(low)} to {number(high)})"
     else:
         way = "higher" if b > 0 else "lower"
         says = f"{of} is {number(abs(b))} {way} on average (95% interval of the difference {number(low)} to {number(high)})"
-    hold = "all else equal" if not (effect and effect.conditional) else "where what it interacts with is zero or at its base level"
+    hold = "where what it interacts with is zero or at its base level" if effect.conditional else "all else equal"
     sure = "" if low > 0 or high < 0 else ": the interval includes no effect at all, so its direction is open"
-    return f"With {what}, {says}, {hold}{sure}."
+    return f"With {effect.what}, {says}, {hold}{sure}."
 
 
 def _exp(value: float) -> float:
@@ -223,12 +228,19 @@ def _random(fit: MixedFit) -> Iterator[str]:
     fixed = fit.fixef()
     scale = "" if fit.recipe.family is None or fit.link == "identity" else f" (on the scale of the {text(fit.link)} link)"
     for term, psi in zip(random_terms(fit), covariances(fit), strict=False):
-        sd = {c: math.sqrt(max(float(psi[i, i]), 0.0)) for i, c in enumerate(term.names)}
+        if degenerate(psi):  # said among the cautions
+            continue
+        sd = {c: math.sqrt(float(psi[i, i])) for i, c in enumerate(term.names)}
         for c, s in sd.items():
-            if s > 0.0:
-                yield _spread(fit, term.group, c, s, fixed.get(c), scale)
-        if len(term.names) == 2 and all(s > 0.0 for s in sd.values()):
+            yield _spread(fit, term.group, c, s, fixed.get(c), scale)
+        if len(term.names) == 2:
             yield from _correlated(term.group, term.names, float(psi[1, 0]) / math.prod(sd.values()))
+
+
+def degenerate(psi: np.ndarray) -> bool:
+    """Whether a covariance matrix is on the boundary: some combination of its effects does not vary."""
+    sd = np.sqrt(np.maximum(np.diag(psi), 0.0))
+    return not (sd > 0.0).all() or float(np.linalg.eigvalsh(psi / np.outer(sd, sd))[0]) < BOUNDARY
 
 
 def _spread(fit: MixedFit, group: str, c: str, s: float, center: float | None, scale: str) -> str:
@@ -247,8 +259,6 @@ def _spread(fit: MixedFit, group: str, c: str, s: float, center: float | None, s
 
 
 def _correlated(group: str, names: tuple[str, ...], r: float) -> Iterator[str]:
-    if abs(r) > 0.9999:  # said among the cautions
-        return
     first, second = ("level" if c == "(Intercept)" else f"effect of {name(c)}" for c in names)
     if abs(r) < WEAK:
         yield f"The {first} of a {name(group)} says little about its {second} (correlation {r:.2f})."
@@ -262,7 +272,9 @@ def _explained(fit: MixedFit) -> Iterator[str]:
         return
     latent = "" if fit.recipe.family is None or fit.link == "identity" else " (on the scale of the linear predictor)"
     for group, share in fit.icc().items():
-        if math.isfinite(share) and share > 0.0:
+        if share < 0.005:
+            yield f"Hardly any of the variance that the fixed part leaves{latent} lies between levels of {name(group)}."
+        elif math.isfinite(share):
             slopes = any(c != "(Intercept)" for term in fit.terms for c in term.names)
             where = " (where the variables with slopes of their own are zero)" if slopes else ""
             rows = f": two rows of one {name(group)} are correlated by as much" if not latent and len(fit.groups) == 1 else ""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WIDTH, HALF = 620, 270  # pixels of a figure, and of one of two
 MOST_COEFFICIENTS = 60  # drawn
+MARKS = 1_500  # of the residuals
 MOST_FIGURES = 4  # caterpillars of one grouping factor
 MISSING = "–"
 NO_MODES = ("no_modes", "no_source", "not_collected")
@@ -38,7 +39,7 @@ def head(fit: MixedFit, run: Run | None) -> str:
     named = [line.partition(":") for line in lines if not line.startswith("Formula:")]
     said = [f"{page.text(name.strip())} {page.code(value.strip())}" for name, _, value in named]
     levels = [f"{n:,} levels of {page.text(group)}" for group, n in fit.levels.items()] if fit.terms else []
-    size = [f"{fit.nobs:,.15g} rows", *levels, *([f"run {page.text(run.run_id)} of {run.started:%d %B %Y, %H:%M} UTC"] if run else [])]
+    size = [f"{fit.nobs:,.15g} rows", *levels, *([f"run of {run.started:%d %B %Y, %H:%M} UTC"] if run else [])]
     facts = "".join(f'<p class="meta">{" · ".join(part)}</p>' for part in (size, said) if part)
     formula = one_line(fit.formula)
     return f'<header><p class="kicker">{page.text(title)}</p>\n<h1>{page.code(formula)}</h1>{facts}\n{page.status(_chips(fit))}</header>'
@@ -73,14 +74,10 @@ def fixed(fit: MixedFit) -> str:
 def _fixed_table(fit: MixedFit, rows: Sequence[dict[str, Any]]) -> str:
     letter = "t" if any(row["df"] is not None for row in rows) else "z"
     shown = coefficients([_real(row[name]) for name in ("estimate", "std_error") for row in rows])
-    as_printed = _decimals(shown)
     times = ratio_name(fit)
-    columns = [
-        [page.code(row["term"]) for row in rows], shown[: len(rows)], shown[len(rows) :],
-        [_range(row["conf_low"], row["conf_high"], as_printed) for row in rows],
-    ]  # fmt: skip
+    columns = [[page.code(row["term"]) for row in rows], shown[: len(rows)], shown[len(rows) :], [_interval(row) for row in rows]]
     if times:
-        columns += [[_times(row) for row in rows], [_range(_exp(row["conf_low"]), _exp(row["conf_high"]), None) for row in rows]]
+        columns += [[_times(row, "estimate") for row in rows], [_times(row, "conf_low", "conf_high") for row in rows]]
     columns += [[to_decimals(_real(row["statistic"]), 3) for row in rows], [page.text(p_value(_real(row["p_value"]))) for row in rows]]
     names = ["Coefficient", "Estimate", "Std. error", "95% interval", *([times, "95% interval"] if times else []), letter, "p"]
     tests = f" {letter}: estimate over standard error; p: the chance of one as far from zero if there were no effect."
@@ -88,8 +85,22 @@ def _fixed_table(fit: MixedFit, rows: Sequence[dict[str, Any]]) -> str:
     return page.table(names, list(zip(*columns, strict=True)), f"{of}{tests}".strip())
 
 
-def _times(row: dict[str, Any]) -> str:
-    return MISSING if row["term"] == "(Intercept)" else number(_exp(row["estimate"]))
+def _interval(row: dict[str, Any]) -> str:
+    """The limits, to two significant digits of the standard error."""
+    error = row["std_error"]
+    if not error or row["conf_low"] is None:
+        return MISSING
+    places = 1 - math.floor(math.log10(error))
+    if not -6 <= places <= 6:
+        return f"{number(row['conf_low'])} to {number(row['conf_high'])}"
+    return " to ".join(f"{round(row[name], places):.{max(places, 0)}f}" for name in ("conf_low", "conf_high"))
+
+
+def _times(row: dict[str, Any], *names: str) -> str:
+    """What one unit more multiplies by: the estimate, or an interval of it."""
+    if row["term"] == "(Intercept)" or any(row[name] is None for name in names):
+        return MISSING
+    return " to ".join(number(math.exp(row[name]) if row[name] < 700.0 else math.inf) for name in names)
 
 
 def _fixed_figure(fit: MixedFit, rows: Sequence[dict[str, Any]]) -> str:
@@ -104,7 +115,7 @@ def _fixed_figure(fit: MixedFit, rows: Sequence[dict[str, Any]]) -> str:
         caption += f"; the {MOST_COEFFICIENTS} clearest of {len(rows)} coefficients"
     units = "Each is per unit of its own variable, so lengths compare only between variables with like units."
     scale = f" On the scale of the {page.text(fit.link)} link." if fit.recipe.family is not None and fit.link != "identity" else ""
-    return page.figure(svg(plot, "coefficients", "Coefficients with intervals", width=WIDTH - 140), f"{caption}. {units}{scale}")
+    return page.figure(svg(plot, "coefficients", "Coefficients with intervals", width=WIDTH - 110), f"{caption}. {units}{scale}")
 
 
 # -- random effects
@@ -153,8 +164,8 @@ def _shares(fit: MixedFit) -> str:
     rest = "rows of one level" if len(found) == 1 else "rows of the same levels"
     parts = [(f"between levels of {page.code(group)}", share) for group, share in found.items()]
     slopes = any(c != "(Intercept)" for term in fit.terms for c in term.names)
-    where = " where the variables with varying effects are zero" if slopes else ""
-    latent = " on the scale of the linear predictor" if fit.recipe.family is not None and fit.link != "identity" else ""
+    where = ", where the variables with varying effects are zero" if slopes else ""
+    latent = ", on the scale of the linear predictor" if fit.recipe.family is not None and fit.link != "identity" else ""
     bar = page.shares([*parts, (f"between {rest}", max(1.0 - sum(found.values()), 0.0))])
     return f'<h3>Where the variance is</h3>{bar}<p class="meta">Shares of what the fixed effects leave{where}{latent}.</p>'
 
@@ -247,14 +258,15 @@ def _residuals(fit: MixedFit, data: Any, options: Options | None) -> str:
     if data is None and (fit.source is None or isinstance(fit.source, SuffStats)):
         how = f"{page.code('mlpipe report FIT DATA')}, or {page.code('mp.report(fit, path, data=…)')}"
         return f"<p>Residuals need the rows, which are not kept with a fit: {how} reads them once and shows them here.</p>"
-    scatter, normal, n = diagnostics(fit, data, options)
+    scatter, normal, n = diagnostics(fit, data, options, MARKS)
     if not n:
         return "<p>No row of the data has a residual.</p>"
     other = f" These are {n:,} rows, and not the {fit.rows:,} of the fit." if n != fit.rows else ""
+    what = f"Pearson residuals of {n:,} rows" + (", the darker the more of them" if "fitted_to" in scatter.table.column_names else "")
     spread = "Points should scatter around the dashed line without a trend and with like spread from left to right."
     size = {"width": HALF, "height": HALF}
     figures = [
-        page.figure(svg(scatter, "residuals", "Residuals by fitted value", **size), f"Pearson residuals of {n:,} rows. {spread}{other}"),
+        page.figure(svg(scatter, "residuals", "Residuals by fitted value", legend=False, **size), f"{what}. {spread}{other}"),
         page.figure(svg(normal, "normal", "Normal plot of the residuals", **size), _normal_words(fit)),
     ]
     return f"<h3>Residuals</h3>{page.pair(figures)}"
@@ -302,11 +314,17 @@ def provenance(fit: MixedFit, run: Run | None, sql: Sequence[str]) -> str:
     pairs += [("Engine", page.text(info["engine"]))] if "engine" in info else []
     pairs += [("Evaluations", f"{fit.evaluations:,}")]
     if run is not None:
-        pairs += [("Seconds", f"{fit.seconds:.2f}"), ("Version", f"mlpipe {page.text(run.facts['version'])}")]
+        pairs += [("Run", page.text(run.run_id)), ("Seconds", f"{fit.seconds:.2f}")]
+        pairs += [("Version", f"mlpipe {page.text(run.facts['version'])}")]
         pairs += [("Fingerprint of the source", page.text(run.facts["source_fingerprint"]))] if run.facts["source_fingerprint"] else []
+    return page.section("What was run", page.facts(pairs), *statements(sql))
+
+
+def statements(sql: Sequence[str]) -> list[str]:
+    """The SQL that ran."""
     shown = [page.statement(_pretty(text), f"Statement {k} of {len(sql)}{_purpose(text)}") for k, text in enumerate(sql, 1)]
-    intro = "<h3>The SQL that ran</h3><p>Columns of the source stand by position, their names in comments.</p>" if shown else ""
-    return page.section("What was run", page.facts(pairs), intro, *shown)
+    intro = "<h3>The SQL that ran</h3><p>Columns of the source stand by position, their names in comments.</p>"
+    return [intro, *shown] if shown else []
 
 
 def _pretty(sql: str) -> str:
@@ -320,7 +338,7 @@ def _pretty(sql: str) -> str:
 
 def _purpose(sql: str) -> str:
     """What the statement's own first comment says of it."""
-    found = re.search(r"/\* (.*?)(?:\. [A-Z].*?|\.)? \*/", sql)
+    found = re.search(r"/\* (.*?)(?:\. [A-Z].*?|\.)? \*/", sql.replace(" */ /* ", " "))
     return f": {page.text(found[1])}" if found else ": a look at the engine"
 
 
@@ -329,20 +347,3 @@ def _purpose(sql: str) -> str:
 
 def _real(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _exp(value: float | None) -> float | None:
-    return None if value is None else math.exp(value) if value < 700.0 else math.inf
-
-
-def _decimals(shown: Sequence[str]) -> int | None:
-    """The decimals that numbers are shown with; None where some have an exponent."""
-    if any("e" in number for number in shown):
-        return None
-    return max((len(number.partition(".")[2]) for number in shown if number[-1:].isdigit()), default=0)
-
-
-def _range(low: float | None, high: float | None, decimals: int | None) -> str:
-    if low is None or high is None:
-        return MISSING
-    return " to ".join(number(value) if decimals is None else to_decimals(value, decimals) for value in (low, high))

@@ -244,7 +244,7 @@ def _of_several(
     unknown = [name for name in wanted if name not in manifest.column_names]
     if unknown:
         raise ConfigError(f"the fits of {where} are not by {unknown[0]!r}", code="which_fit")
-    rows = _matching(manifest, wanted)
+    rows = matching(manifest, wanted)
     if len(rows) != 1:
         what = f"{where} holds {len(manifest)} fits, {len(rows)} of them match" if wanted else f"{where} holds {len(manifest)} fits"
         hint = f"name one: model= one of {sorted(set(manifest['model'].to_pylist()))[:12]}, and by= the values it is for"
@@ -255,11 +255,11 @@ def _of_several(
     fit = _read(_parsed(text, where), where)
     stamps = {"model": rows["model"][0].as_py(), **{name: rows[name][0].as_py() for name in wanted}}
     fit.written = {"run_id": rows["run_id"][0].as_py(), **stamps}
-    _keep(fit, modes, lambda name: _matching(read(name), stamps), [name for name in wanted if name != "model"])
+    _keep(fit, modes, lambda name: matching(read(name), stamps), [name for name in wanted if name != "model"])
     return fit
 
 
-def _matching(table: pa.Table, wanted: dict[str, Any]) -> pa.Table:
+def matching(table: pa.Table, wanted: dict[str, Any]) -> pa.Table:
     """The rows of a table with these values."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -376,5 +376,5 @@ def tables_of_runs(target: Any, prefix: str, names: Sequence[str]) -> list[dict[
 def of_entry(table: pa.Table, stamps: Mapping[str, Any]) -> pa.Table:
     """The rows of a result table that are of one fit, by its model and the values it is for, under the names they had before."""
     by = [name for name in stamps if name not in ("run_id", "model")]
-    rows = _matching(table, {name: value for name, value in stamps.items() if name != "run_id"})
+    rows = matching(table, {name: value for name, value in stamps.items() if name != "run_id"})
     return rows.drop_columns(["run_id", "model", *by])
