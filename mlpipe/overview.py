@@ -94,7 +94,7 @@ def _reading(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[str]:
 def _drawn(coefficients: pa.Table, model: str, by: Sequence[str], k: int) -> list[str]:
     """A caterpillar over the values for each coefficient."""
     rows = [row for row in _plain(matching(coefficients, {"model": model}), by) if row["effect"] == "fixed"]
-    terms = list(dict.fromkeys(row["term"] for row in rows))
+    terms = sorted(dict.fromkeys(row["term"] for row in rows), key="(Intercept)".__eq__)
     out = []
     for j, term in enumerate(terms[:DRAWN]):
         own = [row for row in rows if row["term"] == term and row["std_error"]]

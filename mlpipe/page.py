@@ -14,7 +14,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d1d1b; --soft: #63605a; --rule: #dedbd3; --wash: #f6f4ef; --mark: #1f5a94;
   --part2: #7fa7cc; --part3: #c8d9ea; --good: #2c6e49; --warn: #8a5a00; --bad: #a3261b; }
-@media (prefers-color-scheme: dark) { :root { --paper: #17181a; --ink: #e8e6e1; --soft: #a5a199; --rule: #3a3b3d; --wash: #212326;
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #17181a; --ink: #e8e6e1; --soft: #a5a199; --rule: #3a3b3d; --wash: #212326;
   --mark: #8fbbe6; --part2: #4d7ba8; --part3: #2f4a66; --good: #7cc79b; --warn: #e0b25c; --bad: #f08c80; }
   figure svg { filter: invert(1) hue-rotate(180deg); } }
 * { box-sizing: border-box; }

@@ -259,14 +259,18 @@ def _of_several(
     return fit
 
 
-def matching(table: pa.Table, wanted: dict[str, Any]) -> pa.Table:
-    """The rows of a table with these values."""
+def matching(table: pa.Table, wanted: Mapping[str, Any]) -> pa.Table:
+    """The rows of a table with these values; a text stands for the value of the column's type. Raises ConfigError where it is none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     for name, value in wanted.items():
         column = table.column(name)
-        table = table.filter(pc.is_null(column) if value is None else pc.equal(column, pa.scalar(value, column.type)))
+        try:
+            scalar = pa.scalar(value).cast(column.type) if isinstance(value, str) else pa.scalar(value, column.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise ConfigError(f"{value!r} is no value of {name!r}, which is {column.type}", code="which_fit") from error
+        table = table.filter(pc.is_null(column) if value is None else pc.equal(column, scalar))
     return table
 
 
