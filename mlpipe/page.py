@@ -14,8 +14,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1d1d1b; --soft: #63605a; --rule: #dedbd3; --wash: #f6f4ef; --mark: #1f5a94;
   --part2: #7fa7cc; --part3: #c8d9ea; --good: #2c6e49; --warn: #8a5a00; --bad: #a3261b; }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #17181a; --ink: #e8e6e1; --soft: #a5a199; --rule: #3a3b3d; --wash: #212326;
-  --mark: #8fbbe6; --part2: #4d7ba8; --part3: #2f4a66; --good: #7cc79b; --warn: #e0b25c; --bad: #f08c80; }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #17181a; --ink: #e8e6e1; --soft: #a5a199; --rule: #3a3b3d;
+  --wash: #212326; --mark: #8fbbe6; --part2: #4d7ba8; --part3: #2f4a66; --good: #7cc79b; --warn: #e0b25c; --bad: #f08c80; }
   figure svg { filter: invert(1) hue-rotate(180deg); } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 17px/1.55 "Iowan Old Style", "Palatino Linotype", Palatino,
@@ -43,7 +43,8 @@ table { border-collapse: collapse; width: 100%; font-size: .86rem; line-height: 
 caption { text-align: left; color: var(--soft); padding-bottom: .5rem; }
 th { text-align: left; font-weight: 500; color: var(--soft); border-bottom: 1px solid var(--ink); vertical-align: bottom; }
 th, td { padding: .38rem .8rem .38rem 0; }
-td { border-bottom: 1px solid var(--rule); vertical-align: top; max-width: 20rem; overflow-wrap: break-word; }
+td { border-bottom: 1px solid var(--rule); vertical-align: top; max-width: 20rem;
+  overflow-wrap: break-word; }
 td code { overflow-wrap: break-word; }
 th.n, td.n { text-align: right; white-space: nowrap; overflow-wrap: normal; padding-right: 0; padding-left: .8rem; }
 figure { margin: 1.6rem 0; }

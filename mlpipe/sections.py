@@ -262,7 +262,8 @@ def _residuals(fit: MixedFit, data: Any, options: Options | None) -> str:
     if not n:
         return "<p>No row of the data has a residual.</p>"
     other = f" These are {n:,} rows, and not the {fit.rows:,} of the fit." if n != fit.rows else ""
-    what = f"Pearson residuals of {n:,} rows" + (", the stronger the colour the more of them" if "fitted_to" in scatter.table.column_names else "")
+    counted = ", the stronger the colour the more of them" if "fitted_to" in scatter.table.column_names else ""
+    what = f"Pearson residuals of {n:,} rows{counted}"
     spread = "Points should scatter around the dashed line without a trend and with like spread from left to right."
     size = {"width": HALF, "height": HALF}
     figures = [
