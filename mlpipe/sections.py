@@ -311,7 +311,7 @@ def provenance(fit: MixedFit, run: Run | None, sql: Sequence[str]) -> str:
     pairs = [(label, f"{info[key]:,}") for key, label in (("rows_read", "Rows read"), ("rows_dropped", "Rows left out")) if key in info]
     pairs += [(f"{page.code(name)}", f"left out: {count:,}") for name, count in list(info.get("dropped", {}).items())[:12]]
     pairs += [("Passes over the rows", f"{info['passes']:.3g}")] if "passes" in info else []
-    pairs += [("Bytes of the source", f"{info['bytes']:,}")] if info.get("bytes") else []
+    pairs += [("Bytes of what was read", f"{info['bytes']:,}")] if info.get("bytes") else []
     pairs += [("Engine", page.text(info["engine"]))] if "engine" in info else []
     pairs += [("Evaluations", f"{fit.evaluations:,}")]
     if run is not None:

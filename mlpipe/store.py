@@ -368,8 +368,8 @@ def tables_of_runs(target: Any, prefix: str, names: Sequence[str]) -> list[dict[
     if not _is_database(target):
         folder = Path(target)
         runs = [folder / "runs" / run for run in json.loads((folder / "fit.json").read_text())["runs"]]
-        found = [{name: path for name in names for path in run.glob(f"*_{name}.parquet")} for run in runs]
-        return [{name: pq.ParquetFile(path).read() for name, path in paths.items()} for paths in found]
+        found = [{name: sorted(run.glob(f"*_{name}.parquet"), key=lambda path: len(path.name))[:1] for name in names} for run in runs]
+        return [{name: pq.ParquetFile(path).read() for name, paths in files.items() for path in paths} for files in found]
     with database.opened(target, Options(), read_only=True) as held:
         return [
             {name: held.rows(f"{prefix}_{name}", run.run_id) for name in names if f"{prefix}_{name}" in run.tables}
