@@ -12,6 +12,8 @@ import numpy as np
 from . import expr
 from .covariates import random_terms
 from .design import Atom, DesignColumn, code, level_label
+from .display import ZERO_WEIGHT
+from .errors import ConfigError
 from .page import code as name
 from .page import text
 from .variance import covariances
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 MOST = 3  # coefficients that are put into words
 BOUNDARY = 1e-4  # least eigenvalue of a correlation matrix below which it has lost rank
 WEAK = 0.2  # correlation, in size, below which it is called weak
+NOTABLE = 0.05  # share of rows left out from which it is said
+SHRINKING = ("logit", "probit", "cloglog", "cauchit")  # links whose means over random effects differ by less
 RATIOS = {"logit": "odds", "log": "mean"}  # what a coefficient multiplies, by link
 
 
@@ -86,9 +90,11 @@ def _cautions(fit: MixedFit) -> Iterator[str]:
     if fit.singular:
         yield _singular(fit)
     if fit.dropped:
-        yield f"{', '.join(map(name, fit.dropped))} repeat what other columns already say, and were left out."
+        verbs = ("repeats", "was") if len(fit.dropped) == 1 else ("repeat", "were")
+        yield f"{', '.join(map(name, fit.dropped))} {verbs[0]} what other columns already say, and {verbs[1]} left out."
     read, lost = fit.info.get("rows_read") or 0, fit.info.get("rows_dropped") or 0
-    if read and lost / read > 0.05:
+    weighted = any(cause.startswith(ZERO_WEIGHT) for cause in fit.info.get("dropped", {}))
+    if read and lost / read > NOTABLE and not weighted:
         yield (
             f"{100 * lost / read:.0f}% of the rows were left out because a value is missing in them. If what makes a value missing also "
             f"moves {response(fit)}, the estimates are off."
@@ -267,14 +273,24 @@ def _correlated(group: str, names: tuple[str, ...], r: float) -> Iterator[str]:
         yield f"The higher the {first} of a {name(group)}, the {way} its {second} tends to be (correlation {r:.2f})."
 
 
+def shares(fit: MixedFit) -> dict[str, float]:
+    """The intraclass correlations; none for families whose residuals have no variance on the latent scale."""
+    try:
+        return {group: share for group, share in fit.icc().items() if math.isfinite(share)}
+    except ConfigError as error:
+        if error.code != "no_latent_scale":
+            raise
+        return {}
+
+
 def _explained(fit: MixedFit) -> Iterator[str]:
     if not random_terms(fit):
         return
     latent = "" if fit.recipe.family is None or fit.link == "identity" else " (on the scale of the linear predictor)"
-    for group, share in fit.icc().items():
+    for group, share in shares(fit).items():
         if share < 0.005:
             yield f"Hardly any of the variance that the fixed part leaves{latent} lies between levels of {name(group)}."
-        elif math.isfinite(share):
+        else:
             slopes = any(c != "(Intercept)" for term in fit.terms for c in term.names)
             where = " (where the variables with slopes of their own are zero)" if slopes else ""
             rows = f": two rows of one {name(group)} are correlated by as much" if not latent and len(fit.groups) == 1 else ""
@@ -289,11 +305,12 @@ def _explained(fit: MixedFit) -> Iterator[str]:
 
 def _alternatives(fit: MixedFit) -> Iterator[str]:
     if random_terms(fit) and fit.recipe.family is not None and fit.link != "identity":
-        group = name(fit.groups[0])
-        yield (
-            f"These effects compare rows of one and the same {group}. Averages over all {group} differ by less: "
-            f"{name('fit.effects()')} has both."
-        )
+        slopes = any(c != "(Intercept)" for term in fit.terms for c in term.names)
+        amount = "less" if fit.link in SHRINKING else "another amount"
+        how = f"Averages over all levels differ by {amount}: {name('fit.effects()')} has both."
+        if fit.link == "log" and not slopes:
+            how = "Ratios between averages over all levels are the same, since only levels vary and the link is the log."
+        yield f"These effects compare rows of one and the same {_joined([name(group) for group in fit.groups])}. {how}"
     if robust := getattr(fit, "robust", None):
         yield f"Standard errors are robust ({text(robust)}): they do not rely on the model's own assumption of how rows vary."
     if getattr(fit, "corr", None) is not None and getattr(fit, "kind", None) == "robust":

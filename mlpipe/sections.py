@@ -15,7 +15,7 @@ from .estimating_result import GEEFit
 from .layout import coefficients, formatted, one_line, p_value, ratio, to_decimals
 from .linear_result import OLSFit
 from .plot import EXTREMES, MOST_LEVELS, Plot, diagnostics
-from .reading import number, ratio_name, response
+from .reading import number, ratio_name, response, shares
 
 if TYPE_CHECKING:
     from .history import Run
@@ -158,7 +158,7 @@ def _errors(values: Sequence[float]) -> list[str]:
 
 
 def _shares(fit: MixedFit) -> str:
-    found = {group: share for group, share in fit.icc().items() if math.isfinite(share)}
+    found = shares(fit)
     if not found or sum(found.values()) <= 0.0:
         return ""
     rest = "rows of one level" if len(found) == 1 else "rows of the same levels"
@@ -235,6 +235,8 @@ def _explained(fit: MixedFit) -> list[tuple[str, str]]:
     """R², where it takes no scan."""
     if isinstance(fit, GEEFit) or not (isinstance(fit, OLSFit) or "fixed_variance" in fit.info):
         return []
+    if random_terms(fit) and not shares(fit):  # nor has a family without a latent scale
+        return []
     names = {
         "marginal": "R², fixed effects alone", "conditional": "R², with random effects", "r2": "R²", "adjusted": "R², adjusted",
         "within": "R², within levels",
@@ -309,7 +311,7 @@ def provenance(fit: MixedFit, run: Run | None, sql: Sequence[str]) -> str:
     """What was read, what it took, and the statements."""
     info = fit.info
     pairs = [(label, f"{info[key]:,}") for key, label in (("rows_read", "Rows read"), ("rows_dropped", "Rows left out")) if key in info]
-    pairs += [(f"{page.code(name)}", f"left out: {count:,}") for name, count in list(info.get("dropped", {}).items())[:12]]
+    pairs += [(_cause(cause), f"{count:,}") for cause, count in list(info.get("dropped", {}).items())[: display.MAX_NOTED]]
     pairs += [("Passes over the rows", f"{info['passes']:.3g}")] if "passes" in info else []
     pairs += [("Bytes of what was read", f"{info['bytes']:,}")] if info.get("bytes") else []
     pairs += [("Engine", page.text(info["engine"]))] if "engine" in info else []
@@ -319,6 +321,11 @@ def provenance(fit: MixedFit, run: Run | None, sql: Sequence[str]) -> str:
         pairs += [("Version", f"mlpipe {page.text(run.facts['version'])}")]
         pairs += [("Fingerprint of the source", page.text(run.facts["source_fingerprint"]))] if run.facts["source_fingerprint"] else []
     return page.section("What was run", page.facts(pairs), *statements(sql))
+
+
+def _cause(cause: str) -> str:
+    """Why rows were left out: a weight of zero, or a column where they have no value."""
+    return page.text(cause) if cause.startswith(display.ZERO_WEIGHT) else f"Missing in {page.code(cause)}"
 
 
 def statements(sql: Sequence[str]) -> list[str]:

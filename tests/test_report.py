@@ -247,6 +247,7 @@ def test_sentences_of_other_models() -> None:
     text = said(quiet(lambda: mp.glmm("n ~ arm * age + (1 | clinic)", frame, family="poisson")))
     assert "the mean of n is" in text and "times as high" in text and "where what it interacts with is zero or at its base level" in text
     assert "have a colon" in text and "These effects compare rows of one and the same clinic" in text
+    assert "Ratios between averages over all levels are the same" in text
     text = said(mp.lmm("minutes ~ age + C(arm, sum) + (1 | clinic)", frame))
     assert "arm" not in text  # a sum contrast has no plain meaning
     text = said(mp.gee("n ~ arm", frame, groups="clinic", family="poisson"))
@@ -261,7 +262,7 @@ def test_cautions(sleep: Any) -> None:
     fit = quiet(lambda: mp.lmm("y ~ x + z + (1 + x | g)", frame))
     assert fit.singular and fit.dropped
     text = said(fit)
-    assert text.startswith("The fit is singular (") and "z repeat" in text and "12% of the rows were left out" in text
+    assert text.startswith("The fit is singular (") and "z repeats" in text and "12% of the rows were left out" in text
     assert "have an effect of the other sign" not in text  # the size of a part on the boundary is not read
     y = np.repeat([0.0, 1.0], 30)
     data = pl.DataFrame({"y": y, "x": y, "g": np.tile(np.arange(6), 10)})
