@@ -1,12 +1,10 @@
-"""The command line: fit, plan, run, show, predict. Results go to standard output, log and progress to standard error."""
+"""The command line: fit, plan, run, show, report, predict. Results go to standard output, log and progress to standard error."""
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -184,6 +182,32 @@ def show(console: Console, /, fit_directory: str, sql: str | None, source: str, 
 
 @cli.command()
 @click.argument("fit_directory", metavar="FIT", type=click.Path())
+@click.argument("data", nargs=-1)
+@click.option("--out", required=True, type=click.Path(), help="An HTML file; one that exists is replaced when the new one is complete.")
+@click.option("--table", help="DATA is a DuckDB database; read this table of it.")
+@click.option("--model", help="Of a job with several models, the name of one.")
+@click.option("--by", multiple=True, metavar="COLUMN=VALUE", help="Of a job with one model a value, the value.")
+@click.option("--prefix", default="mlpipe", show_default=True, help="Before the names of the tables, where FIT is a database.")
+@limits
+@logs
+@pass_console
+def report(
+    console: Console, /, fit_directory: str, out: str, model: str | None, by: tuple[str, ...], prefix: str, log: str | None, **settings: Any
+) -> None:
+    """Write a report on FIT: one page of HTML that needs nothing else, to be read, sent and printed.
+
+    With DATA, the rows it was fitted to, the page also shows the residuals, by one scan.
+    """
+    from .reporting import report as write_report
+
+    console.log_to(log)
+    data = _data(settings) if settings["data"] else None
+    values = dict(_pair(text, "--by", "COLUMN=VALUE") for text in by)
+    write_report(fit_directory, out, data=data, model=model, by=values or None, prefix=prefix, options=_limits(settings))
+
+
+@cli.command()
+@click.argument("fit_directory", metavar="FIT", type=click.Path())
 @rows
 @click.option("--out", required=True, type=click.Path(), help="A Parquet file; one that exists is replaced when the new one is complete.")
 @click.option("--effects", type=click.Choice(["conditional", "population", "marginal"]), default="conditional", show_default=True)
@@ -221,11 +245,9 @@ def _write_parquet(reader: pa.RecordBatchReader, out: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from .atomic import replacing
+    from .atomic import regular, replacing
 
-    target = Path(os.path.realpath(out))  # a link keeps pointing where it does
-    if target.exists() and not target.is_file():
-        raise ResourceError(f"cannot write {out}: it is not a regular file", code="not_writable")
+    target = regular(out)
     try:
         # dictionaries of numbers cost half the time of writing them, and save nothing that zstd does not
         texts = [field.name for field in reader.schema if not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type))]
@@ -282,10 +304,10 @@ def _function(formula: str, settings: dict[str, Any]) -> str:
     return "glmm" if parse(formula).random else "glm"
 
 
-def _pair(text: str, flag: str) -> tuple[str, str]:
+def _pair(text: str, flag: str, form: str = "FACTOR=VALUE") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
-        raise ConfigError(f"{flag} {text!r} is not of the form FACTOR=VALUE", code="usage")
+        raise ConfigError(f"{flag} {text!r} is not of the form {form}", code="usage")
     return name, value
 
 

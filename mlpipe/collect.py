@@ -83,6 +83,7 @@ def collect(plan: Plan) -> SuffStats:
         "notes": list(plan.notes),
         "path": plan.path,
         "engine": plan.engine.dialect,
+        "sql": plan.engine.ran,
     }
     return SuffStats(plan.recipe, rows, n, sum_log_w, gram, blocks, plan.request.collect, info, several)
 

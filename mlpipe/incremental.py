@@ -74,14 +74,14 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     wanted, gone = _wanted(found, list(before), settings)
     record = held or _made(model, [part for part in found if part.name in wanted], request)
     base = Recipe.from_json(record["recipe"])
-    new, seconds, kept = [], dict[str, float](), dict[str, dict[str, Any]]()
+    new, seconds, kept, ran = [], dict[str, float](), dict[str, dict[str, Any]](), list[str]()
     listed = {part.name: part for part in found}
     for name in wanted:
         part = listed.get(name)
         if part is None or (name in before and before[name]["mark"] == part.mark):
             kept[name] = before[name]
         else:
-            kept[name] = _collected(shelf, part, request, base, record, seconds)
+            kept[name] = _collected(shelf, part, request, base, record, seconds, ran)
             new.append(kept[name])
     dropped = [name for name in before if name not in kept]
     record = {**record, "partitions": list(kept.values())}
@@ -96,7 +96,8 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     stats = _merged(shelf, record, root, seconds, request)
     facts = {"total": len(kept), "read": [part["name"] for part in new], "dropped": dropped, "vanished": gone}
     facts["replaced"] = [part["name"] for part in new if part["name"] in before]
-    return Update(shelf, record, replace(stats, info=_info(record, new, facts, seconds, stats)), root, _start(record, request, stats))
+    info = _info(record, new, facts, seconds, stats) | {"sql": ran}
+    return Update(shelf, record, replace(stats, info=info), root, _start(record, request, stats))
 
 
 def finished(update: Update, fit: MixedFit) -> None:
@@ -194,14 +195,15 @@ def _made(model: dict[str, Any], parts: Sequence[Partition], request: Request) -
 
 
 def _collected(
-    shelf: Shelf, part: Partition, request: Request, base: Recipe, record: dict[str, Any], seconds: dict[str, float]
+    shelf: Shelf, part: Partition, request: Request, base: Recipe, record: dict[str, Any], seconds: dict[str, float], ran: list[str]
 ) -> dict[str, Any]:
-    """Reads one partition in the shape of the store and saves its state. Errors name the partition."""
+    """Reads one partition in the shape of the store and saves its state; `ran` becomes its statements. Errors name the partition."""
     state = fingerprint(json.dumps(record["recipe"], sort_keys=True, default=str), json.dumps(record["model"]), part.name, part.mark)
     try:
         with closing(open_source(part.data, options=request.options)) as engine:
             _check_schema(engine, base, record["types"])
             stats, facts = _read(engine, request, base)
+            ran[:] = engine.ran
         if not unchanged(part) or (part.rows is not None and facts["rows_read"] != part.rows):
             raise changed()
     except MlpipeError as error:

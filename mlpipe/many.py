@@ -112,6 +112,7 @@ def fit_many(models: Sequence[Model], data: Any, request: Request) -> Fits:
         for values, stats, rows_read in found:
             rows = stats.rows if isinstance(stats, SuffStats) else 0
             own = {**info, "rows_read": rows_read, "rows_dropped": rows_read - rows, "seconds": {}}
+            own["sql"] = engine.ran if not out else []  # once: thousands of fits share the scan
             out += [_fitted(model, dict(zip(schema.names, values, strict=True)), stats, own, request.options) for model in models]
         fields |= {"fits": len(out), "failed": sum(one.fit is None for one in out)}
     seconds["total"] = time.perf_counter() - began

@@ -17,7 +17,7 @@ import duckdb
 from sqlglot import exp
 
 from ..errors import ConfigError, DataError, ResourceError, did_you_mean
-from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerprint, spread
+from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerprint, noted, spread
 from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
 from .failures import translating
@@ -47,6 +47,7 @@ class DuckDBEngine:
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
         self._running: list[DuckDBPyConnection] = []
+        self.ran: list[str] = []
 
     def schema(self) -> dict[str, ColumnType]:
         """Exact names and types, in the source's order."""
@@ -96,6 +97,7 @@ class DuckDBEngine:
         and holds a user's connection until it is read out or dropped."""
         source = source_rows(self._origin, columns, sample)
         sql = render(with_source(statement, source, joined is not None), "duckdb", copy=False)
+        noted(self.ran, sql)
         with self._checked():
             con = self._connection(statement)
             relation = _bound(sql, self._origin, con, joined)
