@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .arrays import column
-from .blocks import stack as stacked
 from .covariates import design, note_scan, random_terms, scanned
 from .effects import key_names, residual_vector
 from .errors import ConfigError, DataError
-from .stats import SuffStats, full_map
+from .stats import SuffStats
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -136,18 +135,9 @@ class _Deletion:
 
 def _held(fit: MixedFit, stats: SuffStats) -> Iterator[Block]:
     """The sums of all blocks, from statistics that hold each block's X'X. Raises DataError where they do not."""
-    recipe, m = stats.recipe, stats.recipe.n_covariates
-    if stats.blocks is None or stats.blocks.table is None or stats.collect == "fit" or set(recipe.z) != set(range(m)):
-        hint = 'collect with collect="blocks+xx", or pass the data'
-        raise DataError(f"collect={stats.collect!r} keeps no cross-products of each block's covariates", code="not_collected", hint=hint)
-    order = [recipe.z.index(i) for i in range(m)]
-    V = full_map(recipe, np.eye(m)[:, order], np.eye(len(recipe.features)))
-    residual = residual_vector(fit)
-    keys = [name for name in stats.blocks.table.column_names if name not in stats.blocks.names and name != "row_count"]
-    for batch in stats.blocks.table.to_batches(max_chunksize=4_096):
-        C = np.einsum("ijk,kb->bij", V, stacked(batch, stats.blocks.names), optimize=True)
-        rows = column(batch, "row_count").astype(float)
-        yield Block([batch.column(key) for key in keys], rows, C[:, :, :m], C @ residual)
+    m, residual = stats.recipe.n_covariates, residual_vector(fit)
+    for keys, rows, C in stats.covariate_products():
+        yield Block(keys, rows.astype(float), C[:, :, :m], C @ residual)
 
 
 def _summed(fit: MixedFit, scan: Scan) -> Iterator[Block]:

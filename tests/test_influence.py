@@ -111,14 +111,18 @@ def test_a_robust_covariance_changes_nothing() -> None:
     np.testing.assert_allclose(got["dfbetas_tb"], want["dfbetas_tb"], rtol=1e-5)
 
 
-def test_from_statistics() -> None:
+@pytest.mark.parametrize(("formula", "collect"), [("y ~ x + (1 + x | g)", "blocks"), ("y ~ x + t + (1 | g)", "blocks+xx")])
+def test_from_statistics(formula: str, collect: str) -> None:
     """Where the random part has all covariates, each block's X'X is among any statistics' sums."""
     frame = data().drop("w", "q")
-    stats = mp.suffstats("y ~ x + (1 + x | g)", frame)
-    got = pl.DataFrame(mp.lmm("y ~ x + (1 + x | g)", stats).influence(top=8))
-    want = pl.DataFrame(mp.lmm("y ~ x + (1 + x | g)", frame).influence(top=8))
+    got = pl.DataFrame(mp.lmm(formula, mp.suffstats(formula, frame, collect=collect)).influence(top=8))
+    want = pl.DataFrame(mp.lmm(formula, frame).influence(top=8))
     assert got["g"].to_list() == want["g"].to_list() and got["rows"].to_list() == want["rows"].to_list()
     np.testing.assert_allclose(got["cooks_distance"], want["cooks_distance"], rtol=1e-3)
+
+
+def test_statistics_without_the_blocks_products() -> None:
+    frame = data().drop("w", "q")
     for statistics in (mp.suffstats("y ~ x + (1 | g)", frame), mp.suffstats("y ~ x + (1 + x | g)", frame, collect="fit")):
         fit = mp.lmm("y ~ x + (1 | g)", statistics)
         with pytest.raises(mp.DataError, match="cross-products") as caught:
