@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -94,8 +94,9 @@ class Again:
 
 
 @contextmanager
-def again(fit: GeneralizedFit, *, compress: bool = True) -> Iterator[Again]:
-    """The rows once more, in a spool that goes at the end; noted in `info`. `compress`: whether rows may be held as cells.
+def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None) -> Iterator[Again]:
+    """The rows once more, in a spool that goes at the end; noted in `info`. `compress`: whether rows may be held as cells; `data`: the
+    fit's rows from elsewhere than its own source.
 
     Raises DataError where the source is gone or has changed, ConfigError for a fit without a likelihood of its own: of a quasi family, or
     of factors that need conjugate gradients.
@@ -107,10 +108,11 @@ def again(fit: GeneralizedFit, *, compress: bool = True) -> Iterator[Again]:
             "profiles and bootstraps need the exact factor of all random effects: this fit's likelihood has a Monte Carlo error",
             code="several_factors", hint='method="wald"',
         )  # fmt: skip
-    if fit.source is None:
+    source = fit.source if data is None else data
+    if source is None:
         raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
     options = fit.options or Options()
-    plan, rows = gathered(fit.source, _request(fit, options), options, compress=compress and bool(fit.terms))
+    plan, rows = gathered(source, _request(fit, options), options, compress=compress and bool(fit.terms))
     with rows.spool:
         if rows.rows != fit.rows:
             raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")

@@ -233,16 +233,17 @@ class MixedFit:
 
         return quality.residuals(self, data, options)
 
-    def influence(self, top: int = 20, data: Any = None, *, options: Options | None = None) -> pa.Table:
+    def influence(self, top: int = 20, data: Any = None, *, group: str | None = None, options: Options | None = None) -> pa.Table:
         """The blocks whose deletion moves the fixed effects most, variances held: keys, `rows`, `leverage`, `cooks_distance` and, per
         coefficient, `dfbetas_<term>` (Cook 1977; Belsley, Kuh and Welsch 1980; for mixed models Christensen, Pearson and Johnson 1992).
 
         By decreasing distance; before all others, with nulls, blocks without which a coefficient is not determined. One scan; none
-        over statistics of collect="blocks+xx".
+        over statistics of collect="blocks+xx". `group`: the factor whose levels are deleted, where there are several. Generalized models
+        by one Newton step (Pregibon 1981), from a spool made for it.
         """
         from . import influence
 
-        return influence.influence(self, top, data, options)
+        return influence.influence(self, top, data, options, group)
 
     def normality(self) -> pa.Table:
         """Per random coefficient the standardized conditional modes in summary, and their correlation with normal quantiles.
