@@ -49,8 +49,9 @@ def cron(folder: Path) -> str:
     assert "%" not in command  # cron makes a new line of it
     environment = {"HOME": str(folder), "LOGNAME": "clinic", "PATH": "/usr/bin:/bin", "SHELL": "/bin/sh"}
     command = command.replace("/srv/clinic", str(folder))
-    said = subprocess.PIPE
-    done = subprocess.run(["/bin/sh", "-c", command], cwd="/", env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said, text=True)
+    pipe = subprocess.PIPE
+    shell = ["/bin/sh", "-c", command]
+    done = subprocess.run(shell, cwd="/", env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
     return done.stdout + done.stderr
 
 
