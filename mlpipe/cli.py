@@ -11,6 +11,7 @@ import click
 
 from . import __version__
 from .console import Console, warnings_to
+from .deadline import within
 from .errors import ConfigError, DataError, ResourceError, exit_code
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ limits = _options(
     click.option("--memory-limit", envvar="MLPIPE_MEMORY_LIMIT", show_envvar=True, help="Memory of engine and arrays, such as 2GB."),
     click.option("--threads", type=int, envvar="MLPIPE_THREADS", show_envvar=True, help="Threads of the engine."),
     click.option("--temp-directory", envvar="MLPIPE_TEMP_DIRECTORY", show_envvar=True, help="Where larger-than-memory work is spilled."),
+    click.option("--timeout", envvar="MLPIPE_TIMEOUT", show_envvar=True, help="Give up after this time, such as 90s, 45min, 2h."),
 )
 rows = _options(
     click.argument("data", nargs=-1, required=True),
@@ -74,7 +76,7 @@ def cli() -> None:
     """Mixed models, linear and generalized, fitted where the data lives.
 
     Exit status: 0 done, 2 wrong request, 3 wrong data, 4 not converged or forbidden by a job's policy (results are written), 5 engine,
-    memory or disk, 130 or 143 interrupted.
+    memory, disk or time, 130 or 143 interrupted.
     """
 
 
@@ -103,12 +105,13 @@ def fit(
     if out is not None:
         _check_target(out, mode)
     own = ({"reml": False} if ml else {}) | ({"checkpoint": checkpoint} if checkpoint is not None else {})
-    result = fitted(_function(formula, settings), formula, _data(settings), _limits(settings), _model(settings) | own)
-    try:
-        if out is not None:
-            result.write(out, mode=mode)
-    finally:  # an estimate that could not be written is still worth reading
-        console.out(result.summary())
+    with within(settings["timeout"]):
+        result = fitted(_function(formula, settings), formula, _data(settings), _limits(settings), _model(settings) | own)
+        try:
+            if out is not None:
+                result.write(out, mode=mode)
+        finally:  # an estimate that could not be written is still worth reading
+            console.out(result.summary())
     _finish(result)
 
 
@@ -122,7 +125,9 @@ def plan(console: Console, /, formula: str, **settings: Any) -> None:
     """Say what a fit of FORMULA to DATA would do: statements, passes, memory. Only preparatory looks are run."""
     from .fit import plan as make_plan
 
-    console.out(str(make_plan(_function(formula, settings), formula, _data(settings), options=_limits(settings), **_model(settings))))
+    with within(settings["timeout"]):
+        made = make_plan(_function(formula, settings), formula, _data(settings), options=_limits(settings), **_model(settings))
+        console.out(str(made))
 
 
 @cli.command()
@@ -133,16 +138,24 @@ def plan(console: Console, /, formula: str, **settings: Any) -> None:
 @pass_console
 def run(console: Console, /, job_file: str, rebase: bool, log: str | None, **settings: Any) -> None:
     """Run a job file: fit, write, and fail where its policy says so. Options given here win over the job's."""
-    from .job import check_policy, fit_job, has_many, read_job, told, write_output
+    from .job import has_many, read_job
 
     console.log_to(log)
     job = read_job(job_file)
     if job.output is not None:
         _check_target(job.output.target, job.output.mode, job.output.prefix)
     given = {name: settings[name] for name in LIMITS if settings[name] is not None}
-    if has_many(job):
-        _run_many(console, job, given)
-        return
+    with within(job.limits.timeout if settings["timeout"] is None else settings["timeout"]):
+        if has_many(job):
+            _run_many(console, job, given)
+        else:
+            _run_one(console, job, given, rebase)
+
+
+def _run_one(console: Console, job: Job, given: dict[str, Any], rebase: bool) -> None:
+    """A job of one fit."""
+    from .job import check_policy, fit_job, told, write_output
+
     result = fit_job(job, given, rebase=rebase)
     try:
         write_output(result, job.output)
@@ -228,7 +241,7 @@ def predict(
     console.log_to(log)
     options = _limits(settings)
     result = load(fit_directory)
-    with stage("predict", {}, options=options) as fields:
+    with within(settings["timeout"]), stage("predict", {}, options=options) as fields:
         reader = result.predict(_data(settings), effects=effects, kind=kind, new_levels=new_levels, prefix=prefix, options=options)
         _write_parquet(reader, out)
         counts = result.info["scored"]
