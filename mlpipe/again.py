@@ -119,8 +119,8 @@ def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None) -> It
         made = density(fit.base_family, fit.link, expected=fit.curvature == "expected")
         model = built(parse(fit.formula), plan, rows, made, fit.nagq)
         joint = JointModel(model) if fit.recipe.factors else None
-        order = tuple(range(len(model.random))) if joint is None else tuple(joint.solver_terms)
-        sequence = order if joint is None else tuple(joint.sequence)
+        order = tuple(range(len(model.random))) if joint is None else tuple(joint.terms.solver)
+        sequence = order if joint is None else tuple(joint.terms.sequence)
         best = _optimum(model, joint, _point(fit, model, joint), options)
         fit.info["notes"] = [*fit.info.get("notes", []), "the rows were read once more for inference"]
         places = tuple(order.index(i) for i in sequence)
@@ -142,7 +142,7 @@ def _point(fit: GeneralizedFit, model: Model, joint: JointModel | None) -> Array
     if joint is None:
         return star_point(model, fit.beta, [term.factor for term in fit.terms], fit.tau)
     shape = [fit.tau] if model.density.family.shape else []
-    return np.concatenate([model.fixed.R @ fit.beta, joint.theta_star(fit.theta.tolist()), shape])
+    return np.concatenate([model.fixed.R @ fit.beta, joint.terms.theta_star(fit.theta.tolist()), shape])
 
 
 def _optimum(model: Model, joint: JointModel | None, psi: Array, options: Options) -> Found:

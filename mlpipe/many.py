@@ -106,7 +106,7 @@ def fit_many(models: Sequence[Model], data: Any, request: Request) -> Fits:
         schema, found, info = collected(plan)
     info.update(fingerprint=identity.fingerprint, rescannable=False, bytes=identity.bytes)
     seconds: dict[str, float] = info["seconds"]
-    out = []
+    out: list[Fitted] = []
     with stage("fits", seconds, None, request.options) as fields, warnings.catch_warnings():
         warnings.simplefilter("ignore", MlpipeWarning)  # a fit's fields say the same, for thousands of them
         for values, stats, rows_read in found:

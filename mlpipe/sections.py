@@ -147,9 +147,9 @@ def _components(fit: MixedFit) -> str:
         found.append(next((error for _, name, _, error in fit.family_parameters() if name == "sd__Observation"), math.nan))
     numbers = zip(formatted(variances), formatted([math.sqrt(v) for v in variances]), _errors(found), strict=True)
     correlations = ["Correlation", *[""] * (widest - 2)] if widest > 1 else []
-    cells = [[*row[:2], *values, *row[2:]] for row, values in zip(rows, numbers, strict=True)]
+    lines = [[*row[:2], *values, *row[2:]] for row, values in zip(rows, numbers, strict=True)]
     caption = "How much levels, and rows of one level, differ beyond what the fixed effects say."
-    return page.table(["Group", "Coefficient", "Variance", "Std. dev.", "Its std. error", *correlations], cells, caption, left=2)
+    return page.table(["Group", "Coefficient", "Variance", "Std. dev.", "Its std. error", *correlations], lines, caption, left=2)
 
 
 def _errors(values: Sequence[float]) -> list[str]:
@@ -267,7 +267,7 @@ def _residuals(fit: MixedFit, data: Any, options: Options | None) -> str:
     counted = ", the stronger the colour the more of them" if "fitted_to" in scatter.table.column_names else ""
     what = f"Pearson residuals of {n:,} rows{counted}"
     spread = "Points should scatter around the dashed line without a trend and with like spread from left to right."
-    size = {"width": HALF, "height": HALF}
+    size: dict[str, Any] = {"width": HALF, "height": HALF}
     figures = [
         page.figure(svg(scatter, "residuals", "Residuals by fitted value", legend=False, **size), f"{what}. {spread}{other}"),
         page.figure(svg(normal, "normal", "Normal plot of the residuals", **size), _normal_words(fit)),
