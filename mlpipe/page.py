@@ -65,7 +65,8 @@ pre code { background: none; padding: 0; font-size: 1em; overflow-wrap: normal; 
 footer { margin-top: 3.5rem; padding-top: .8rem; border-top: 1px solid var(--rule); color: var(--soft); font-size: .78rem;
   overflow-wrap: anywhere; }
 @media (max-width: 34rem) { main { padding-top: 2rem; } body { font-size: 16px; } }
-@media print { body { font-size: 10.5pt; } main { max-width: none; padding: 0; } h2 { margin-top: 1.6rem; break-after: avoid; }
+@media print { body { font-size: 10.5pt; } main { max-width: none; padding: 0; } h2 { margin-top: 1.6rem; }
+  h2, h3 { break-after: avoid; }
   figure, tr, .shares { break-inside: avoid; } .wide { overflow: visible; } pre { white-space: pre-wrap; } }
 """
 
