@@ -211,12 +211,14 @@ def report(
 
     With DATA, the rows it was fitted to, the page also shows the residuals, by one scan.
     """
+    from .progress import stage
     from .reporting import report as write_report
 
     console.log_to(log)
-    data = _data(settings) if settings["data"] else None
+    data, options = _data(settings) if settings["data"] else None, _limits(settings)
     values = dict(_pair(text, "--by", "COLUMN=VALUE") for text in by)
-    write_report(fit_directory, out, data=data, model=model, by=values or None, prefix=prefix, options=_limits(settings))
+    with stage("report", {}, options=options):
+        write_report(fit_directory, out, data=data, model=model, by=values or None, prefix=prefix, options=options)
 
 
 @cli.command()
