@@ -55,7 +55,7 @@ model = _options(
     click.option("--nagq", type=int, help="Quadrature nodes a random effect; 1, the default, is the Laplace approximation."),
     click.option("--trials", help="Numbers of trials of a binomial proportion: a column or an expression."),
     click.option("--absorb", multiple=True, metavar="COLUMN", help="Take out the effects of this factor (least squares)."),
-    click.option("--cluster", multiple=True, metavar="COLUMN", help="Cluster-robust standard errors of a model without random terms."),
+    click.option("--cluster", multiple=True, metavar="COLUMN", help="Cluster-robust standard errors of the fixed effects."),
     click.option("--groups", multiple=True, metavar="COLUMN", help="Blocks of correlated rows: fit by estimating equations."),
     click.option("--corr", help="Their working correlation: independence, exchangeable, ar1 or unstructured."),
     click.option("--time", help="What orders the rows of a block: a column or an expression."),
