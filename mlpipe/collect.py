@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import combinations_with_replacement
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,17 +45,16 @@ def collect(plan: Plan) -> SuffStats:
     engine, options = plan.engine, plan.request.options
     total = row_count(plan)
     with stage("cross_products", seconds, engine, options) as fields:
-        gram, rows, n, sum_log_w = _gram(plan)
+        (gram, rows, n, sum_log_w), scans = _gram(plan)
         dropped = dropped_rows(plan, total, rows)
         fields |= {"rows": rows, "dropped": total - rows}
-    scans = 1
     if far := _far_off(plan.recipe, gram):
         note = "the sample was not representative: the pass was repeated with the true shifts and scales"
         plan = replace(plan, recipe=far, notes=[*plan.notes, note])
         with stage("cross_products_again", seconds, engine, options):
-            gram, rows, n, sum_log_w = _gram(plan)
-        scans += 1
-    plan = replace(plan, names=known(plan.names, complete=rows == total))
+            (gram, rows, n, sum_log_w), more = _gram(plan)
+        scans += more
+    plan = replace(plan, names=plan.names.known(complete=rows == total))
     blocks: Blocks | None = None
     parts: tuple[Part | None, ...] = ()
     several = None
@@ -111,11 +110,6 @@ def collect_like(stats: SuffStats, data: Any, options: Options | None = None) ->
         return collect(prepare(engine, request, like=recipe))
 
 
-def known(names: Names, *, complete: bool) -> Names:
-    """The columns for the passes after the first one, which has shown whether all rows can be used."""
-    return Names(names.positions, names.kinds, complete=complete)
-
-
 def row_count(plan: Plan) -> int:
     """The rows of the source, used or not."""
     known = plan.engine.row_count()
@@ -125,36 +119,57 @@ def row_count(plan: Plan) -> int:
     return int(plan.engine.query(statement, plan.columns).read_all().column("row_count")[0].as_py())
 
 
-def _gram(plan: Plan) -> tuple[np.ndarray, int, float, float]:
-    """Cross-products of all features, rows, rows with frequencies, sum of log weights; raises where they are not finite."""
-    gram, rows, n, sum_log_w = _streamed_gram(plan) if plan.wide else _summed_gram(plan)
-    if rows == 0:
+class _Sums(NamedTuple):
+    """Cross-products of all features, rows, rows with frequencies, sum of log weights."""
+
+    gram: np.ndarray
+    rows: int
+    n: float
+    sum_log_w: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether nothing in the rows was missing or infinite, or became so."""
+        return bool(np.isfinite(self.gram).all()) and math.isfinite(self.n) and math.isfinite(self.sum_log_w)
+
+
+def _gram(plan: Plan) -> tuple[_Sums, int]:
+    """The sums of the first pass, and the number of passes; raises where they are not finite."""
+    found, passes = _summed(plan), 1
+    if plan.presumed and not found.finite:  # there was a NaN, or an infinity, after all
+        plan = replace(plan, presumed=False)
+        found, passes = _summed(plan), 2
+    if found.rows == 0:
         total = row_count(plan)
         causes = _causes(plan)
         _refuse_bad_values(plan, causes)
         what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used: " + _described(causes)
         raise DataError(what, code="no_rows", column=next(iter(causes["missing"]), None))
-    if not (np.isfinite(gram).all() and math.isfinite(n) and math.isfinite(sum_log_w)):
+    if not found.finite:
         raise not_finite(plan)
-    return gram, rows, n, sum_log_w
+    return found, passes
 
 
-def _summed_gram(plan: Plan) -> tuple[np.ndarray, int, float, float]:
-    row = plan.engine.query(statements.cross_products(plan.recipe, plan.names), plan.columns).read_all().to_pylist()[0]
+def _summed(plan: Plan) -> _Sums:
+    return _streamed_gram(plan) if plan.wide else _summed_gram(plan)
+
+
+def _summed_gram(plan: Plan) -> _Sums:
+    row = plan.engine.query(statements.cross_products(plan.recipe, plan.first_names), plan.columns).read_all().to_pylist()[0]
     size = len(plan.recipe.features)
     gram = np.zeros((size, size))
     for i, j in combinations_with_replacement(range(size), 2):
         gram[i, j] = gram[j, i] = row[f"g_{i}_{j}"] or 0.0
     rows = int(row["row_count"])
-    return gram, rows, float(row["n"] or 0.0) if "n" in row else float(rows), float(row.get("sum_log_w") or 0.0)
+    return _Sums(gram, rows, float(row["n"] or 0.0) if "n" in row else float(rows), float(row.get("sum_log_w") or 0.0))
 
 
-def _streamed_gram(plan: Plan) -> tuple[np.ndarray, int, float, float]:
+def _streamed_gram(plan: Plan) -> _Sums:
     """The same by BLAS on batches of rows, for many features."""
     recipe = plan.recipe
     gram = np.zeros((len(recipe.features),) * 2)
     rows, n, sum_log_w = 0, 0.0, 0.0
-    for batch in plan.engine.query(statements.used_rows(recipe, plan.names, keys=False), plan.columns):
+    for batch in plan.engine.query(statements.used_rows(recipe, plan.first_names, keys=False), plan.columns):
         if not batch.num_rows:
             continue
         X = np.empty((len(recipe.features), batch.num_rows))
@@ -166,7 +181,7 @@ def _streamed_gram(plan: Plan) -> tuple[np.ndarray, int, float, float]:
         rows += batch.num_rows
         n += float(q.sum()) if "q" in weight else batch.num_rows
         sum_log_w += float((q * np.log(weight["w"])).sum()) if "w" in weight else 0.0
-    return (gram + gram.T) / 2, rows, n, sum_log_w
+    return _Sums((gram + gram.T) / 2, rows, n, sum_log_w)
 
 
 def dropped_rows(plan: Plan, total: int, rows: int) -> dict[str, int]:

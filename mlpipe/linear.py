@@ -117,7 +117,7 @@ def _from_rows(
     formula: str, parsed: Formula, data: Any, absorb: tuple[str, ...], clusters: tuple[str, ...], kind: str | None,
     arguments: Mapping[str, Any], options: Options,
 ) -> OLSFit:  # fmt: skip
-    from .collect import collect, known
+    from .collect import collect
     from .planning import prepare
     from .sources import open_source
 
@@ -130,7 +130,7 @@ def _from_rows(
         fit = _result(formula, stats, left, solution, beta, kind, clusters, options)
         if kind is not None:
             with stage("robust", stats.info["seconds"], engine, options):
-                names = known(plan.names, complete=stats.info["rows_dropped"] == 0)
+                names = plan.names.known(complete=stats.info["rows_dropped"] == 0)
                 _robust(fit, stats, solution, left, absorb, Source(engine, names), kind, clusters)
             engine.check_unchanged()
         fit.source = data if identity.rescannable else None

@@ -83,7 +83,8 @@ class Plan:
 
     Attributes: `recipe`, what is summed; `path`, how the blocks are summed ("second level", "blocks", "none"), or "spool" for iterative
     fits; `names`, where the columns stand; `notes`, choices made and why; `expected`, of the spool, where it was asked for;
-    `several`, lines on several factors.
+    `several`, lines on several factors; `presumed`: the first pass takes all rows for usable, as no column can hold a NULL, and every NaN
+    or infinity would show in its sums (it is then repeated without them).
     """
 
     engine: Engine
@@ -94,6 +95,12 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     expected: Expected | None = None
     several: Sequence[str] = ()
+    presumed: bool = False
+
+    @property
+    def first_names(self) -> Names:
+        """Where the columns stand, for the first pass: see `presumed`."""
+        return self.names.known(complete=self.presumed)
 
     @property
     def columns(self) -> Columns:
@@ -114,8 +121,8 @@ class Plan:
         if self.path == "spool":
             compressed = self.expected is not None and self.expected.ratio > 1.0
             return {"cells": render(self.cells(compressed=compressed), self.engine.dialect, pretty=True)}
-        rows = statements.used_rows(self.recipe, self.names, keys=False)
-        ungrouped = rows if self.wide else statements.cross_products(self.recipe, self.names)
+        rows = statements.used_rows(self.recipe, self.first_names, keys=False)
+        ungrouped = rows if self.wide else statements.cross_products(self.recipe, self.first_names)
         out = {"cross_products": render(ungrouped, self.engine.dialect, pretty=True)}
         if self.path != "none":
             if self.path == "crossed":
@@ -267,7 +274,8 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     path = "spool" if request.family is not None else "crossed" if recipe.factors else path
     if recipe.factors and request.collect == "blocks+xx":
         raise ConfigError('collect="blocks+xx" is for one grouping factor', code="several_factors", hint='collect="blocks"')
-    plan = Plan(engine, request, recipe, names, path, [*notes, *engine.identity().notes, *looks.notes])
+    presumed = request.family is None and _shows_all(engine, recipe, names)
+    plan = Plan(engine, request, recipe, names, path, [*notes, *engine.identity().notes, *looks.notes], presumed=presumed)
     limit = request.options.memory_bytes
     if plan.bytes_needed() > limit:
         raise ResourceError(
@@ -276,6 +284,22 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
             hint="raise memory_limit, or use fewer terms",
         )
     return plan
+
+
+def _shows_all(engine: Engine, recipe: Recipe, names: Names) -> bool:
+    """Whether the sums over all rows tell that all can be used: no column has a NULL, and each that may hold a NaN or an infinity is a
+    feature itself. Comparisons, say, hide them."""
+    from .statements import raw_columns, weight_columns
+
+    if weight_columns(recipe):
+        return False
+    schema, raw = engine.schema(), raw_columns(recipe)
+    plain = (v for v in recipe.variables.values() if v.kind == "numeric" and v.basis is None and (Atom(v.label, "1"),) in recipe.features)
+    shown = {v.expression.name for v in plain if isinstance(v.expression, expr.Column)}
+    whole = {name for name in (*raw, *recipe.keys) if names.kinds[name] != "number" or schema[name].exact_integer}
+    if not set(raw) <= shown | whole or not set(recipe.keys) <= whole:
+        return False
+    return engine.without_nulls({names.positions[name] for name in (*raw, *recipe.keys)})
 
 
 def _responses(

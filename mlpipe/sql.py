@@ -112,6 +112,10 @@ class Names:
     def __init__(self, positions: Mapping[str, int], kinds: Mapping[str, str], *, complete: bool = False) -> None:
         self.positions, self.kinds, self.complete = positions, kinds, complete
 
+    def known(self, *, complete: bool) -> Names:
+        """The same where it is known whether every row is usable."""
+        return Names(self.positions, self.kinds, complete=complete)
+
     def value(self, name: str) -> exp.Column:
         """The column as a covariate."""
         return exp.column(f"c{self.positions[name]}")

@@ -1,7 +1,7 @@
 """Some of the rows of a source: an engine over another one, whose statements see only the rows for which a condition holds."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,10 @@ class FilteredEngine:
     def row_count(self) -> int | None:
         """Not known without a scan."""
         return None
+
+    def without_nulls(self, positions: Iterable[int]) -> bool:
+        """See Engine."""
+        return self.inner.without_nulls(positions)
 
     def table_room(self, keys: Sequence[int]) -> int | None:
         """See Engine."""

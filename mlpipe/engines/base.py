@@ -6,7 +6,7 @@ A statement never sees the names of the source: it reads a table `src` whose col
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -88,6 +88,9 @@ class Engine(Protocol):
 
     def row_count(self) -> int | None:
         """The number of rows where it is known without a scan."""
+
+    def without_nulls(self, positions: Iterable[int]) -> bool:
+        """Whether it is known without a scan that these columns hold no NULL."""
 
     def table_room(self, keys: Sequence[int]) -> int | None:
         """Bytes that the table of an aggregate grouped by the columns at `keys` may take before the engine spills; None where

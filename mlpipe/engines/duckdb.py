@@ -60,6 +60,11 @@ class DuckDBEngine:
         """The number of rows of Parquet files and Arrow tables; None for other sources."""
         return self._origin.rows
 
+    def without_nulls(self, positions: Iterable[int]) -> bool:
+        """Of Parquet files, whose footers count them."""
+        names, counted = list(self._origin.columns), self._origin.without_nulls
+        return counted is not None and {names[i] for i in positions} <= counted()
+
     def table_room(self, keys: Sequence[int]) -> int | None:
         """See Engine."""
         return table_room(self.query(SETTINGS, Columns()).read_all()) if hash_is_key(self._origin, keys) else None
@@ -246,7 +251,7 @@ def open_files(
             Origin(
                 table.from_, con, True, columns, identity, rows=table.rows, raw=table.raw, row_number=table.row_number,
                 sample=table.sample, problems=table.problems, key_problems=table.key_problems, snapshot=snapshot, workspace=workspace,
-                options=options,
+                options=options, without_nulls=table.without_nulls,
             )
         )  # fmt: skip
 

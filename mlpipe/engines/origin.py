@@ -26,7 +26,8 @@ JOINED = "mlpipe_joined_rows"
 class Origin:
     """What an engine reads. `from_`: the FROM item; `relation`: for an item `mlpipe_source`, what it is on a connection;
     `con`: the connection, None for a bare relation; `own`: whether it is ours, so that each query takes a cursor of it;
-    `columns`: exact names with DuckDB's types; `raw`, `row_number`, `sample`: as in FileTable; `problems`, `key_problems`: by exact name;
+    `columns`: exact names with DuckDB's types; `raw`, `row_number`, `sample`, `without_nulls`: as in FileTable; `problems`,
+    `key_problems`: by exact name;
     `use`: the statement that makes an attached database the current one of a cursor; `options`: of files, whose key ranges are known."""
 
     from_: exp.Expr
@@ -45,6 +46,7 @@ class Origin:
     workspace: Workspace | None = None
     use: str | None = None
     options: Options | None = None
+    without_nulls: Callable[[], frozenset[str]] | None = None
 
 
 def with_source(statement: exp.Query, source: exp.Select, joined: bool) -> exp.Query:

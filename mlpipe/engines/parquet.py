@@ -4,8 +4,9 @@ from __future__ import annotations
 import base64
 import glob
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,11 @@ _SCHEMAS = """
     ) group by signature
 """
 
+_WITHOUT_NULLS = """
+    select path_in_schema from {files} group by path_in_schema
+    having sum(stats_null_count) = 0 and count(stats_null_count) = count(*)
+"""
+
 
 @dataclass(frozen=True)
 class FileTable:
@@ -39,7 +45,7 @@ class FileTable:
 
     `rows`: their number where known; `raw`: by position, what restores a type that DuckDB does not see; `row_number`: an
     expression over the table's alias `q`, or None where only a window gives it; `sample`: a condition over `q` that keeps a
-    spread part, or None where only the head is cheap.
+    spread part, or None where only the head is cheap; `without_nulls`: reads which columns hold no NULL, where files tell.
     """
 
     from_: exp.Expr
@@ -52,6 +58,7 @@ class FileTable:
     raw: dict[int, Convert] = field(default_factory=dict)
     row_number: exp.Expr | None = None
     sample: exp.Expr | None = None
+    without_nulls: Callable[[], frozenset[str]] | None = None
 
 
 def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> FileTable:
@@ -75,7 +82,14 @@ def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> 
     return FileTable(
         read, names, levels, merged.problems, merged.key_problems, (*merged.notes, *notes, *unread), starts[-1],
         _durations(schemas, names), _row_number(starts) if numbered else None, _slices(files, starts) if numbered else None,
+        partial(_without_nulls, con, files),
     )  # fmt: skip
+
+
+def _without_nulls(con: DuckDBPyConnection, files: Sequence[str]) -> frozenset[str]:
+    """The columns whose NULLs the footers of all files count, and find none."""
+    metadata = render(_read("parquet_metadata", files), "duckdb")
+    return frozenset(name for (name,) in con.sql(_WITHOUT_NULLS.format(files=metadata)).fetchall())
 
 
 def refuse_other(files: Iterable[str], cause: Exception) -> None:

@@ -1,7 +1,7 @@
 """Polars: DataFrames and LazyFrames through their own SQL, streaming. Positions, not names, select the columns."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
@@ -50,6 +50,11 @@ class PolarsEngine:
     def row_count(self) -> int | None:
         """The height of a DataFrame; None for a LazyFrame."""
         return self._frame.height if isinstance(self._frame, pl.DataFrame) else None
+
+    def without_nulls(self, positions: Iterable[int]) -> bool:
+        """Of a DataFrame, which counts them."""
+        frame = self._frame
+        return isinstance(frame, pl.DataFrame) and not any(frame.to_series(i).null_count() for i in positions)
 
     def table_room(self, keys: Sequence[int]) -> int | None:
         """Polars does not spill."""
