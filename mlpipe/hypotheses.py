@@ -11,6 +11,7 @@ import numpy as np
 from .errors import ConfigError, DataError, did_you_mean
 from .expr import label
 from .formula import Formula, Term
+from .generalized_result import GeneralizedFit
 from .inference import Tests, chi2_tail, held
 from .intervals import ml_optimum
 from .options import Options
@@ -287,6 +288,10 @@ def drop1(fit: MixedFit) -> pa.Table:
     import pyarrow as pa
 
     parsed, loglik = fit.parsed, ml_loglik(fit)
+    if math.isnan(loglik):
+        raise ConfigError("the fit has no likelihood: terms cannot be dropped by ratios of it", code="not_available", hint="fit.test")
+    if any(np.isinf(term.factor).any() for term in fit.terms):
+        raise ConfigError("terms of a fit with absorbed effects are not dropped one by one", code="not_available", hint="fit.test")
     rows: list[dict[str, Any]] = [{"term": "<none>", "n_params": fit.n_params, "loglik": loglik, "aic": -2.0 * loglik + 2 * fit.n_params}]
     for term in droppable(parsed):
         smaller = _refit_without(fit, parsed, term)
@@ -342,11 +347,11 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
         if fit.source is None:
             raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
         settings: dict[str, Any] = {
-            "family": fit.family, "link": fit.link, "trials": recipe.trials, "weights": recipe.weights,
-            "freq": recipe.freq, "offset": recipe.offset, "contrasts": _of(recipe.contrasts, text),
+            "weights": recipe.weights, "freq": recipe.freq, "offset": recipe.offset, "contrasts": _of(recipe.contrasts, text),
         }  # fmt: skip
-        if fit.terms:
-            settings["nagq"] = getattr(fit, "nagq", 1)
+        if not isinstance(fit, GeneralizedFit):
+            return fitted("ols", text, fit.source, options or Options(), settings)
+        settings |= {"family": fit.family, "link": fit.link, "trials": recipe.trials} | ({"nagq": fit.nagq} if fit.terms else {})
         return fitted("glmm" if fit.terms else "glm", text, fit.source, options or Options(), settings)
 
 

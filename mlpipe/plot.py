@@ -97,9 +97,9 @@ class Plots:
             raise ConfigError(f"points = {points:,} is more than {MOST:,}")
         return Plot(qq(self._fit, of, points, data, options), _draw_qq)
 
-    def influence(self, top: int = 20, data: Any = None, *, options: Options | None = None) -> Plot:
-        """Cook's distances of the most influential blocks: `level`, `cooks_distance`."""
-        table = self._fit.influence(top, data, options=options)
+    def influence(self, top: int = 20, data: Any = None, *, group: str | None = None, options: Options | None = None) -> Plot:
+        """Cook's distances of the most influential blocks, or levels of `group`: `level`, `cooks_distance`."""
+        table = self._fit.influence(top, data, group=group, options=options)
         keys = table.column_names[: table.column_names.index("rows")]
         rows = [{"level": _label(row, keys), "cooks_distance": row["cooks_distance"]} for row in table.to_pylist()]
         return Plot(_table(rows, ("level",), ("cooks_distance",)), _draw_influence)

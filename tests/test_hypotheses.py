@@ -133,6 +133,20 @@ def test_drop1_is_anova_term_by_term(cake: mp.LMMFit) -> None:
     assert [row["term"] for row in cake.drop1().to_pylist()] == ["<none>", "recipe:temp"]
 
 
+def test_drop1_of_least_squares() -> None:
+    """Of normal likelihoods the ratio is that of residual sums of squares."""
+    frame = pl.read_parquet(DATA / "sleepstudy.parquet").with_columns(odd=pl.col("Days") % 2)
+    fit = mp.ols("Reaction ~ Days + odd", frame, cluster="Subject")
+    rows = {row["term"]: row for row in fit.drop1().to_pylist()}
+    for term, rest in (("Days", "odd"), ("odd", "Days")):
+        small = mp.ols(f"Reaction ~ {rest}", frame)
+        assert rows[term]["statistic"] == pytest.approx(180 * np.log(small.rss / fit.rss)) and rows[term]["df"] == 1
+    with pytest.raises(mp.ConfigError, match="absorbed"):
+        mp.ols("Reaction ~ Days", frame, absorb="Subject").drop1()
+    with pytest.raises(mp.ConfigError, match="no likelihood"):
+        mp.gee("Reaction ~ Days", frame, groups="Subject").drop1()
+
+
 def test_drop1_of_generalized_fits() -> None:
     frame = pl.read_parquet(DATA / "cbpp.parquet")
     rows = mp.glmm("cbind(incidence, size - incidence) ~ period + (1 | herd)", frame, family="binomial").drop1().to_pylist()
