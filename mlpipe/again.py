@@ -31,8 +31,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Found:
-    """An optimum over a spool: `beta` (p,) in the solver's coordinates, its Λ, tau (0 without), `psi` = (beta, theta, tau) with the
-    covariance `vcov`, `loglik` without the spool's constant, `converged`."""
+    """An optimum over a spool, in the solver's coordinates: `psi` = (beta, theta, tau), beta the first `p`, with the covariance `vcov`; its
+    Λ; `loglik` without the spool's constant; `converged`; `surface`, -2ℓ around it."""
 
     psi: Array
     p: int
