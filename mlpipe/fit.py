@@ -57,7 +57,8 @@ def lmm(
     start: Sequence[float] | None = None,
     options: Options | None = None,
 ) -> LMMFit:
-    """Fits a linear mixed model by ML or REML (Bates et al. 2015, equations 34 and 41), reading the rows at most twice.
+    """Fits a linear mixed model by ML or REML (Bates et al. 2015, equations 34 and 41), reading the rows twice (three times where
+    a file holds NaN).
 
     Args:
         formula: lme4's syntax, `y ~ x + (1 + x | g)`.

@@ -63,7 +63,8 @@ class DuckDBEngine:
     def without_nulls(self, positions: Iterable[int]) -> bool:
         """Of Parquet files, whose footers count them."""
         names, counted = list(self._origin.columns), self._origin.without_nulls
-        return counted is not None and {names[i] for i in positions} <= counted()
+        with self._checked():
+            return counted is not None and {names[i] for i in positions} <= counted()
 
     def table_room(self, keys: Sequence[int]) -> int | None:
         """See Engine."""
