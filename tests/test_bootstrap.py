@@ -183,7 +183,7 @@ def test_draws_of_several_factors() -> None:
         chunk = spool.chunk(0)
         rows = chunk.pieces[0]
         a, b = found.joint.codes_of(chunk, rows)
-        draws = np.array([_responses(found, rng)[chunk.first][0].y for _ in range(3_000)])
+        draws = np.array([_responses(found, rng)[chunk.first][0].y for _ in range(1_000)])
         V = sd["a"] ** 2 * (a[:, None] == a) + sd["b"] ** 2 * (b[:, None] == b) + sd["Residual"] ** 2 * np.eye(len(a))
         error = np.sqrt((np.outer(np.diag(V), np.diag(V)) + V**2) / len(draws))
         assert np.abs((np.cov(draws.T) - V) / error).max() < 5.5
@@ -194,6 +194,6 @@ def test_draws_of_several_factors() -> None:
         want = mp.glmm("y ~ x + (1 | a) + (1 | b)", frame, family="gaussian")
         np.testing.assert_allclose(np.abs(np.diag(made.lambda_)), want.theta, rtol=1e-5)
         np.testing.assert_allclose(made.psi[-1], want.tau, rtol=1e-5)
-    names = intervals(fit, 5)
+    names = intervals(fit, 3)
     assert list(names) == ["sd_(Intercept)|a", "sd_(Intercept)|b", "sigma", "(Intercept)", "x"]
-    assert fit.info["bootstrap"] == {"draws": 5, "failed": 0}
+    assert fit.info["bootstrap"] == {"draws": 3, "failed": 0}
