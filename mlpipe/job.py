@@ -15,7 +15,9 @@ from .errors import ConfigError, ConvergenceError, did_you_mean
 from .options import Options
 
 if TYPE_CHECKING:
+    from .incremental import Update
     from .many import Fits
+    from .planning import Request
     from .result import MixedFit
 
 Mode = Literal["error", "overwrite", "append"]
@@ -242,8 +244,11 @@ def _check_store(job: Job, path: str) -> None:
         if job.policy.max_drift is not None:
             raise ConfigError(f"{path}: policy.max_drift needs a [store]", code="job_value")
         return
-    if job.model is None or job.model.by or job.model.kind != "lmm":
-        raise ConfigError(f"{path}: [store] is for one linear mixed model without by", code="not_available")
+    if job.model is None or job.model.by or job.model.kind not in ("lmm", "glmm"):
+        raise ConfigError(f"{path}: [store] is for one mixed model, linear or generalized, without by", code="not_available")
+    if job.model.cluster is not None or job.model.vcov is not None:
+        hint = "robust errors need the rows: leave out [store]"
+        raise ConfigError(f"{path}: [store] keeps no rows for cluster and vcov", code="not_available", hint=hint)
     roles = {"source.database": job.source.database, "output.target": job.output.target if job.output is not None else None}
     for role, other in roles.items():
         if other is not None and os.path.realpath(other) == os.path.realpath(job.store.path):
@@ -333,21 +338,45 @@ def write_outputs(fits: Fits, output: OutputSection | None) -> None:
 def _fit_from_store(job: Job, store: StoreSection, data: Any, options: Options, rebase: bool) -> MixedFit:
     """Collects what is new, merges, fits from where the last fit ended, and notes the drift."""
     from . import shelf
-    from .fit import lmm
     from .incremental import Settings, finished, updated
-    from .planning import Request
 
     model = job.model
     assert model is not None
-    names = ("weights", "freq", "offset", "levels", "contrasts", "na")
-    request = Request(model.formula, collect="blocks", options=options, **{name: getattr(model, name) for name in names})
     settings = Settings(store.partition_by, store.window, store.vanished)
+    request = _store_request(model, options)
     with shelf.opened(store.path, options) as held:
         update = updated(held, data, request, model.where, settings, rebase)
-        # one Newton step more: from a start close by the search stops sooner, and must end where one from afar does
-        fit = lmm(model.formula, update.stats, reml=model.reml, start=update.start, options=replace(options, tol=options.tol / 100))
+        fit = _refitted(model, update, request)
         finished(update, fit)
     return fit
+
+
+def _store_request(model: ModelSection, options: Options) -> Request:
+    """What a store collects for a model."""
+    from .planning import Request
+
+    names = ("weights", "freq", "offset", "levels", "contrasts", "na")
+    given: dict[str, Any] = {name: getattr(model, name) for name in names} | {"collect": "blocks", "options": options}
+    if model.kind == "glmm":
+        from .generalized import request_of
+
+        assert model.family is not None
+        return request_of(model.formula, family=model.family, link=model.link, nagq=model.nagq, trials=model.trials, **given)
+    return Request(model.formula, **given)
+
+
+def _refitted(model: ModelSection, update: Update, request: Request) -> MixedFit:
+    """The fit of a store's statistics, from where the last one ended."""
+    from .compressed import Compressed
+    from .fit import lmm
+
+    if isinstance(update.stats, Compressed):
+        from .generalized import refitted
+
+        return refitted(update.stats, request, update.before, update.info)
+    # one Newton step more: from a start close by the search stops sooner, and must end where one from afar does
+    options, before = replace(request.options, tol=request.options.tol / 100), update.before
+    return lmm(model.formula, update.stats, reml=model.reml, start=before.theta if before is not None else None, options=options)
 
 
 def told(fit: MixedFit) -> str:

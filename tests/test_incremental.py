@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,20 @@ import polars as pl
 import pytest
 
 import mlpipe as mp
-from mlpipe import job as jobs
 from mlpipe import shelf
 from mlpipe.incremental import drift
 from mlpipe.options import Options
 from mlpipe.trees import Node, statistics, tree
 
-from .lakes import day, lake
+from .lakes import Run, day, lake, runner
 
 FORMULA = "y ~ x + f + (1 | g)"
-Run = Callable[..., mp.LMMFit]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs a job over `lake/*.parquet` in the test's folder; keywords are sections, merged into it."""
-
-    def run_(*, rebase: bool = False, **sections: dict[str, Any]) -> mp.LMMFit:
-        record: dict[str, dict[str, Any]] = {
-            "source": {"path": f"{tmp_path}/lake/*.parquet"}, "model": {"formula": FORMULA}, "store": {"path": f"{tmp_path}/store"},
-        }  # fmt: skip
-        for name, values in sections.items():
-            record[name] = values if name == "source" else {**record.get(name, {}), **values}
-        path = tmp_path / "job.toml"
-        keys = {name: "".join(f"{key} = {json.dumps(value)}\n" for key, value in one.items()) for name, one in record.items()}
-        path.write_text("".join(f"[{name}]\n{text}" for name, text in keys.items()))
-        read = jobs.read_job(path)
-        fit = jobs.fit_job(read, {"threads": 1}, rebase=rebase)
-        jobs.check_policy(fit, read.policy)
-        return fit
-
-    return run_
+    """See `lakes.runner`."""
+    return runner(tmp_path, {"formula": FORMULA})
 
 
 def same(fit: mp.LMMFit, other: mp.LMMFit) -> None:
@@ -325,7 +308,7 @@ def test_another_model_is_refused_and_a_rebase_takes_it(run: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"formula": "y ~ x", "kind": "glm", "family": "poisson"}}, "is for one linear mixed model"),
+        ({"model": {"formula": "y ~ x", "kind": "glm", "family": "poisson"}}, "is for one mixed model"),
         ({"store": {"window": 0}}, "window"),
         ({"store": {"vanished": "forget"}}, "vanished"),
         ({"store": {"partition_by": "nothing"}}, "no column 'nothing'"),
@@ -400,11 +383,14 @@ def test_only_what_is_not_held_is_merged() -> None:
     held = {f"s{k}": mp.suffstats(FORMULA, day(k)) for k in range(1, 5)}
     root = tree([(f"day {k}", f"s{k}") for k in range(1, 5)])
     saved: dict[str, Any] = {}
-    whole = statistics(root, saved.__contains__, held.__getitem__, saved.__setitem__)
+    whole = statistics(root, saved.__contains__, held.__getitem__, saved.__setitem__, operator.add)
     assert whole.rows == 1600 and saved.keys() == nodes(root)
 
     def refuse(state: str) -> Any:
         raise AssertionError(f"{state} was read")
 
-    again = statistics(root, saved.__contains__, lambda state: saved[state] if state in saved else refuse(state), saved.__setitem__)
+    def load(state: str) -> Any:
+        return saved[state] if state in saved else refuse(state)
+
+    again = statistics(root, saved.__contains__, load, saved.__setitem__, operator.add)
     assert again is whole

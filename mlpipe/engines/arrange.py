@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..options import Options
 
 
-def arranged(rows: pa.RecordBatchReader, statement: exp.Query, options: Options) -> Iterator[pa.RecordBatch]:
-    """The batches of a statement over the table `used`, the rows of another engine, read once."""
+def arranged(rows: pa.RecordBatchReader | pa.Table, statement: exp.Query, options: Options) -> Iterator[pa.RecordBatch]:
+    """The batches of a statement over the table `used`, the rows of another engine (read once) or of a store."""
     workspace = Workspace(options.temp_directory)
     con = connect(options, workspace)
     with translating(con, workspace):
