@@ -23,6 +23,7 @@ from .stats import union_recipe
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .engines.arrange import Arranger
     from .options import Options
 
 FORMAT = "mlpipe.cells/1"
@@ -68,14 +69,12 @@ class Compressed:
         total = {name: getattr(self, name) + getattr(other, name) for name in ("rows", "n", "constant")}
         return Compressed(recipe, merges=self.merges, table=table, **total)
 
-    def merged(self, other: Compressed, options: Options) -> Compressed:
+    def merged(self, other: Compressed, arrange: Arranger) -> Compressed:
         """The same, cells of equal design row within a block added up, within the memory limit."""
-        from .engines.arrange import arranged
-
         both = self.joined(other)
         if not self.merges:
             return both
-        table, directory = held(arranged(both.table, cells.merged(both.recipe, both.keys), options), options)
+        table, directory = held(arrange(both.table, cells.merged(both.recipe, both.keys)), arrange.options)
         return replace(both, table=table, directory=directory)
 
     def save(self, path: Path) -> None:

@@ -20,6 +20,7 @@ from . import expr, statements
 from .collect import changed, collect, row_count
 from .compressed import Compressed
 from .design import bases, code
+from .engines.arrange import Arranger
 from .engines.base import Engine, fingerprint
 from .errors import ConfigError, DataError, MlpipeError
 from .features import Recipe
@@ -108,7 +109,7 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     info = _info(record, new, facts, seconds)
     if isinstance(stats, SuffStats):
         info |= {"path": "blocks", "blocks": stats.blocks.n_blocks if stats.blocks is not None else 0}
-    return Update(shelf, record, replace(stats, info=info), info, root, _before(record, request, stats))
+    return Update(shelf, record, replace(stats, info=info), info, root, _before(record, request, stats, root.state))
 
 
 def finished(update: Update, fit: MixedFit) -> None:
@@ -118,18 +119,13 @@ def finished(update: Update, fit: MixedFit) -> None:
     here = {
         "set": fingerprint(update.tree.state, fit.formula, fit.reml, *kind), "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "names": list(fit.names), "beta": fit.beta.tolist(), "se": se, "theta": fit.theta.tolist(), "singular": fit.singular,
-        "terms": _terms(fit), "tau": fit.tau if isinstance(fit, GeneralizedFit) else 0.0,
+        "state": update.tree.state, "tau": fit.tau if isinstance(fit, GeneralizedFit) else 0.0,
     }  # fmt: skip
     earlier = [one for one in record["fits"] if one["set"] != here["set"]]
     if earlier:
         fit.info["drift"] = drift(earlier[-1], here)
     record["fits"] = [*earlier[-1:], here]
     _commit(update.shelf, record)
-
-
-def _terms(fit: MixedFit) -> list[list[str]]:
-    """What theta's elements are of: the group and the coefficients of each term."""
-    return [[term.group, *term.names] for term in fit.terms]
 
 
 def drift(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -321,9 +317,9 @@ def _merged(shelf: Shelf, record: dict[str, Any], root: Node, seconds: dict[str,
         if isinstance(left, SuffStats) and isinstance(right, SuffStats):
             return left + right
         assert isinstance(left, Compressed) and isinstance(right, Compressed)
-        return left.merged(right, request.options)
+        return left.merged(right, arrange)
 
-    with stage("merge", seconds, None, request.options) as fields:
+    with stage("merge", seconds, None, request.options) as fields, Arranger(request.options) as arrange:
         before = len(merged)
         stats = statistics(root, merged.__contains__, shelf.load, save, both)
         fields |= {"merges": len(merged) - before}
@@ -366,11 +362,16 @@ def _input_drift(made: dict[str, dict[str, float]], now: dict[str, dict[str, flo
     return out
 
 
-def _before(record: dict[str, Any], request: Request, stats: State) -> Estimates | None:
-    """Where the last fit ended, if the model still has the same variance parameters and no boundary holds them."""
-    last = record["fits"][-1] if record["fits"] else None
-    if last is None or last["singular"]:
+def _before(record: dict[str, Any], request: Request, stats: State, state: str) -> Estimates | None:
+    """Where the last fit ended, if the model still has the same variance parameters and no boundary holds them.
+
+    In their last digits a generalized model's estimates depend on where the search began: that of the same partitions begins where it
+    began before, so that a run that is made again ends as the first one did.
+    """
+    fits = [one for one in record["fits"] if request.family is None or one.get("state") != state]
+    if not fits or fits[-1]["singular"]:
         return None
+    last = fits[-1]
     sizes = [len(code(bar.terms, stats.recipe.variables)) for bar in parse(request.formula).random]
     if len(last["theta"]) != sum(q * (q + 1) // 2 for q in sizes):
         return None

@@ -203,6 +203,71 @@ def test_weights_slopes_and_missing_values(run: Run, tmp_path: Path) -> None:
     same(fit, mp.lmm("y ~ x + (1 + x | g)", files, weights="w", reml=False))
 
 
+# -- several grouping factors -------------------------------------------------------------------------------------------
+
+
+def crossed(number: int, rows: int = 300) -> pl.DataFrame:
+    """One day's rows of pupils in schools, crossed with items; new schools, pupils and items come every day."""
+    rng = np.random.default_rng(number)
+    pupil, item = rng.integers(0, 30 + 3 * number, rows), rng.integers(number % 3, 12 + number, rows)
+    effects = [np.random.default_rng(k).normal(size=99) for k in range(3)]
+    x = rng.normal(50, 5, rows)
+    f = rng.choice(["a", "b"] if number < 3 else ["a", "b", "ç'\""], rows)
+    y = 0.1 * x + 0.8 * effects[0][pupil] + 0.6 * effects[1][item] + 0.7 * effects[2][pupil // 6] + rng.normal(size=rows) + (f == "b")
+    keys = {"pupil": [f"p'{k}" for k in pupil], "item": item, "school": [f"ś \"{k // 6}\"" for k in pupil]}
+    return pl.DataFrame({**keys, "x": x, "f": f, "y": y})
+
+
+def days(folder: Path, first: int, last: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number in range(first, last + 1):
+        crossed(number).write_parquet(folder / f"d{number:02d}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("formula", "path"),
+    [
+        ("y ~ x + f + (1 | pupil) + (1 | item)", "{}/store"),
+        ("y ~ x + (1 | school/pupil) + (0 + x | item)", "{}/store.duckdb"),
+        ("y ~ f + (1 | school/pupil)", "{}/store"),
+    ],
+)
+def test_several_grouping_factors(formula: str, path: str, run: Run, tmp_path: Path) -> None:
+    """New levels arrive, a partition is replaced, one is left out: always the full fit of what is there."""
+    keywords = {"model": {"formula": formula}, "store": {"path": path.format(tmp_path), "window": 3}}
+    files = days(tmp_path / "lake", 1, 3)
+    run(**keywords)
+    crossed(7).write_parquet(files / "d02.parquet")
+    replaced = run(**keywords)
+    assert names(replaced) == names(replaced, "replaced") == ["d02"]
+    same(replaced, mp.lmm(formula, files))
+    days(files, 4, 4)
+    fit = run(**keywords)
+    full = mp.lmm(formula, [files / f"d0{k}.parquet" for k in (2, 3, 4)])
+    assert names(fit) == ["d04"] and names(fit, "dropped") == ["d01"] and fit.info["levels"] == full.info["levels"]
+    same(fit, full)
+    for group in full.groups:
+        ours, theirs = (pl.DataFrame(one.ranef(group, wide=True)) for one in (fit, full))
+        assert ours.columns == theirs.columns
+        keys = [name for name in ours.columns if name in ("pupil", "item", "school")]
+        values = [one.sort(keys) for one in (ours, theirs)]
+        assert values[0].select(keys).equals(values[1].select(keys))
+        np.testing.assert_allclose(*(one.drop(keys).to_numpy() for one in values), rtol=0, atol=1e-7)
+
+
+def test_factors_of_partitions_that_hold_little(run: Run, tmp_path: Path) -> None:
+    formula = "y ~ x + f + (1 | pupil) + (1 | item)"
+    files = days(tmp_path / "lake", 1, 2)
+    run(model={"formula": formula})
+    crossed(3).clear().write_parquet(files / "d03.parquet")
+    crossed(4).with_columns(item=pl.lit(None, pl.Int64)).write_parquet(files / "d04.parquet")
+    crossed(5).with_columns(item=pl.lit(3, pl.Int64), pupil=pl.lit("p'1")).head(9).write_parquet(files / "d05.parquet")
+    fit = run(model={"formula": formula})
+    assert fit.info["rows_dropped"] == 300
+    same(fit, mp.lmm(formula, files))
+
+
 def test_bases_are_fixed_until_a_rebase(run: Run, tmp_path: Path) -> None:
     files = lake(tmp_path / "lake", 1, 3)
     model = {"formula": "y ~ poly(x, 2) + (1 | g)"}
