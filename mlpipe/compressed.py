@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import cells
-from .arrays import arrow
+from .arrays import arrow, column
+from .design import Atom
 from .errors import DataError, ResourceError
 from .features import Monomial, Recipe
+from .present import restricted
 from .scratch import Scratch
 from .stats import union_recipe
 
@@ -76,6 +78,21 @@ class Compressed:
             return both
         table, directory = held(arrange(both.table, cells.merged(both.recipe, both.keys)), arrange.options)
         return replace(both, table=table, directory=directory)
+
+    def present(self) -> Compressed:
+        """The same over the levels of factors that occur in them."""
+        levels, omitted = self.recipe.coordinates.levels, self.recipe.coordinates.omitted
+        weight: dict[str, dict[str, float]] = {}
+        for name, labels in levels.items():
+            found = {text: self._occurs(Atom(name, text)) for text in labels if text != omitted[name]}
+            weight[name] = {text: found.get(text, self.table.num_rows - sum(found.values())) for text in labels}
+        recipe = restricted(self.recipe, weight)
+        return replace(self, recipe=recipe, table=_over(self, recipe))
+
+    def _occurs(self, atom: Atom) -> float:
+        """In how many rows or cells a level occurs."""
+        at = self.recipe.features.index((atom,))
+        return float(column(self.table, f"f{at}").sum())
 
     def save(self, path: Path) -> None:
         """Writes one Arrow file."""
@@ -159,7 +176,7 @@ def _union(a: Recipe, b: Recipe) -> Recipe:
 
 
 def _over(one: Compressed, recipe: Recipe) -> pa.Table:
-    """The table over the features of a recipe that has more levels: a level that no row has is 0 in all of them."""
+    """The table over the features of a recipe with other levels: a level that no row has is 0 in all of them."""
     if recipe.features == one.recipe.features:
         return one.table
     old = {feature: f"f{i}" for i, feature in enumerate(one.recipe.features[: one.recipe.n_covariates])}

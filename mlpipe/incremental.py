@@ -30,6 +30,7 @@ from .keeping import kept, worthwhile
 from .partitions import Partition, partitions, together, unchanged
 from .passes import Estimates
 from .planning import Plan, Request, prepare, used_names
+from .present import over_present
 from .progress import stage
 from .shelf import FORMAT, Shelf, named
 from .sources import open_source
@@ -324,7 +325,7 @@ def _merged(shelf: Shelf, record: dict[str, Any], root: Node, seconds: dict[str,
         stats = statistics(root, merged.__contains__, shelf.load, save, both)
         fields |= {"merges": len(merged) - before}
     record["merged"] = sorted(merged)
-    return stats
+    return stats.present() if isinstance(stats, Compressed) else over_present(stats)
 
 
 def _info(

@@ -75,6 +75,18 @@ def test_levels_that_come_later(run: Run, tmp_path: Path) -> None:
     same(later, mp.lmm(FORMULA, tmp_path / "lake"))
 
 
+@pytest.mark.parametrize("gone", ["a", "c"])
+def test_levels_that_leave_with_the_window(gone: str, run: Run, tmp_path: Path) -> None:
+    """The base of the contrasts, or another: what is left is coded as if it had never been there."""
+    files = lake(tmp_path / "lake", 1, 3)
+    for k in (2, 3):
+        day(k).filter(pl.col("f") != gone).write_parquet(files / f"d0{k}.parquet")
+    run()
+    fit = run(store={"window": 2})
+    assert fit.dropped == () and len(fit.names) == 3 and set(fit.info["drift"]["gone"]) >= {"fc" if gone == "c" else "fb"}
+    same(fit, mp.lmm(FORMULA, [files / "d02.parquet", files / "d03.parquet"]))
+
+
 def test_a_changed_file_replaces_its_statistics(run: Run, tmp_path: Path) -> None:
     files = lake(tmp_path / "lake", 1, 4)
     run()

@@ -148,6 +148,17 @@ def test_a_window_and_a_partition_that_vanished(merges: bool, run: Run, tmp_path
     same(gone, full([files / f"d0{k}.parquet" for k in (3, 5)], **model))
 
 
+def test_levels_that_leave_with_the_window(run: Run, tmp_path: Path) -> None:
+    """Among them the base of the contrasts and the level that is collected as none of the others."""
+    model = {"formula": "y ~ dose * f + (1 | g)"}
+    files = lake(tmp_path / "lake", 5, 5, lambda frame: pl.concat([frame, *[frame.filter(pl.col("f") == "a")] * 5]))
+    lake(files, 6, 7, lambda frame: frame.filter(pl.col("f") != "a"))
+    run(model=model)
+    fit = run(model=model, store={"window": 2})
+    assert fit.names == ("(Intercept)", "dose", "fd", "dose:fd")
+    same(fit, full([files / "d06.parquet", files / "d07.parquet"], **model))
+
+
 def test_rows_that_do_not_repeat_are_kept_as_they_are(run: Run, tmp_path: Path) -> None:
     model = {"formula": "y ~ x + (1 + x | g)"}
     files = lake(tmp_path / "lake", 1, 2)
