@@ -21,7 +21,7 @@ from .errors import ConfigError, DataError, ResourceError, did_you_mean
 from .features import Recipe
 from .options import Options
 from .result import LMMFit, MixedFit, RandomTerm
-from .tables import Entry, file_name, result_tables, written
+from .tables import Entry, by_columns, factor_names, result_tables, written
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT, FORMATS = "mlpipe.fit/1", "mlpipe.fits/1"
 MODES = ("error", "overwrite", "append")
 DATABASES = (".duckdb", ".db")
+SHOWN = 12  # fits that are named where several match
 LOCK, UNFINISHED = ".lock", "fit.json.partial"
 _PLAIN = (
     *("formula", "response", "reml", "sigma", "loglik", "nobs", "rows", "n_blocks"),
@@ -209,13 +210,17 @@ def _load_folder(folder: Path, wanted: dict[str, Any]) -> MixedFit:
         raise DataError(f"there is no fit in {folder}", code="file_not_found") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} does not hold a fit that this version can read", code="not_a_fit") from error
-    found = {path.stem: path for path in runs.glob("*_ranef_*.parquet")}
+    prefix = str(record.get("prefix"))
+
+    def modes(name: str) -> pa.Table | None:
+        path = runs / f"{prefix}_ranef_{name}.parquet"
+        return pq.ParquetFile(path).read() if path.exists() else None
+
     if record.get("format") == FORMATS:
-        manifest = pq.ParquetFile(runs / f"{record['prefix']}_manifest.parquet").read()
-        return _of_several(manifest, wanted, str(folder), list(found), lambda name: pq.ParquetFile(found[name]).read())
+        return _of_several(pq.ParquetFile(runs / f"{prefix}_manifest.parquet").read(), wanted, str(folder), modes)
     fit = _read(record, str(folder))
     fit.written = {"run_id": record["run_id"], "model": fit.formula}
-    _keep(fit, list(found), lambda name: pq.ParquetFile(found[name]).read())
+    _keep(fit, modes)
     return fit
 
 
@@ -232,31 +237,45 @@ def _load_database(target: Any, prefix: str, wanted: dict[str, Any]) -> MixedFit
         if not runs:
             raise missing
         run = runs[-1].run_id
-        found = [name for name in runs[-1].tables if name.startswith(f"{prefix}_ranef_")]
-        manifest = held.rows(f"{prefix}_manifest", run)
-        return _of_several(manifest, wanted, where, found, lambda name: held.rows(name, run))
+
+        def modes(name: str) -> pa.Table | None:
+            table = f"{prefix}_ranef_{name}"
+            return held.rows(table, run) if table in runs[-1].tables else None
+
+        return _of_several(held.rows(f"{prefix}_manifest", run), wanted, where, modes)
 
 
-def _of_several(
-    manifest: pa.Table, wanted: dict[str, Any], where: str, modes: list[str], read: Callable[[str], pa.Table]
-) -> MixedFit:
+def _of_several(manifest: pa.Table, wanted: dict[str, Any], where: str, modes: Callable[[str], pa.Table | None]) -> MixedFit:
     """The one fit of a run that is wanted. Raises ConfigError where it is not said which, DataError where it could not be fitted."""
     unknown = [name for name in wanted if name not in manifest.column_names]
     if unknown:
         raise ConfigError(f"the fits of {where} are not by {unknown[0]!r}", code="which_fit")
     rows = _matching(manifest, wanted)
+    by = by_columns(manifest)
     if len(rows) != 1:
         what = f"{where} holds {len(manifest)} fits, {len(rows)} of them match" if wanted else f"{where} holds {len(manifest)} fits"
-        hint = f"name one: model= one of {sorted(set(manifest['model'].to_pylist()))[:12]}, and by= the values it is for"
-        raise ConfigError(what, code="which_fit", hint=hint)
+        raise ConfigError(what, code="which_fit", hint=f"name one: {_candidates(rows if len(rows) else manifest, by)}")
     text = rows["record"][0].as_py()
     if text is None:
         raise DataError("this model could not be fitted", code="not_a_fit", hint="the table of fits has the reason in `message`")
     fit = _read(_parsed(text, where), where)
-    stamps = {"model": rows["model"][0].as_py(), **{name: rows[name][0].as_py() for name in wanted}}
+    stamps = {name: rows[name][0].as_py() for name in ("model", *dict.fromkeys([*by, *(name for name in wanted if name != "model")]))}
     fit.written = {"run_id": rows["run_id"][0].as_py(), **stamps}
-    _keep(fit, modes, lambda name: _matching(read(name), stamps), [name for name in wanted if name != "model"])
+
+    def own(name: str) -> pa.Table | None:
+        return _matching(table, stamps) if (table := modes(name)) is not None else None
+
+    _keep(fit, own, [name for name in stamps if name != "model"])
     return fit
+
+
+def _candidates(rows: pa.Table, by: list[str]) -> str:
+    """The first fits of a manifest as the arguments that name them."""
+    shown = []
+    for row in rows.slice(0, SHOWN).select(["model", *by]).to_pylist():
+        model = row.pop("model")
+        shown.append(f"model={model!r}" + (f", by={row!r}" if by else ""))
+    return "; ".join(shown) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
 
 
 def _matching(table: pa.Table, wanted: dict[str, Any]) -> pa.Table:
@@ -337,18 +356,18 @@ def _kind(name: str) -> type[MixedFit]:
     return {kind.__name__: kind for kind in (GEEFit, GLMFit, GLMMFit, OLSFit)}[name]
 
 
-def _keep(fit: MixedFit, names: list[str], read: Callable[[str], pa.Table], by: Sequence[str] = ()) -> None:
-    """Gives the fit the BLUPs that were written with it, from the tables of these names."""
+def _keep(fit: MixedFit, modes: Callable[[str], pa.Table | None], by: Sequence[str] = ()) -> None:
+    """Gives the fit the BLUPs that were written with it, from the tables of its factors, where there are any."""
     from .effects import coefficient_names, key_names
 
-    for group in fit.groups:
-        name = next((name for name in names if name.endswith(f"_ranef_{file_name(group)}")), None)
-        if name is None:
+    for group, name in factor_names(fit.groups).items():
+        held = modes(name)
+        if held is None:
             continue
         terms = [term for term in fit.terms if term.group == group]
         keys = next((groups for groups in fit.recipe.factors if ":".join(groups) == group), fit.recipe.groups)
         wanted = [*key_names(terms, keys), *(column for name in coefficient_names(terms) for column in (name, f"{name}_se"))]
-        table = read(name).select(written(wanted, by)).rename_columns(wanted)
+        table = held.select(written(wanted, by)).rename_columns(wanted)
         if fit.recipe.factors:
             fit.effects_tables[group] = table
         else:
