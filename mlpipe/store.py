@@ -30,7 +30,7 @@ FORMAT, FORMATS = "mlpipe.fit/1", "mlpipe.fits/1"
 MODES = ("error", "overwrite", "append")
 DATABASES = (".duckdb", ".db")
 SHOWN = 12  # fits that are named where several match
-LOCK, UNFINISHED = ".lock", "fit.json.partial"
+FIT, LOCK, UNFINISHED = "fit.json", ".lock", ".partial"
 _PLAIN = (
     *("formula", "response", "reml", "sigma", "loglik", "nobs", "rows", "n_blocks"),
     *("converged", "singular", "score", "evaluations", "message", "seconds"),
@@ -52,7 +52,7 @@ def write_all(
     holds each one's. Errors as of `write`."""
     if mode not in MODES:
         raise ConfigError(f"mode = {mode!r} is not one of {', '.join(MODES)}", hint=did_you_mean(mode, list(MODES)))
-    run = run_id or _new_run_id()
+    run = run_id or new_run_id()
     if not run or Path(run).name != run:
         raise ConfigError(f"run_id {run!r} cannot be a folder's name")
     database = _is_database(target)
@@ -95,30 +95,47 @@ def _write_database(target: Any, tables: dict[str, pa.Table], prefix: str, mode:
 
 
 def _write_folder(index: dict[str, Any], folder: Path, tables: Callable[[], dict[str, pa.Table]], prefix: str, mode: str, run: str) -> None:
-    if not _is_ours(folder):
-        raise ConfigError(f"{folder} exists and is no fit", code="target_exists", hint="choose another target")
+    check_ours(folder, FIT, "fit")
     made = tables()
+
+    def fill(fresh: Path) -> dict[str, Any]:
+        _write_tables(fresh, made)
+        return {**index, "prefix": prefix}
+
+    write_run(folder, fill, index=FIT, what="fit", mode=mode, run=run)
+
+
+def write_run(folder: Path, fill: Callable[[Path], dict[str, Any]], *, index: str, what: str, mode: str, run: str) -> None:
+    """A run in a directory: `fill` writes its files, synced, into `runs/<run>`, and says what the file `index` holds, which is replaced
+    last and is the only commit point. Earlier runs go then, but with mode "append".
+
+    Raises ConfigError for a directory of other things and for a bad mode, ResourceError where the disk fails or another job writes.
+    """
+    check_ours(folder, index, what)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            _commit({**index, "prefix": prefix}, folder, made, mode, run)
+            _commit(fill, folder, index, what, mode, run)
     except OSError as error:
         raise ResourceError(f"cannot write {folder}: {error.strerror or error}", code="not_writable") from error
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a target is free, or holds a fit or what a job left that was killed before its first one was complete."""
+def check_ours(folder: Path, index: str, what: str) -> None:
+    """Raises ConfigError unless a target is free, or holds runs or what a job left that was killed before its first one was complete."""
     if not folder.is_dir():
-        return not folder.exists()
-    names = {path.name for path in folder.iterdir()}
-    return not names or "fit.json" in names or (LOCK in names and names <= {LOCK, "runs", UNFINISHED})
+        free = not folder.exists()
+    else:
+        names = {path.name for path in folder.iterdir()}
+        free = not names or index in names or (LOCK in names and names <= {LOCK, "runs", f"{index}{UNFINISHED}"})
+    if not free:
+        raise ConfigError(f"{folder} exists and is no {what}", code="target_exists", hint="choose another target")
 
 
-def _commit(record: dict[str, Any], folder: Path, tables: dict[str, pa.Table], mode: str, run: str) -> None:
-    index = folder / "fit.json"
+def _commit(fill: Callable[[Path], dict[str, Any]], folder: Path, name: str, what: str, mode: str, run: str) -> None:
+    index = folder / name
     old = json.loads(index.read_text()) if index.exists() else None
     if old is not None and mode == "error":
-        raise ConfigError(f"{folder} already holds a fit", code="target_exists", hint='mode="overwrite" or "append"')
+        raise ConfigError(f"{folder} already holds a {what}", code="target_exists", hint='mode="overwrite" or "append"')
     kept = list(old["runs"]) if old is not None and mode == "append" else []
     if run in kept:
         raise ConfigError(f"{folder} already holds the run {run!r}", code="run_exists")
@@ -126,8 +143,7 @@ def _commit(record: dict[str, Any], folder: Path, tables: dict[str, pa.Table], m
     if fresh.exists():
         shutil.rmtree(fresh)
     try:
-        _write_tables(fresh, tables)
-        _replace(index, {**record, "run_id": run, "runs": [*kept, run]})
+        _replace(index, {**fill(fresh), "run_id": run, "runs": [*kept, run]})
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -148,7 +164,7 @@ def _write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
 
 
 def _replace(path: Path, record: dict[str, Any]) -> None:
-    unfinished = path.with_name(UNFINISHED)
+    unfinished = path.with_name(f"{path.name}{UNFINISHED}")
     with unfinished.open("w") as file:
         json.dump(record, file, allow_nan=True)
         file.flush()
@@ -170,7 +186,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _new_run_id() -> str:
+def new_run_id() -> str:
+    """The time, and what tells runs of one second apart."""
     now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
 
