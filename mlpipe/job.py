@@ -5,7 +5,6 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,9 +14,7 @@ from .errors import ConfigError, ConvergenceError, did_you_mean
 from .options import Options
 
 if TYPE_CHECKING:
-    from .incremental import Update
     from .many import Fits
-    from .planning import Request
     from .result import MixedFit
 
 Mode = Literal["error", "overwrite", "append"]
@@ -244,8 +241,11 @@ def _check_store(job: Job, path: str) -> None:
         if job.policy.max_drift is not None:
             raise ConfigError(f"{path}: policy.max_drift needs a [store]", code="job_value")
         return
-    if job.model is None or job.model.by or job.model.kind not in ("lmm", "glmm"):
-        raise ConfigError(f"{path}: [store] is for one mixed model, linear or generalized, without by", code="not_available")
+    if job.model is None or job.model.by:
+        raise ConfigError(f"{path}: [store] is for one model without by", code="not_available")
+    if job.model.kind not in ("lmm", "glmm", "ols"):
+        what = f"{path}: [store] keeps nothing that kind = {job.model.kind!r} could be fitted from"
+        raise ConfigError(what, code="not_available", hint='kind = "lmm", "glmm" or "ols"')
     if job.model.cluster is not None or job.model.vcov is not None:
         hint = "robust errors need the rows: leave out [store]"
         raise ConfigError(f"{path}: [store] keeps no rows for cluster and vcov", code="not_available", hint=hint)
@@ -286,7 +286,9 @@ def fit_job(job: Job, limits: Mapping[str, Any], *, rebase: bool = False) -> Mix
     if model.where is not None:
         data = Subset(data, model.where)
     if job.store is not None:
-        return _fit_from_store(job, job.store, data, options, rebase)
+        from .stored import fit_from_store
+
+        return fit_from_store(model, job.store, data, options, rebase)
     if rebase:
         raise ConfigError("--rebase is for jobs with a [store]", code="usage")
     return fitted(model.kind, model.formula, data, options, _settings(model))
@@ -333,50 +335,6 @@ def write_outputs(fits: Fits, output: OutputSection | None) -> None:
         write_all(
             entries, fits.by, output.target, prefix=output.prefix, mode=output.mode, run_id=None, ranef=output.ranef
         )
-
-
-def _fit_from_store(job: Job, store: StoreSection, data: Any, options: Options, rebase: bool) -> MixedFit:
-    """Collects what is new, merges, fits from where the last fit ended, and notes the drift."""
-    from . import shelf
-    from .incremental import Settings, finished, updated
-
-    model = job.model
-    assert model is not None
-    settings = Settings(store.partition_by, store.window, store.vanished)
-    request = _store_request(model, options)
-    with shelf.opened(store.path, options) as held:
-        update = updated(held, data, request, model.where, settings, rebase)
-        fit = _refitted(model, update, request)
-        finished(update, fit)
-    return fit
-
-
-def _store_request(model: ModelSection, options: Options) -> Request:
-    """What a store collects for a model."""
-    from .planning import Request
-
-    names = ("weights", "freq", "offset", "levels", "contrasts", "na")
-    given: dict[str, Any] = {name: getattr(model, name) for name in names} | {"collect": "blocks", "options": options}
-    if model.kind == "glmm":
-        from .generalized import request_of
-
-        assert model.family is not None
-        return request_of(model.formula, family=model.family, link=model.link, nagq=model.nagq, trials=model.trials, **given)
-    return Request(model.formula, **given)
-
-
-def _refitted(model: ModelSection, update: Update, request: Request) -> MixedFit:
-    """The fit of a store's statistics, from where the last one ended."""
-    from .compressed import Compressed
-    from .fit import lmm
-
-    if isinstance(update.stats, Compressed):
-        from .generalized import refitted
-
-        return refitted(update.stats, request, update.before, update.info)
-    # one Newton step more: from a start close by the search stops sooner, and must end where one from afar does
-    options, before = replace(request.options, tol=request.options.tol / 100), update.before
-    return lmm(model.formula, update.stats, reml=model.reml, start=before.theta if before is not None else None, options=options)
 
 
 def told(fit: MixedFit) -> str:

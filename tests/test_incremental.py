@@ -215,6 +215,23 @@ def test_weights_slopes_and_missing_values(run: Run, tmp_path: Path) -> None:
     same(fit, mp.lmm("y ~ x + (1 + x | g)", files, weights="w", reml=False))
 
 
+@pytest.mark.parametrize("absorb", [None, "g"])
+def test_least_squares(absorb: str | None, run: Run, tmp_path: Path) -> None:
+    model = {"kind": "ols", "formula": "y ~ x + f"} | ({"absorb": absorb} if absorb else {})
+    files = lake(tmp_path / "lake", 1, 4)
+    first = run(model=model)
+    lake(files, 5, 5)
+    fit, full = run(model=model), mp.ols("y ~ x + f", files, absorb=absorb)
+    assert names(fit) == ["d05"] and fit.names == full.names and fit.rows == full.rows
+    np.testing.assert_allclose(fit.beta, full.beta, rtol=0, atol=1e-7 * np.sqrt(np.diag(full.covariance)).min())
+    np.testing.assert_allclose(fit.covariance, full.covariance, rtol=1e-9)
+    assert abs(fit.loglik - full.loglik) < 1e-8 + 1e-12 * abs(full.loglik)
+    moved, at = {one["term"]: one["drift"] for one in fit.info["drift"]["terms"]}, fit.names.index("x")
+    assert moved["x"] == pytest.approx((fit.fixef()["x"] - first.fixef()["x"]) / np.sqrt(fit.covariance[at, at]))
+    with pytest.raises(mp.ConfigError, match="keeps no rows for cluster"):
+        run(model=model | {"vcov": "HC1"})
+
+
 # -- several grouping factors -------------------------------------------------------------------------------------------
 
 
@@ -385,7 +402,7 @@ def test_another_model_is_refused_and_a_rebase_takes_it(run: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"formula": "y ~ x", "kind": "glm", "family": "poisson"}}, "is for one mixed model"),
+        ({"model": {"formula": "y ~ x", "kind": "glm", "family": "poisson"}}, "keeps nothing that kind = 'glm'"),
         ({"store": {"window": 0}}, "window"),
         ({"store": {"vanished": "forget"}}, "vanished"),
         ({"store": {"partition_by": "nothing"}}, "no column 'nothing'"),

@@ -292,8 +292,8 @@ def test_another_model_is_refused(model: dict[str, Any], run: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"kind": "glm", "formula": "y ~ dose"}, "is for one mixed model"),
-        ({"kind": "gee", "formula": "y ~ dose", "groups": "g"}, "is for one mixed model"),
+        ({"kind": "glm", "formula": "y ~ dose"}, "keeps nothing that kind = 'glm'"),
+        ({"kind": "gee", "formula": "y ~ dose", "groups": "g"}, "keeps nothing that kind = 'gee'"),
         ({"cluster": "g"}, "keeps no rows for cluster"),
     ],
 )
