@@ -6,7 +6,7 @@ holds is what the likelihood needs of its rows (see `cells`), so a fit of the un
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ import numpy as np
 
 from . import cells
 from .arrays import arrow, column
-from .design import Atom
+from .design import Atom, Monomial
 from .errors import DataError, ResourceError
-from .features import Monomial, Recipe
+from .features import Recipe
 from .present import restricted
 from .scratch import Scratch
 from .stats import union_recipe
@@ -200,6 +200,6 @@ def _zeros(feature: Monomial, one: Compressed) -> pa.Array:
     return arrow(np.zeros(one.table.num_rows))
 
 
-def columns_of(recipe: Recipe, *, merges: bool) -> Sequence[str]:
+def columns_of(recipe: Recipe, *, merges: bool) -> tuple[str, ...]:
     """The numeric columns that are held; what the log-likelihood's constant adds is kept as its sum."""
     return tuple(name for name in cells.columns(recipe, compressed=merges) if name != "constant")

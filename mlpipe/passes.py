@@ -278,7 +278,7 @@ def resumed(
     model: Model, beta: np.ndarray, factors: Sequence[np.ndarray], tau: float, options: Options
 ) -> tuple[GLMMProblem, GLMMSolution]:
     """The problem over all rows and its optimum, from estimates in the user's coordinates."""
-    psi = _from(model, Estimates(model.fixed.names, beta, theta_of(factors), tau))
+    psi = _from(model, Estimates(model.fixed.names, beta, theta_of(factors).tolist(), tau))
     u = np.zeros((model.kernel.q, model.rows.spool.n_blocks))
     typical = _moments(model, psi, model.rows.spool.some(START_SHARE, START_CHUNKS))[1]
     problem = _problem(model, _Passes(model, None, u), typical)

@@ -39,9 +39,8 @@ def _request(model: ModelSection, options: Options) -> Request:
     if model.kind == "glmm":
         from .generalized import request_of
 
-        assert model.family is not None
-        own = {"family": model.family, "link": model.link, "nagq": model.nagq, "trials": model.trials}
-        return request_of(model.formula, **own, **given, options=options)
+        given |= {"family": model.family, "link": model.link, "nagq": model.nagq, "trials": model.trials}
+        return request_of(model.formula, **given, options=options)
     return Request(model.formula, **given, options=options)
 
 
