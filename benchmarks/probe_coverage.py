@@ -4,9 +4,10 @@
 
 The formula (default: `FORMULA` below) is fitted exactly once; then each seed's probes find their own root of the score from there. The
 reported error is one standard deviation, estimated from k probes, so that an interval of 95 % is Student's with k - 1 degrees of freedom:
-±2.1 for 16 probes. Prints a line per seed, then per θ (in the solver's order) the root mean square of the true error and the mean reported one, in standard
-errors of θ, and the shares of seeds within that interval and within 1, 2 and 3 reported errors. The program fails where an interval holds
-fewer than 95 % of seeds by more than twice the binomial error of that share, or where a seed does not converge.
+±2.1 for 16 probes. Prints a line per seed, then per θ (in the solver's order) the root mean square of the true error and the mean
+reported one, in standard errors of θ, and the shares of seeds within that interval and within 1, 2 and 3 reported errors. The
+program fails where an interval holds fewer than 95 % of seeds by more than twice the binomial error of that share, or where a
+seed does not converge.
 """
 from __future__ import annotations
 

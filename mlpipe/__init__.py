@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .linear_result import OLSFit as OLSFit
     from .options import Options as Options
     from .planning import Plan as Plan
+    from .reporting import report as report
     from .result import LMMFit as LMMFit
     from .result import load as load
     from .sources import query as query
@@ -63,6 +64,7 @@ _MODULES = {
     "linear_result": ("OLSFit",),
     "options": ("Options",),
     "planning": ("Plan",),
+    "reporting": ("report",),
     "result": ("LMMFit", "load"),
     "sources": ("query", "source", "table"),
     "stats": ("SuffStats",),

@@ -10,6 +10,14 @@ from typing import IO
 from .errors import ResourceError
 
 
+def regular(path: str | os.PathLike[str]) -> Path:
+    """What a path stands for as a target of `replacing`, links resolved. Raises ResourceError for what is there and is no file."""
+    target = Path(os.path.realpath(path))  # a link keeps pointing where it does
+    if target.exists() and not target.is_file():
+        raise ResourceError(f"cannot write {os.fspath(path)}: it is not a regular file", code="not_writable")
+    return target
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
     """An empty file that takes the target's name once it is complete. Raises ResourceError while another job writes one.

@@ -10,6 +10,7 @@ from .errors import ConfigError, did_you_mean
 from .predictions import Output
 from .reduction import Coding
 from .several_scoring import MODE_VARIANCE
+from .solve.link import LINKS
 
 if TYPE_CHECKING:
     from .result import MixedFit
@@ -28,7 +29,7 @@ def bands(fit: MixedFit, wanted: str, kind: str, interval: str, level: float, fa
         further += ["variance"] if wanted != "conditional" and fit.terms else []
         further += ["size"] if fit.recipe.weights else []
     plain = fit.sigma**2 if interval == "prediction" and not fit.recipe.weights else 0.0
-    link = None if fit.residual_scaled or kind == "link" else fit.density.link  # type: ignore[attr-defined]
+    link = None if fit.residual_scaled or kind == "link" else LINKS[fit.link]
 
     def ends(sign: float, eta: np.ndarray, *values: np.ndarray) -> np.ndarray:
         F = np.stack(values[: len(features)]) if features else np.zeros((0, len(eta)))

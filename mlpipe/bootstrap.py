@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import several
+from .again import again
 from .errors import ConfigError
+from .generalized_result import PARAMETER, GeneralizedFit
 from .held import Held
 from .inference import check_size, held
-from .options import Options
-from .passes import resumed
 from .reduction import coded, lower_factor
+from .result import LMMFit
 from .solve.crossed import CrossedProblem
 from .solve.draws import SUMMED, cells_of
 from .solve.family import Cells
-from .solve.kernel import Chunk, Piece
+from .solve.kernel import Chunk
 from .solve.likelihood import LMMProblem
 from .solve.lmm import solve
 from .solve.refit import free_of, refit
@@ -26,9 +27,8 @@ from .solve.simulate import BlockSimulator, LevelSimulator, dense_effects
 from .spool import Spool
 
 if TYPE_CHECKING:
-    from .generalized_result import GLMMFit
-    from .passes import Model
-    from .result import LMMFit, MixedFit
+    from .again import Again
+    from .result import MixedFit
 
 LEAST_DRAWS = 2
 
@@ -49,10 +49,11 @@ def bootstrap(fit: MixedFit, draws: int) -> np.ndarray:
     if not isinstance(draws, int) or draws < LEAST_DRAWS:
         raise ConfigError(f"draws = {draws!r} is not a whole number from {LEAST_DRAWS}")
     rng = np.random.default_rng(fit.options.seed if fit.options is not None else 0)
-    if fit.residual_scaled:
-        found = _linear(fit, draws, rng)  # type: ignore[arg-type]
+    if isinstance(fit, GeneralizedFit):
+        found = _by_passes(fit, draws, rng)
     else:
-        found = _by_passes(fit, draws, rng)  # type: ignore[arg-type]
+        assert isinstance(fit, LMMFit)
+        found = _linear(fit, draws, rng)
     out = np.array(list(found))
     failed = int(np.isnan(out[:, -1]).sum())
     fit.info["bootstrap"] = {"draws": draws, "failed": failed}
@@ -71,7 +72,7 @@ def parameters(factors: list[np.ndarray], unit: float, family: float | None, bet
             out.append(sd[j])
             with np.errstate(invalid="ignore", divide="ignore"):
                 out += [psi[i, j] / (sd[i] * sd[j]) for i in range(j + 1, len(sd))]
-    return np.concatenate([out, [] if family is None else [family], beta])
+    return np.concatenate([np.array(out), [] if family is None else [family], beta])
 
 
 # -- linear ------------------------------------------------------------------------------------------------------------
@@ -135,53 +136,33 @@ class _Redrawn(Spool):
         return replace(chunk, pieces=tuple(replace(rows, cells=cells) for rows, cells in pieces))
 
 
-def _by_passes(fit: GLMMFit, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    from .generalized import respooled
-    from .generalized_result import PARAMETER
-
+def _by_passes(fit: GeneralizedFit, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     if fit.recipe.freq is not None and fit.base_family not in SUMMED:
         raise ConfigError(f"rows of family {fit.family!r} that stand for several cannot be simulated as one", hint="leave freq out")
-    options, power = fit.options or Options(), PARAMETER.get(fit.base_family, ("", 0.0))[1]
-    with respooled(fit, compress=False) as (_, _, model):
-        factors = [term.factor for term in fit.terms]
+    power = PARAMETER.get(fit.base_family, ("", 0.0))[1]
+    with again(fit, compress=False) as found:
+        model = found.model
         for _ in range(draws):
-            spool = _Redrawn.over(model.rows.spool, _responses(fit, model, rng))
-            drawn = replace(model, rows=replace(model.rows, spool=spool))
-            found = resumed(drawn, fit.beta, factors, fit.tau, options)[1]
-            p, stars = len(fit.names), _split(found.lambda_, model)
-            raw = [lower_factor(np.linalg.solve(term.R, star)) for term, star in zip(model.random, stars, strict=True)]
-            family = math.exp(power * found.psi[-1]) if model.density.family.shape else None
-            out = parameters(raw, 1.0, family, np.linalg.solve(model.fixed.R, found.psi[:p]))
-            yield out if found.converged else np.full_like(out, np.nan)
+            made = found.refitted(_Redrawn.over(model.rows.spool, _responses(found, rng)))
+            stars = found.stars(made.lambda_)
+            raw = [lower_factor(np.linalg.solve(found.random[place].R, stars[place])) for place in found.places]
+            family = math.exp(power * made.psi[-1]) if model.density.family.shape else None
+            out = parameters(raw, 1.0, family, np.linalg.solve(model.fixed.R, made.beta))
+            yield out if made.converged else np.full_like(out, np.nan)
 
 
-def _split(lambda_: np.ndarray, model: Model) -> list[np.ndarray]:
-    stops = np.cumsum([0, *(len(term.names) for term in model.random)])
-    return [lambda_[a:b, a:b] for a, b in zip(stops[:-1], stops[1:], strict=True)]
-
-
-def _responses(fit: GLMMFit, model: Model, rng: np.random.Generator) -> dict[int, tuple[Cells, ...]]:
+def _responses(found: Again, rng: np.random.Generator) -> dict[int, tuple[Cells, ...]]:
     """Simulated cells of every chunk, by its first block."""
-    kernel, density = model.kernel, model.density
-    lambda_ = np.zeros((kernel.q, kernel.q))
-    at = 0
-    for term, own in zip(model.random, fit.terms, strict=True):
-        k = len(term.names)
-        lambda_[at : at + k, at : at + k] = lower_factor(term.R @ own.factor)
-        at += k
-    gamma = model.Q @ (model.fixed.R @ fit.beta)
-    seed = int(rng.integers(2**63))
+    model, best = found.model, found.best
+    gamma, tau = model.Q @ best.beta, float(best.psi[-1]) if model.density.family.shape else 0.0
+    effects, seed = found.effects(rng), int(rng.integers(2**63))
 
     def one(chunk: Chunk) -> tuple[int, tuple[Cells, ...]]:
         own = np.random.default_rng([seed, chunk.first])  # whatever thread works on it
-        b = lambda_ @ own.normal(size=(kernel.q, chunk.n_blocks))
         out = []
-        for rows in chunk.pieces:
-            piece, eta = Piece(rows, kernel), gamma @ rows.F
-            eta = eta if rows.offset is None else eta + rows.offset
-            for k in range(kernel.q):
-                eta = eta + piece.times(k, rows.spread(b[k]))
-            out.append(cells_of(density, eta, rows.cells, fit.tau, own))
+        for rows, shift in zip(chunk.pieces, found.shifts(chunk, effects, own), strict=True):
+            eta = gamma @ rows.F + shift
+            out.append(cells_of(model.density, eta if rows.offset is None else eta + rows.offset, rows.cells, tau, own))
         return chunk.first, tuple(out)
 
     return dict(model.rows.spool.map(one))

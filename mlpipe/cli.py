@@ -1,4 +1,4 @@
-"""The command line: fit, plan, run, show, predict. Results go to standard output, log and progress to standard error."""
+"""The command line: fit, plan, run, show, report, predict. Results go to standard output, log and progress to standard error."""
 from __future__ import annotations
 
 import signal
@@ -11,6 +11,7 @@ import click
 
 from . import __version__
 from .console import Console, warnings_to
+from .deadline import within
 from .errors import ConfigError, exit_code
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ limits = _options(
     click.option("--memory-limit", envvar="MLPIPE_MEMORY_LIMIT", show_envvar=True, help="Memory of engine and arrays, such as 2GB."),
     click.option("--threads", type=int, envvar="MLPIPE_THREADS", show_envvar=True, help="Threads of the engine."),
     click.option("--temp-directory", envvar="MLPIPE_TEMP_DIRECTORY", show_envvar=True, help="Where larger-than-memory work is spilled."),
+    click.option("--timeout", envvar="MLPIPE_TIMEOUT", show_envvar=True, help="Give up after this time, such as 90s, 45min, 2h."),
 )
 rows = _options(
     click.argument("data", nargs=-1, required=True),
@@ -71,7 +73,7 @@ def cli() -> None:
     """Mixed models, linear and generalized, fitted where the data lives.
 
     Exit status: 0 done, 2 wrong request, 3 wrong data, 4 not converged or forbidden by a job's policy (results are written), 5 engine,
-    memory or disk, 130 or 143 interrupted.
+    memory, disk or time, 130 or 143 interrupted.
     """
 
 
@@ -100,12 +102,13 @@ def fit(
     if out is not None:
         _check_target(out, mode)
     own = ({"reml": False} if ml else {}) | ({"checkpoint": checkpoint} if checkpoint is not None else {})
-    result = fitted(_function(formula, settings), formula, _data(settings), _limits(settings), _model(settings) | own)
-    try:
-        if out is not None:
-            result.write(out, mode=mode)
-    finally:  # an estimate that could not be written is still worth reading
-        console.out(result.summary())
+    with within(settings["timeout"]):
+        result = fitted(_function(formula, settings), formula, _data(settings), _limits(settings), _model(settings) | own)
+        try:
+            if out is not None:
+                result.write(out, mode=mode)
+        finally:  # an estimate that could not be written is still worth reading
+            console.out(result.summary())
     _finish(result)
 
 
@@ -119,7 +122,9 @@ def plan(console: Console, /, formula: str, **settings: Any) -> None:
     """Say what a fit of FORMULA to DATA would do: statements, passes, memory. Only preparatory looks are run."""
     from .fit import plan as make_plan
 
-    console.out(str(make_plan(_function(formula, settings), formula, _data(settings), options=_limits(settings), **_model(settings))))
+    with within(settings["timeout"]):
+        made = make_plan(_function(formula, settings), formula, _data(settings), options=_limits(settings), **_model(settings))
+        console.out(str(made))
 
 
 @cli.command()
@@ -130,16 +135,24 @@ def plan(console: Console, /, formula: str, **settings: Any) -> None:
 @pass_console
 def run(console: Console, /, job_file: str, rebase: bool, log: str | None, **settings: Any) -> None:
     """Run a job file: fit, write, and fail where its policy says so. Options given here win over the job's."""
-    from .job import check_policy, fit_job, has_many, read_job, told, write_output
+    from .job import has_many, read_job
 
     console.log_to(log)
     job = read_job(job_file)
     if job.output is not None:
         _check_target(job.output.target, job.output.mode, job.output.prefix)
     given = {name: settings[name] for name in LIMITS if settings[name] is not None}
-    if has_many(job):
-        _run_many(console, job, given)
-        return
+    with within(job.limits.timeout if settings["timeout"] is None else settings["timeout"]):
+        if has_many(job):
+            _run_many(console, job, given)
+        else:
+            _run_one(console, job, given, rebase)
+
+
+def _run_one(console: Console, job: Job, given: dict[str, Any], rebase: bool) -> None:
+    """A job of one fit."""
+    from .job import check_policy, fit_job, told, write_output
+
     result = fit_job(job, given, rebase=rebase)
     try:
         write_output(result, job.output)
@@ -179,6 +192,32 @@ def show(console: Console, /, fit_directory: str, sql: str | None, source: str, 
 
 @cli.command()
 @click.argument("fit_directory", metavar="FIT", type=click.Path())
+@click.argument("data", nargs=-1)
+@click.option("--out", required=True, type=click.Path(), help="An HTML file; one that exists is replaced when the new one is complete.")
+@click.option("--table", help="DATA is a DuckDB database; read this table of it.")
+@click.option("--model", help="Of a job with several models, the name of one.")
+@click.option("--by", multiple=True, metavar="COLUMN=VALUE", help="Of a job with one model a value, the value.")
+@click.option("--prefix", default="mlpipe", show_default=True, help="Before the names of the tables, where FIT is a database.")
+@limits
+@logs
+@pass_console
+def report(
+    console: Console, /, fit_directory: str, out: str, model: str | None, by: tuple[str, ...], prefix: str, log: str | None, **settings: Any
+) -> None:
+    """Write a report on FIT: one page of HTML that needs nothing else, to be read, sent and printed.
+
+    With DATA, the rows it was fitted to, the page also shows the residuals, by one scan.
+    """
+    from .reporting import report as write_report
+
+    console.log_to(log)
+    data = _data(settings) if settings["data"] else None
+    values = dict(_pair(text, "--by", "COLUMN=VALUE") for text in by)
+    write_report(fit_directory, out, data=data, model=model, by=values or None, prefix=prefix, options=_limits(settings))
+
+
+@cli.command()
+@click.argument("fit_directory", metavar="FIT", type=click.Path())
 @rows
 @click.option(
     "--out", required=True, type=click.Path(),
@@ -204,7 +243,7 @@ def predict(
     options = _limits(settings)
     result = load(fit_directory)
     parts = pieces(settings["data"], out, options) if settings["table"] is None else None
-    with stage("predict", {}, options=options) as fields:
+    with within(settings["timeout"]), stage("predict", {}, options=options) as fields:
         reader = result.predict(_data(settings), effects=effects, kind=kind, new_levels=new_levels, prefix=prefix, options=options)
         if parts is None:
             write_file(reader, out)
@@ -247,10 +286,10 @@ def _function(formula: str, settings: dict[str, Any]) -> str:
     return "glmm" if parse(formula).random else "glm"
 
 
-def _pair(text: str, flag: str) -> tuple[str, str]:
+def _pair(text: str, flag: str, form: str = "FACTOR=VALUE") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
-        raise ConfigError(f"{flag} {text!r} is not of the form FACTOR=VALUE", code="usage")
+        raise ConfigError(f"{flag} {text!r} is not of the form {form}", code="usage")
     return name, value
 
 

@@ -55,6 +55,7 @@ def collect(plan: Plan) -> SuffStats:
         with stage("cross_products_again", seconds, engine, options):
             gram, rows, n, sum_log_w = _gram(plan)
         scans += 1
+    plan = replace(plan, names=known(plan.names, complete=rows == total))
     blocks: Blocks | None = None
     parts: tuple[Part | None, ...] = ()
     several = None
@@ -83,6 +84,7 @@ def collect(plan: Plan) -> SuffStats:
         "notes": list(plan.notes),
         "path": plan.path,
         "engine": plan.engine.dialect,
+        "sql": plan.engine.ran,
     }
     return SuffStats(plan.recipe, rows, n, sum_log_w, gram, blocks, plan.request.collect, info, several)
 
@@ -107,6 +109,11 @@ def collect_like(stats: SuffStats, data: Any, options: Options | None = None) ->
     )
     with closing(open_source(data, options=options)) as engine:
         return collect(prepare(engine, request, like=recipe))
+
+
+def known(names: Names, *, complete: bool) -> Names:
+    """The columns for the passes after the first one, which has shown whether all rows can be used."""
+    return Names(names.positions, names.kinds, complete=complete)
 
 
 def row_count(plan: Plan) -> int:

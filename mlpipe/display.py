@@ -196,6 +196,7 @@ def _correlations(fit: MixedFit) -> list[list[str]]:
 
 
 def notes_of(fit: MixedFit) -> list[str]:
+    """What the printed fit says below its tables: rows and columns dropped, a singular fit, no convergence, the notes of `info`."""
     out = []
     if dropped := fit.info.get("rows_dropped", 0):
         out.append(f"{dropped} of {fit.info.get('rows_read', fit.rows + dropped)} rows dropped{_causes(fit.info.get('dropped', {}))}")

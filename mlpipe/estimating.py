@@ -54,14 +54,16 @@ def gee(
     """Fits a marginal model by generalized estimating equations (Liang and Zeger 1986), reading the rows once into a spool.
 
     Args:
-        formula: `y ~ x`, without random terms. groups: column(s) whose combinations are the blocks of correlated rows.
+        formula: `y ~ x`, without random terms.
+        groups: column(s) whose combinations are the blocks of correlated rows.
         family: "gaussian", "binomial", "poisson", "gamma", "inverse_gaussian", "quasibinomial", "quasipoisson".
         corr: "independence", "exchangeable", "ar1" (alpha to the difference of the ranks of `time` within the block) or "unstructured"
             (one parameter a pair of levels of `time`).
         time: what orders the rows of a block, a column or an expression; "ar1" takes the source's own row order without it.
         vcov: "robust" (None), "model", or a sandwich corrected for few blocks: "kauermann-carroll" or "mancl-derouen" (both 2001).
         freq: for "independence" and "exchangeable" only, where it is no time twice.
-        trials, weights, offset, levels, contrasts, na, options: as in `mlpipe.glmm`.
+
+    `trials`, `weights`, `offset`, `levels`, `contrasts`, `na` and `options` are as in `mlpipe.glmm`.
 
     alpha and phi are moment estimators without degrees of freedom taken off, as geepack's.
     Raises FormulaError, ConfigError, DataError (two rows of one block at one time, too), ResourceError; warns by RankWarning and

@@ -66,10 +66,11 @@ def lmm(
         weights: precision weights, residual variance sigma²/w: a column or an expression.
         freq: frequency weights: a row that stands for so many.
         offset: added to the linear predictor with coefficient 1.
-        levels: level orders of factors. contrasts: "treatment", "sum", "helmert" or "poly" per factor.
+        levels: level orders of factors.
+        contrasts: "treatment", "sum", "helmert" or "poly" per factor.
         na: "drop" rows with missing values and count them, or "raise".
         cluster: a column, the grouping factor or one that it lies within, for cluster-robust errors of the fixed effects: "CR0", "CR1"
-            (the default) or "CR2" by `vcov`, from one more scan.
+            (the default) or "CR2" by `vcov`, from one more scan; over statistics of collect="blocks+xx" their grouping factor, without.
         method: how several grouping factors are solved: "exact", "iterative" (Monte Carlo error stated), "auto" by their size.
         start: theta to start from, in lme4's order.
         options: limits and tolerances.
@@ -87,10 +88,10 @@ def lmm(
     clusters, kind = robust_mixed.checked(cluster, vcov, CR)
     arguments = _arguments(locals()) | {"clusters": clusters}
     if _given(data, arguments):
-        if kind is not None:
-            raise DataError("statistics of a mixed model hold no rows for robust errors", code="not_collected", hint="pass the rows")
         own = replace(data, info=deepcopy(data.info))  # what one fit notes is not the statistics' nor the next fit's
         fit = _fitted(formula, own, data, reml, start, options, method, coding={"contrasts": contrasts, "levels": levels})
+        if kind is not None:
+            robust_mixed.of_statistics(fit, own, coded(own, fit.parsed, contrasts, levels).fixed, kind, clusters)
         fit.info |= _spreads(fit, own) | ({"coding": {"contrasts": contrasts, "levels": levels}} if contrasts or levels else {})
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):

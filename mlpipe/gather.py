@@ -148,7 +148,7 @@ def _info(
         "rows_read": total, "rows_dropped": total - rows, "dropped": dropped, "blocks": spool.n_blocks if plan.recipe.groups else 0,
         "cells": spool.n_rows, "spool": {"bytes": spool.nbytes, "mapped": spool.mapped}, "expected_compression": round(ratio, 3),
         "seconds": seconds, "notes": notes, "path": "spool", "engine": plan.engine.dialect, "fingerprint": identity.fingerprint,
-        "content": sums, "rescannable": identity.rescannable, "bytes": identity.bytes,
+        "content": sums, "rescannable": identity.rescannable, "bytes": identity.bytes, "sql": plan.engine.ran,
     }  # fmt: skip
 
 

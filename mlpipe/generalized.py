@@ -2,21 +2,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import robust_mixed
 from .checkpoint import Checkpoint
-from .design import level_label
-from .errors import ConfigError, DataError, did_you_mean
+from .errors import ConfigError, did_you_mean
 from .families import check_mixed, check_plain, check_weights, checked_family
 from .findings import noted, report
 from .formula import Formula, parse
 from .options import METHODS, Options
-from .passes import Estimates, Model, Settled, block_sandwich, built, plain, resumed, solved
+from .passes import Estimates, Model, Settled, block_sandwich, built, plain, solved
 from .planning import Plan, Request, prepare
 from .progress import stage
 from .robust import checked, names_of
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from .compressed import Compressed
     from .gather import Gathered
     from .generalized_result import GLMFit, GLMMFit
-    from .solve.glmm import GLMMProblem, GLMMSolution
+    from .solve.glmm import GLMMSolution
 
 
 def glmm(
@@ -61,12 +60,15 @@ def glmm(
         nagq: 1 for the Laplace approximation, k for adaptive Gauss-Hermite quadrature with k nodes a random effect (Pinheiro and
             Chao 2006).
         trials: numbers of trials of a binomial proportion.
-        weights: prior weights (variance phi / w), for families with a dispersion. freq: rows that stand for several.
+        weights: prior weights (variance phi / w), for families with a dispersion.
+        freq: rows that stand for several.
         cluster: the grouping factor, for a sandwich covariance of the coefficients over its blocks: "CR0" or "CR1" (the default) by
             `vcov`.
-        start: theta to start from. checkpoint: a file that keeps the state, from which the same fit goes on.
+        start: theta to start from.
+        checkpoint: a file that keeps the state, from which the same fit goes on.
         options: limits, tolerances, and `curvature`, the Hessian in the Laplace determinant.
-        data, offset, levels, contrasts, na, method: as in `mlpipe.lmm`.
+
+    `data`, `offset`, `levels`, `contrasts`, `na` and `method` are as in `mlpipe.lmm`.
 
     Family parameters (shape, dispersion) are estimated by maximum likelihood too; the log-likelihood has all its constants.
     Raises FormulaError, ConfigError, DataError, ResourceError; warns by SingularFitWarning, RankWarning, SeparationWarning,
@@ -82,7 +84,7 @@ def glmm(
     clusters, kind = robust_mixed.checked(cluster, vcov, ("CR0", "CR1"))
     if clusters and any(bar.groups != clusters for bar in parsed.random):
         raise ConfigError(f"cluster = {clusters[0]!r} is not the grouping factor", code="cluster", hint="a GLMM's blocks are its clusters")
-    plan, rows = _rows(data, request, options, compress=True)
+    plan, rows = gathered(data, request, options, compress=True)
     with rows.spool:
         model = built(parsed, plan, rows, made, nagq)
         settings = (request.family, request.link, nagq, options.curvature)
@@ -100,11 +102,11 @@ def refitted(kept: Compressed, request: Request, before: Estimates | None, info:
 
     Errors and warnings as in `glmm`.
     """
-    from .keeping import gathered
+    from .keeping import spooled
 
     began, options = time.perf_counter(), request.options
     parsed, made = _checked(request.formula, "auto"), _density(request, options)
-    rows = gathered(kept, options, info)
+    rows = spooled(kept, options, info)
     with rows.spool:
         model = built(parsed, Settled(kept.recipe, request), rows, made, request.nagq)
         fit, _ = _mixed(request.formula, model, None, None, options, None, "auto", before)
@@ -191,7 +193,7 @@ def glm(
         trials=trials, groups=clusters, options=options,
     )  # fmt: skip
     made = _density(request, options)
-    plan, rows = _rows(data, request, options, compress=False)
+    plan, rows = gathered(data, request, options, compress=False)
     with rows.spool:
         model = built(parsed, plan, rows, made, 1)
         with stage("fit", rows.info["seconds"], None, options):
@@ -208,35 +210,6 @@ def _raw(model: Model, covariance: np.ndarray) -> np.ndarray:
     half = np.linalg.solve(model.fixed.R, covariance)
     out = np.linalg.solve(model.fixed.R, half.T)
     return np.asarray((out + out.T) / 2.0)
-
-
-@contextmanager
-def respooled(fit: GLMMFit, *, compress: bool = True) -> Iterator[tuple[GLMMProblem, GLMMSolution, Model]]:
-    """The rows of a fit once more: its problem over a new spool, its optimum there, and the model; noted in `info`.
-
-    Raises DataError where the source is gone or has changed.
-    """
-    recipe, options = fit.recipe, fit.options or Options()
-    if recipe.factors:
-        raise ConfigError(
-            "profiles and bootstraps of generalized models are for one grouping factor", code="several_factors", hint='method="wald"'
-        )
-    if fit.source is None:
-        raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
-    levels = {v.label: [level_label(level) for level in v.levels] for v in recipe.variables.values() if v.kind == "category"}
-    request = Request(
-        fit.formula, weights=recipe.weights, freq=recipe.freq, offset=recipe.offset, levels=levels, contrasts=recipe.contrasts,
-        family=recipe.family, link=fit.link, trials=recipe.trials, nagq=fit.nagq, options=options,
-    )  # fmt: skip
-    plan, rows = _rows(fit.source, request, options, compress=compress)
-    with rows.spool:
-        if rows.rows != fit.rows:
-            raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")
-        made = density(fit.base_family, fit.link, expected=fit.curvature == "expected")
-        model = built(parse(fit.formula), plan, rows, made, fit.nagq)
-        problem, solution = resumed(model, fit.beta, [term.factor for term in fit.terms], fit.tau, options)
-        fit.info["notes"] = [*fit.info.get("notes", []), "the rows were read once more for inference"]
-        yield problem, solution, model
 
 
 def _density(request: Request, options: Options) -> Density:
@@ -256,7 +229,8 @@ def _checked(formula: str, method: str) -> Formula:
     return parsed
 
 
-def _rows(data: Any, request: Request, options: Options, *, compress: bool) -> tuple[Plan, Gathered]:
+def gathered(data: Any, request: Request, options: Options, *, compress: bool) -> tuple[Plan, Gathered]:
+    """The plan of a request and the rows it reads, in a spool that is the caller's to close. Raises ConfigError for statistics."""
     from .gather import gather
     from .sources import open_source
     from .stats import SuffStats

@@ -84,6 +84,12 @@ class GeneralizedFit(MixedFit):
             return Output(("observed", best), lambda y, eta: y - marginal.mean(self, eta))
         return Output((what,), lambda eta: marginal.mean(self, eta))
 
+    def influence(self, top: int = 20, data: Any = None, *, group: str | None = None, options: Options | None = None) -> pa.Table:
+        """See MixedFit; by one Newton step from the estimates."""
+        from . import influence_generalized
+
+        return influence_generalized.influence(self, top, data, group)
+
     @property
     def n_params(self) -> int:
         """Coefficients, covariance parameters and the family's."""

@@ -30,8 +30,8 @@ class Grid:
         if self.width is None:
             spans = np.ptp(points, axis=0)
             sizes = np.where(spans > 0.0, spans, np.maximum(np.abs(points).max(axis=0), 1.0))
-            self.width = tuple(2.0 ** math.ceil(math.log2(size / FIRST)) for size in sizes)  # type: ignore[assignment]
-        assert self.width is not None
+            x_size, y_size = (2.0 ** math.ceil(math.log2(size / FIRST)) for size in sizes)
+            self.width = x_size, y_size
         while np.abs(points / self.width).max() > 2.0**30:
             self._double(0 if np.abs(points[:, 0]).max() / self.width[0] > 2.0**30 else 1)
         self._merge(np.floor(points / self.width).astype(np.int64), np.ones(len(points)))

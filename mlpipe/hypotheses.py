@@ -14,6 +14,7 @@ from .formula import Formula, Term
 from .inference import Tests, chi2_tail, held
 from .intervals import ml_optimum
 from .options import Options
+from .result import LMMFit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -272,9 +273,9 @@ def check_comparable(fits: Sequence[MixedFit]) -> None:
 
 def ml_loglik(fit: MixedFit) -> float:
     """The log-likelihood, of the refit by ML where the fit was by REML."""
-    if not (fit.residual_scaled and fit.reml):
+    if not (isinstance(fit, LMMFit) and fit.reml):
         return fit.loglik
-    kept, best = ml_optimum(fit, held(fit))  # type: ignore[arg-type]
+    kept, best = ml_optimum(fit, held(fit))
     return -(best.value + 2.0 * kept.problem.n * math.log(kept.scale)) / 2.0
 
 
@@ -335,8 +336,8 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
     text, recipe, options = without(formula, term), fit.recipe, fit.options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if fit.residual_scaled:
-            kept = held(fit)  # type: ignore[arg-type]
+        if isinstance(fit, LMMFit):
+            kept = held(fit)
             return lmm(text, kept.stats, reml=False, options=options, **kept.coding)
         if fit.source is None:
             raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")

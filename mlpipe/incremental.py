@@ -85,14 +85,14 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     wanted, gone = _wanted(found, list(before), settings)
     record = held or _made(model, [part for part in found if part.name in wanted], request, settings.window)
     base = Recipe.from_json(record["recipe"])
-    new, seconds, stay = [], dict[str, float](), dict[str, dict[str, Any]]()
+    new, seconds, stay, ran = [], dict[str, float](), dict[str, dict[str, Any]](), list[str]()
     listed = {part.name: part for part in found}
     for name in wanted:
         part = listed.get(name)
         if part is None or (name in before and before[name]["mark"] == part.mark):
             stay[name] = before[name]
         else:
-            stay[name] = _collected(shelf, part, request, base, record, seconds)
+            stay[name] = _collected(shelf, part, request, base, record, seconds, ran)
             new.append(stay[name])
     dropped = [name for name in before if name not in stay]
     record = {**record, "partitions": list(stay.values())}
@@ -107,7 +107,7 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     stats = _merged(shelf, record, root, seconds, request)
     facts = {"total": len(stay), "read": [part["name"] for part in new], "dropped": dropped, "vanished": gone}
     facts["replaced"] = [part["name"] for part in new if part["name"] in before]
-    info = _info(record, new, facts, seconds)
+    info = _info(record, new, facts, seconds) | {"sql": ran}
     if isinstance(stats, SuffStats):
         info |= {"path": "blocks", "blocks": stats.blocks.n_blocks if stats.blocks is not None else 0}
     return Update(shelf, record, replace(stats, info=info), info, root, _before(record, request, stats, root.state))
@@ -212,9 +212,9 @@ def _made(model: dict[str, Any], parts: Sequence[Partition], request: Request, w
 
 
 def _collected(
-    shelf: Shelf, part: Partition, request: Request, base: Recipe, record: dict[str, Any], seconds: dict[str, float]
+    shelf: Shelf, part: Partition, request: Request, base: Recipe, record: dict[str, Any], seconds: dict[str, float], ran: list[str]
 ) -> dict[str, Any]:
-    """Reads one partition in the shape of the store and saves its state. Errors name the partition."""
+    """Reads one partition in the shape of the store and saves its state; `ran` becomes its statements. Errors name the partition."""
     kind = () if record.get("merges", True) else ("rows",)
     recipe = json.dumps(record["recipe"], sort_keys=True, default=str)
     state = fingerprint(recipe, json.dumps(record["model"]), part.name, part.mark, *kind)
@@ -222,6 +222,7 @@ def _collected(
         with closing(open_source(part.data, options=request.options)) as engine:
             _check_schema(engine, base, record["types"])
             stats, facts = _read(engine, request, base, merges=record.get("merges", True))
+            ran[:] = engine.ran
         if not unchanged(part) or (part.rows is not None and facts["rows_read"] != part.rows):
             raise changed()
     except MlpipeError as error:

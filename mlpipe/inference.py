@@ -95,9 +95,9 @@ class Tests:
         return self._held.covariance(self._adjusted.adjusted) if self.ddf == "kenward-roger" else self.fit.covariance
 
     def each(self, L: np.ndarray) -> np.ndarray:
-        """Degrees of freedom (k,) of a t test of each row of L (k, p); infinite by Wald's method."""
+        """Degrees of freedom (k,) of a t test of each row of L (k, p); by Wald's method those of least squares, else infinite."""
         if self.ddf == "wald":
-            return np.full(len(L), np.inf)
+            return np.full(len(L), getattr(self.fit, "df_test", np.inf))
         star = self._held.star_contrasts(L)
         if self.ddf == "kenward-roger":
             return np.array([self._adjusted.test(row[None])[0] for row in star])

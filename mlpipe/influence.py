@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from . import influence_several
 from .arrays import column
-from .blocks import stack as stacked
 from .covariates import design, note_scan, random_terms, scanned
-from .effects import key_names, residual_vector
-from .errors import ConfigError, DataError
-from .stats import SuffStats, full_map
+from .deletion import Deletion, Part, check_top, chosen, most
+from .effects import residual_vector
+from .errors import ConfigError
+from .stats import SuffStats
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray
 
-DETERMINED = 1e-10  # share of the information on a direction that must remain without a block
-
 
 class Block(NamedTuple):
     """Sums of B blocks: `keys`, `rows` (B,), `G` = F'wF (B, m, m) and `g` = F'wr (B, m), r the residual of the fixed part."""
@@ -41,31 +40,48 @@ class Block(NamedTuple):
     g: Array
 
 
-def influence(fit: MixedFit, top: int, data: Any, options: Options | None) -> pa.Table:
-    """See `MixedFit.influence`."""
-    import pyarrow as pa
-
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise ConfigError(f"top = {top!r} is not a whole number from 1")
-    if not fit.residual_scaled or not random_terms(fit):
-        raise ConfigError("influence by deletion of blocks is for linear mixed models", code="not_available")
-    if fit.recipe.factors:
-        raise ConfigError("influence by deletion of blocks needs one grouping factor", code="several_factors")
-    found: pa.Table | None = None
+def influence(fit: MixedFit, top: int, data: Any, options: Options | None, group: str | None) -> pa.Table:
+    """See `MixedFit.influence`, of linear mixed models."""
+    check_top(top)
+    if not random_terms(fit):
+        raise ConfigError("influence by deletion of blocks is for mixed models", code="not_available")
+    columns = chosen(fit, group)
     with ExitStack() as stack:
+        if fit.recipe.factors:
+            return influence_several.table(fit, stack.enter_context(scanned(fit, data, options, more=_more(fit))), columns, top, options)
         if data is None and isinstance(fit.source, SuffStats):
             blocks = partial(_held, fit, fit.source)
         else:
             blocks = partial(_summed, fit, stack.enter_context(scanned(fit, data, options, more=_more(fit))))
-        deletion = _Deletion(fit, blocks)
-        for part in blocks():
-            table = deletion.table(part)
-            found = _most(pa.concat_tables([found, table]) if found is not None else table, top)
+        found = _deleted(fit, blocks, top)
         if not isinstance(fit.source, SuffStats) or data is not None:
             note_scan(fit, "influence", data)
-    if found is None:
-        raise DataError("there are no rows", code="no_rows")
-    return found.drop_columns(["order"])
+    return found
+
+
+def _deleted(fit: MixedFit, blocks: Callable[[], Iterator[Block]], top: int) -> pa.Table:
+    """The table of a linear model, in the coordinates X* = X R⁻¹."""
+    Q, R = np.linalg.qr(design(fit))
+    half, s2 = np.hstack([term.Q @ term.star for term in fit.terms]), fit.sigma**2
+    parts = partial(map, partial(_told, list(fit.recipe.z), half, Q))
+    if fit.info.get("robust"):  # its covariance is not the inverse of the information: that comes by a further look at the blocks
+        A = np.sum([part.A.sum(axis=0) for part in parts(blocks())], axis=0)
+    else:
+        covariance = R @ fit.covariance @ R.T
+        A = s2 * np.linalg.inv((covariance + covariance.T) / 2.0)
+    return most(Deletion(fit, R, A, s2, fit.recipe.groups), parts(blocks()), top)
+
+
+def _told(z: list[int], H: Array, Q: Array, blocks: Block) -> Part:
+    """A_i and s_i of blocks, V relative to sigma²."""
+    C = np.einsum("zq,bzm->bqm", H, blocks.G[:, z, :])
+    M = np.eye(H.shape[1]) + C[:, :, z] @ H
+    c = blocks.g[:, z] @ H
+    solved = np.linalg.solve(M, np.concatenate([C, c[:, :, None]], axis=2))
+    G = blocks.G - C.transpose(0, 2, 1) @ solved[:, :, :-1]
+    g = blocks.g - np.einsum("bqm,bq->bm", C, solved[:, :, -1])
+    A = Q.T @ G @ Q
+    return Part(blocks.keys, blocks.rows, (A + A.transpose(0, 2, 1)) / 2.0, g @ Q)
 
 
 def _more(fit: MixedFit) -> list[str]:
@@ -75,79 +91,11 @@ def _more(fit: MixedFit) -> list[str]:
     return list(dict.fromkeys([*raw_columns(fit.recipe), *fit.recipe.groups]))
 
 
-def _most(table: pa.Table, top: int) -> pa.Table:
-    """The `top` rows of greatest distance."""
-    order = np.argsort(-column(table, "order"), kind="stable")[:top]
-    return table.take(order)
-
-
-class _Deletion:
-    """The fit in the coordinates X* = X R⁻¹, and what the deletion of blocks does to it."""
-
-    def __init__(self, fit: MixedFit, blocks: Callable[[], Iterator[Block]]) -> None:
-        self.fit = fit
-        self.Q, self.R = np.linalg.qr(design(fit))
-        self.half = np.hstack([term.Q @ term.star for term in fit.terms])
-        self.s2, self.p = fit.sigma**2, len(fit.names)
-        if fit.info.get("robust"):  # its covariance is not the inverse of the information: that comes by a further look at the blocks
-            self.A = np.sum([self._of_blocks(part)[0].sum(axis=0) for part in blocks()], axis=0)
-        else:
-            covariance = self.R @ fit.covariance @ self.R.T
-            self.A = self.s2 * np.linalg.inv((covariance + covariance.T) / 2.0)
-        self.L = np.linalg.cholesky(self.A)
-
-    def table(self, blocks: Block) -> pa.Table:
-        """One row a block, and `order`, by which they are ranked."""
-        import pyarrow as pa
-
-        A_i, s_i = self._of_blocks(blocks)
-        rest = self.A - A_i
-        white = np.linalg.solve(self.L, np.linalg.solve(self.L, A_i).transpose(0, 2, 1))  # L⁻¹ A_i L⁻ᵀ
-        leverage = np.trace(white, axis1=1, axis2=2)
-        known = np.linalg.eigvalsh(white)[:, -1] < 1.0 - DETERMINED
-        rest = np.where(known[:, None, None], rest, self.A)
-        delta = np.linalg.solve(rest, s_i[:, :, None])[:, :, 0]
-        cook = ((delta @ self.L) ** 2).sum(axis=1) / (self.p * self.s2)
-        back = np.linalg.solve(rest, np.broadcast_to(np.linalg.inv(self.R).T, rest.shape))  # (A - A_i)⁻¹ R⁻ᵀ
-        variance = np.einsum("jk,bkj->bj", np.linalg.inv(self.R), back)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            dfbetas = np.linalg.solve(self.R, delta.T).T / np.sqrt(self.s2 * variance)
-        names = key_names(self.fit.terms, self.fit.recipe.groups)
-        columns: dict[str, Any] = dict(zip(names, blocks.keys, strict=True))
-        columns |= {"rows": pa.array(blocks.rows.astype(np.int64)), "leverage": pa.array(leverage)}
-        columns["cooks_distance"] = pa.array(cook, mask=~known)
-        for name, values in zip(self.fit.names, dfbetas.T, strict=True):
-            columns[f"dfbetas_{name}"] = pa.array(values, mask=~(known & np.isfinite(values)))
-        columns["order"] = pa.array(np.where(known, cook, np.inf))
-        return pa.table(columns)
-
-    def _of_blocks(self, blocks: Block) -> tuple[Array, Array]:
-        """A_i (B, p, p) and s_i (B, p), V relative to sigma²."""
-        z, H = list(self.fit.recipe.z), self.half
-        C = np.einsum("zq,bzm->bqm", H, blocks.G[:, z, :])
-        M = np.eye(H.shape[1]) + C[:, :, z] @ H
-        c = blocks.g[:, z] @ H
-        solved = np.linalg.solve(M, np.concatenate([C, c[:, :, None]], axis=2))
-        G = blocks.G - C.transpose(0, 2, 1) @ solved[:, :, :-1]
-        g = blocks.g - np.einsum("bqm,bq->bm", C, solved[:, :, -1])
-        A = self.Q.T @ G @ self.Q
-        return (A + A.transpose(0, 2, 1)) / 2.0, g @ self.Q
-
-
 def _held(fit: MixedFit, stats: SuffStats) -> Iterator[Block]:
     """The sums of all blocks, from statistics that hold each block's X'X. Raises DataError where they do not."""
-    recipe, m = stats.recipe, stats.recipe.n_covariates
-    if stats.blocks is None or stats.blocks.table is None or stats.collect == "fit" or set(recipe.z) != set(range(m)):
-        hint = 'collect with collect="blocks+xx", or pass the data'
-        raise DataError(f"collect={stats.collect!r} keeps no cross-products of each block's covariates", code="not_collected", hint=hint)
-    order = [recipe.z.index(i) for i in range(m)]
-    V = full_map(recipe, np.eye(m)[:, order], np.eye(len(recipe.features)))
-    residual = residual_vector(fit)
-    keys = [name for name in stats.blocks.table.column_names if name not in stats.blocks.names and name != "row_count"]
-    for batch in stats.blocks.table.to_batches(max_chunksize=4_096):
-        C = np.einsum("ijk,kb->bij", V, stacked(batch, stats.blocks.names), optimize=True)
-        rows = column(batch, "row_count").astype(float)
-        yield Block([batch.column(key) for key in keys], rows, C[:, :, :m], C @ residual)
+    m, residual = stats.recipe.n_covariates, residual_vector(fit)
+    for keys, rows, C in stats.covariate_products():
+        yield Block(keys, rows.astype(float), C[:, :, :m], C @ residual)
 
 
 def _summed(fit: MixedFit, scan: Scan) -> Iterator[Block]:

@@ -135,9 +135,11 @@ def linked(link: str, mu: Array, nu: Array) -> Array:
 
 def variance_coefficients(fit: MixedFit) -> tuple[float, float, float, float]:
     """Var(y) of a row of weight and trials 1 as a cubic polynomial in its mean: coefficients from degree 0 up."""
-    if fit.residual_scaled or fit.family == "gaussian":
+    if fit.residual_scaled:
         return fit.sigma**2, 0.0, 0.0, 0.0
     family, phi = fit.base_family, fit.dispersion  # type: ignore[attr-defined]
+    if family == "gaussian":  # the scale of estimating equations, sigma² of a likelihood
+        return phi, 0.0, 0.0, 0.0
     if family in PLAIN:
         factor = phi if fit.family != family else 1.0
         return tuple(factor * c for c in PLAIN[family])  # type: ignore[return-value]

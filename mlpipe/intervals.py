@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import variance
+from .again import again
 from .errors import ConfigError, did_you_mean
+from .generalized_result import PARAMETER, GeneralizedFit
 from .held import Held
 from .inference import check_size, held
 from .pins import Parametrisation
+from .result import LMMFit
 from .solve.crossed import CrossedProblem
-from .solve.profile import BlockSurface, LevelSurface, PassSurface, Pin, Profile, Surface
+from .solve.profile import BlockSurface, LevelSurface, Pin, Profile, Surface
 from .solve.refit import Optimum, free_of, refit
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .generalized_result import GLMMFit
-    from .result import LMMFit, MixedFit
+    from .result import MixedFit
 
 METHODS = ("wald", "profile", "boot")
 Interval = tuple[str, float, float]
@@ -35,8 +37,6 @@ def confint(fit: MixedFit, method: str, level: float, draws: int) -> pa.Table:
         raise ConfigError(f"method = {method!r} is not one of {', '.join(METHODS)}", hint=did_you_mean(str(method), list(METHODS)))
     if not 0 < level < 1:
         raise ConfigError(f"level = {level!r} is not between 0 and 1")
-    if method != "wald" and not fit.terms:
-        raise ConfigError(f"method = {method!r} belongs to mixed models", hint='method="wald"')
     if method == "boot":
         from .bootstrap import percentiles
 
@@ -99,9 +99,10 @@ def _wald(fit: MixedFit, level: float) -> list[Interval]:
 
 def _profiled(fit: MixedFit, level: float) -> list[Interval]:
     z = NormalDist().inv_cdf(0.5 + level / 2)
-    if fit.residual_scaled:
-        return _linear(fit, z)  # type: ignore[arg-type]
-    return _by_passes(fit, z)  # type: ignore[arg-type]
+    if isinstance(fit, GeneralizedFit):
+        return _by_passes(fit, z)
+    assert isinstance(fit, LMMFit)
+    return _linear(fit, z)
 
 
 def _limits(fit: MixedFit, surface: Surface, pins: list[tuple[str, Pin]], curvature: np.ndarray, least: float, z: float) -> list[Interval]:
@@ -124,8 +125,10 @@ def ml_optimum(fit: LMMFit, kept: Held) -> tuple[Held, Optimum]:
     whole = kept.with_reml(False)
     lambda_ = kept.lambda_([term.star for term in fit.terms])
     options = fit.options
-    settings = {} if options is None else {"tol": options.tol, "max_evaluations": options.max_passes}
-    return whole, refit(whole.problem, lambda_[free_of(whole.problem)], **settings)  # type: ignore[arg-type]
+    start = lambda_[free_of(whole.problem)]
+    if options is None:
+        return whole, refit(whole.problem, start)
+    return whole, refit(whole.problem, start, tol=options.tol, max_evaluations=options.max_passes)
 
 
 def _linear(fit: LMMFit, z: float) -> list[Interval]:
@@ -149,17 +152,15 @@ def _linear(fit: LMMFit, z: float) -> list[Interval]:
     return rows + [(name, low + s, high + s) for (name, low, high), s in zip(found[moved:], shift.tolist(), strict=True)]
 
 
-def _by_passes(fit: GLMMFit, z: float) -> list[Interval]:
-    from .generalized import respooled
-    from .generalized_result import PARAMETER
-
-    with respooled(fit) as (problem, solution, model):
-        p, d = problem.p, len(problem.entries)
-        order = np.concatenate([np.arange(p, p + d), np.arange(p), np.arange(p + d, len(solution.psi))])
-        phi, covariance = solution.psi[order], solution.vcov[np.ix_(order, order)]
-        how = Parametrisation(model.random, phi, covariance, relative=False)
-        pins = _random_pins(fit, how, tuple(range(len(fit.terms))))
-        if problem.shape:
+def _by_passes(fit: GeneralizedFit, z: float) -> list[Interval]:
+    with again(fit) as found:
+        best, p = found.best, found.best.p
+        d = len(best.psi) - p - found.model.density.family.shape
+        order = np.concatenate([np.arange(p, p + d), np.arange(p), np.arange(p + d, len(best.psi))])
+        phi, covariance = best.psi[order], best.vcov[np.ix_(order, order)]
+        how = Parametrisation(found.random, phi, covariance, relative=False)
+        pins = _random_pins(fit, how, found.places)
+        if found.model.density.family.shape:
             power = PARAMETER[fit.base_family][1]
             value = math.exp(power * phi[-1])
             error = abs(power) * value * math.sqrt(covariance[-1, -1])
@@ -167,9 +168,7 @@ def _by_passes(fit: GLMMFit, z: float) -> list[Interval]:
                 str(family_name(fit)),
                 how.element(len(phi) - 1, lambda tau: math.exp(power * tau), lambda v: math.log(v) / power, error),
             ))  # fmt: skip
-        inverse = np.linalg.inv(model.fixed.R)
+        inverse = np.linalg.inv(found.model.fixed.R)
         for name, c in zip(fit.names, inverse, strict=True):
-            estimate = float(c @ solution.psi[:p])
-            pins.append((name, how.coefficient(c, estimate, math.sqrt(float(c @ solution.vcov[:p, :p] @ c)))))
-        return _limits(fit, PassSurface(problem), pins, how.curvature(), -2.0 * solution.loglik, z)
-
+            pins.append((name, how.coefficient(c, float(c @ best.beta), math.sqrt(float(c @ best.vcov[:p, :p] @ c)))))
+        return _limits(fit, best.surface, pins, how.curvature(), -2.0 * best.loglik, z)

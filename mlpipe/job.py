@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 
 Mode = Literal["error", "overwrite", "append"]
 
-# Keys that the job format reserves and this version does not have: better named than called unknown.
-RESERVED: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("source",): ("columns",),
-    ("limits",): ("timeout",),
-}
 _WANTED = {
     "bool_type": "true or false",
     "string_type": "text in quotes",
@@ -39,6 +34,7 @@ _UNIONS = {
     "model.absorb": "text in quotes or a list of such",
     "model.groups": "text in quotes or a list of such",
     "limits.memory_limit": "text in quotes or a whole number",
+    "limits.timeout": "text in quotes or a number",
 }
 
 
@@ -110,11 +106,12 @@ class OutputSection(Section):
 
 
 class LimitsSection(Section):
-    """What the fit may use: see `Options`."""
+    """What the fit may use: see `Options`; `timeout`: how long the job may take, see `deadline.parse_seconds`."""
 
     memory_limit: str | int | None = None
     threads: int | None = None
     temp_directory: str | None = None
+    timeout: str | int | float | None = None
 
 
 class PolicySection(Section):
@@ -180,8 +177,6 @@ def _readable(error: ValidationError, path: str) -> ConfigError:
     key, value = place[-1], first["input"]
     shown = next((union for union in _UNIONS if tuple(union.split(".")) == place[:2]), ".".join(place))
     if first["type"] == "extra_forbidden":
-        if key in RESERVED.get(place[:-1], ()):
-            return ConfigError(f"{path}: {shown} is not available in this version", code="not_available")
         hint = did_you_mean(key, list(_section(place[:-1]).model_fields))
         return ConfigError(f"{path}: unknown key {shown}", code="unknown_key", hint=hint)
     if first["type"] == "missing":
@@ -295,7 +290,7 @@ def fit_job(job: Job, limits: Mapping[str, Any], *, rebase: bool = False) -> Mix
 
 
 def _options(job: Job, limits: Mapping[str, Any]) -> Options:
-    return Options(**(job.limits.model_dump(exclude_none=True) | dict(limits)))
+    return Options(**(job.limits.model_dump(exclude_none=True, exclude={"timeout"}) | dict(limits)))
 
 
 def has_many(job: Job) -> bool:

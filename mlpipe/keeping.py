@@ -93,7 +93,7 @@ def _batches(plan: Plan, options: Options, *, merges: bool) -> Iterator[pa.Recor
         yield batch
 
 
-def gathered(state: Compressed, options: Options, info: dict[str, Any]) -> Gathered:
+def spooled(state: Compressed, options: Options, info: dict[str, Any]) -> Gathered:
     """The rows or cells in the order of their blocks, in a spool. Raises DataError where they cannot be fitted."""
     recipe, keys = state.recipe, key_names(state.recipe)
     with stage("spool", info["seconds"], None, options) as fields:

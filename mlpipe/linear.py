@@ -54,13 +54,15 @@ def ols(
     """Fits a linear model by (weighted) least squares from sums over the rows, in one scan.
 
     Args:
-        formula: `y ~ x`, without random terms. data: as in `mlpipe.lmm`; SuffStats too.
+        formula: `y ~ x`, without random terms.
+        data: as in `mlpipe.lmm`; SuffStats too.
         absorb: factor(s) whose effects are taken out without being listed: the within (fixed-effects) estimator. One factor comes from
             its block sums; several from conjugate gradients on the cells of their levels.
         cluster: column(s) whose rows may be correlated; several cluster in several ways (Cameron, Gelbach and Miller 2011).
         vcov: "HC0" to "HC3" (White 1980; MacKinnon and White 1985); with `cluster` "CR0", "CR1" (the default) or "CR2" (Bell and
             McCaffrey 2002, for rows of variance sigma²/w); None for sigma² (X'WX)⁻¹. They read the rows once more.
-        weights, freq, offset, levels, contrasts, na, options: as in `mlpipe.lmm`.
+
+    `weights`, `freq`, `offset`, `levels`, `contrasts`, `na` and `options` are as in `mlpipe.lmm`.
 
     CR1 has the factor G/(G - 1) (n - 1)/(n - k), in which absorbed effects within the clusters do not count in k.
     Raises FormulaError, ConfigError, DataError, ResourceError, ConvergenceError; warns by RankWarning.
@@ -115,7 +117,7 @@ def _from_rows(
     formula: str, parsed: Formula, data: Any, absorb: tuple[str, ...], clusters: tuple[str, ...], kind: str | None,
     arguments: Mapping[str, Any], options: Options,
 ) -> OLSFit:  # fmt: skip
-    from .collect import collect
+    from .collect import collect, known
     from .planning import prepare
     from .sources import open_source
 
@@ -128,7 +130,8 @@ def _from_rows(
         fit = _result(formula, stats, left, solution, beta, kind, clusters, options)
         if kind is not None:
             with stage("robust", stats.info["seconds"], engine, options):
-                _robust(fit, stats, solution, left, absorb, Source(engine, plan.names), kind, clusters)
+                names = known(plan.names, complete=stats.info["rows_dropped"] == 0)
+                _robust(fit, stats, solution, left, absorb, Source(engine, names), kind, clusters)
             engine.check_unchanged()
         fit.source = data if identity.rescannable else None
         if absorb:

@@ -104,12 +104,13 @@ def fit_many(models: Sequence[Model], data: Any, request: Request) -> Fits:
         schema, found, info = collected(plan)
     info.update(fingerprint=identity.fingerprint, rescannable=False, bytes=identity.bytes)
     seconds: dict[str, float] = info["seconds"]
-    out = []
+    out: list[Fitted] = []
     with stage("fits", seconds, None, request.options) as fields, warnings.catch_warnings():
         warnings.simplefilter("ignore", MlpipeWarning)  # a fit's fields say the same, for thousands of them
         for values, stats, rows_read in found:
             rows = stats.rows if isinstance(stats, SuffStats) else 0
             own = {**info, "rows_read": rows_read, "rows_dropped": rows_read - rows, "seconds": {}}
+            own["sql"] = engine.ran if not out else []  # once: thousands of fits share the scan
             out += [_fitted(model, dict(zip(schema.names, values, strict=True)), stats, own, request.options) for model in models]
         fields |= {"fits": len(out), "failed": sum(one.fit is None for one in out)}
     seconds["total"] = time.perf_counter() - began

@@ -2,14 +2,13 @@
 
 The reference grid crosses the levels of all factors of the fixed part; numeric covariates are at their means. Means average the linear
 predictor over the grid's other factors, equally weighted, and are then transformed back; with the random effects integrated out they
-average the means themselves. Standard errors are by the delta method, tests by the normal distribution.
+average the means themselves. Standard errors are by the delta method; tests by the degrees of freedom of `ddf`, on the linear predictor.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from .averaged import Means
 from .covariates import covariate_means, evaluated, note_scan, random_terms, scanned
 from .design import Level, Variable, level_label
 from .errors import ConfigError, did_you_mean
+from .inference import Tests, t_quantile, t_tail
 from .predictions import value_names
 from .reduction import Coding
 from .solve.link import LINKS
@@ -39,60 +39,83 @@ NULL = 1e-8  # relative to the largest, below which a direction of the design is
 
 
 class Found(NamedTuple):
-    """Means of cells of levels: `term`, the cells' `labels`, their estimates (L,) and covariance (L, L); NaN where not estimable."""
+    """Means of cells of levels: `term`, the cells' `labels`, their estimates (L,) and covariance (L, L), NaN where not estimable; `slopes`
+    (L, p) of their linear predictors by the coefficients."""
 
     term: str
     labels: list[str]
     estimate: Array
     covariance: Array
+    slopes: Array
 
 
 def means(
-    fit: MixedFit, term: str | Sequence[str], *, kind: str, effects: str, at: Mapping[str, Any] | None, data: Any, conf_level: float,
-    options: Options | None,
+    fit: MixedFit, term: str | Sequence[str], *, kind: str, effects: str, at: Mapping[str, Any] | None, ddf: str, data: Any,
+    conf_level: float, options: Options | None,
 ) -> pa.Table:  # fmt: skip
     """See `MixedFit.means`."""
     check_level(conf_level)
+    tests = Tests(fit, ddf)
     if fit.terms and not random_terms(fit):
         raise ConfigError("a fit with absorbed effects has no means", hint="it has contrasts", code="not_available")
-    found = _found(fit, term, kind, effects, at, data, options)
+    found = _found(fit, tests, term, kind, effects, at, data, options)
     texts = {"term": [found.term] * len(found.labels), "level": found.labels}
-    return wald_table(texts, found.estimate, np.sqrt(np.diag(found.covariance)), conf_level)
+    return _tested(texts, found.estimate, np.sqrt(np.diag(found.covariance)), tests.each(found.slopes), conf_level)
 
 
 def contrasts(
     fit: MixedFit, term: str | Sequence[str], method: str | Mapping[str, Sequence[float]], *, adjust: str | None, kind: str, effects: str,
-    at: Mapping[str, Any] | None, data: Any, conf_level: float, options: Options | None,
+    at: Mapping[str, Any] | None, ddf: str, data: Any, conf_level: float, options: Options | None,
 ) -> pa.Table:  # fmt: skip
     """See `MixedFit.contrasts`."""
-    import pyarrow as pa
-
     check_level(conf_level)
+    tests = Tests(fit, ddf)
     adjust = adjust or ("tukey" if method == "pairwise" else "none")
     if adjust not in ADJUSTMENTS:
         raise ConfigError(f"adjust = {adjust!r} is not known", hint=did_you_mean(str(adjust), list(ADJUSTMENTS)))
     if adjust == "tukey" and method != "pairwise":
         raise ConfigError('adjust="tukey" is for all pairwise differences', hint='adjust="bonferroni" or "holm"')
-    found = _found(fit, term, kind, effects, at, data, options)
+    found = _found(fit, tests, term, kind, effects, at, data, options)
     names, K = _coefficients(method, found.labels)
-    covariance = _through(K, found.covariance)
-    se = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+    se = np.sqrt(np.maximum(np.diag(_through(K, found.covariance)), 0.0))
     texts = {"term": [found.term] * len(names), "contrast": names}
-    table = wald_table(texts, _through_vector(K, found.estimate), se, conf_level)
+    estimate, df = _through_vector(K, found.estimate), tests.each(K @ found.slopes)
+    table = _tested(texts, estimate, se, df, conf_level)
     if adjust == "none" or not names:
         return table
-    p, critical = _adjusted(adjust, np.array(table.column("p_value").to_pylist(), dtype=float), table, len(found.labels), conf_level)
-    estimate = np.array(table.column("estimate").to_pylist(), dtype=float)
-    known = np.isfinite(estimate)
+    return _with_tests(table, *_adjusted(adjust, table, df, len(found.labels), conf_level))
+
+
+def _tested(texts: Mapping[str, Sequence[Any]], estimate: Array, se: Array, df: Array, conf_level: float) -> pa.Table:
+    """As `wald_table`, by t tests on `df` degrees of freedom, a further column; null where they are infinite."""
+    import pyarrow as pa
+
+    table = wald_table(texts, estimate, se, conf_level)
+    place = table.schema.get_field_index("p_value")
+    table = table.add_column(place, "df", pa.array(df, pa.float64(), mask=~np.isfinite(df)))
+    p = np.array([t_tail(t, k) for t, k in zip(_column(table, "statistic"), df, strict=True)])
+    return _with_tests(table, p, np.array([t_quantile(conf_level, k) for k in df]))
+
+
+def _with_tests(table: pa.Table, p: Array, critical: Array) -> pa.Table:
+    """The table with other p values and critical values of its intervals."""
+    import pyarrow as pa
+
+    estimate, se = _column(table, "estimate"), _column(table, "std_error")
     for name, values in (("p_value", p), ("conf_low", estimate - critical * se), ("conf_high", estimate + critical * se)):
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, name, pa.array(values, pa.float64(), mask=~(known & np.isfinite(values))))
+        column = pa.array(values, pa.float64(), mask=~np.isfinite(values))
+        table = table.set_column(table.schema.get_field_index(name), name, column)
     return table
 
 
+def _column(table: pa.Table, name: str) -> Array:
+    return np.array(table.column(name).to_pylist(), dtype=float)
+
+
 def _found(
-    fit: MixedFit, term: str | Sequence[str], kind: str, effects: str, at: Mapping[str, Any] | None, data: Any, options: Options | None
-) -> Found:
+    fit: MixedFit, tests: Tests, term: str | Sequence[str], kind: str, effects: str, at: Mapping[str, Any] | None, data: Any,
+    options: Options | None,
+) -> Found:  # fmt: skip
     """The means of the cells of `term`."""
     for value, name, known in ((kind, "kind", ("response", "link")), (effects, "effects", ("population", "marginal"))):
         if value not in known:
@@ -104,19 +127,20 @@ def _found(
     grid = _Grid(fit, wanted, at or {}, integrate, data, options)
     rows = evaluated(fit, grid.columns)
     A, model = grid.averaging(), Means(fit, integrate)
+    slopes = A @ (model.Q.T @ rows.F).T
     if integrate:
         held, gradient = model.at(rows.F, rows.offset)
         estimate, J = A @ held.mu, A @ gradient.T
     else:
         eta = A @ (model.gamma @ rows.F + (0.0 if rows.offset is None else rows.offset))
-        slopes = A @ (model.Q.T @ rows.F).T
         back = LINKS[fit.link].means(eta) if kind == "response" else None
         estimate, J = (eta, slopes) if back is None else (back.mu, back.d1[:, None] * slopes)
-    covariance = J @ model.covariance @ J.T
+    slopes = slopes @ model.R
+    covariance = slopes @ tests.covariance @ slopes.T if tests.ddf != "wald" else J @ model.covariance @ J.T
     if fit.dropped:
         unknown = _not_estimable(fit, A, rows.F, data, options)
         estimate[unknown] = covariance[unknown] = covariance[:, unknown] = math.nan
-    return Found(":".join(wanted), grid.labels, estimate, covariance)
+    return Found(":".join(wanted), grid.labels, estimate, covariance, slopes)
 
 
 class _Grid:
@@ -246,22 +270,20 @@ def _through(K: Array, V: Array) -> Array:
     return np.asarray(out)
 
 
-def _adjusted(adjust: str, p: Array, table: pa.Table, levels: int, conf_level: float) -> tuple[Array, float]:
-    """Adjusted p values, and the critical value of intervals: of a family of `levels` means, or of as many tests as are estimable."""
+def _adjusted(adjust: str, table: pa.Table, df: Array, levels: int, conf_level: float) -> tuple[Array, Array]:
+    """Adjusted p values, and critical values of intervals: of a family of `levels` means, or of as many tests as are estimable."""
+    p = _column(table, "p_value")
     m = max(int(np.isfinite(p).sum()), 1)
-    normal = NormalDist()
-    bonferroni = normal.inv_cdf(1.0 - (1.0 - conf_level) / (2.0 * m))
-    if adjust == "bonferroni":
-        return np.minimum(p * m, 1.0), bonferroni
-    if adjust == "holm":
-        return _holm(p), bonferroni
+    if adjust != "tukey" or levels == 2:
+        share = 1 if adjust == "tukey" else m
+        critical = np.array([t_quantile(1.0 - (1.0 - conf_level) / share, k) for k in df])
+        return (_holm(p) if adjust == "holm" else np.minimum(p * share, 1.0)), critical
     from scipy.stats import studentized_range
 
-    if levels == 2:
-        return p, normal.inv_cdf(0.5 + conf_level / 2.0)
-    z = np.abs(np.array(table.column("statistic").to_pylist(), dtype=float))
-    upper = studentized_range.sf(z * math.sqrt(2.0), levels, math.inf)
-    return np.clip(upper, 0.0, 1.0), float(studentized_range.ppf(conf_level, levels, math.inf)) / math.sqrt(2.0)
+    size = np.abs(_column(table, "statistic")) * math.sqrt(2.0)
+    own, where = np.unique(df, return_inverse=True)  # quantiles take a while
+    critical = np.array([studentized_range.ppf(conf_level, levels, k) for k in own])[where] / math.sqrt(2.0)
+    return np.clip(studentized_range.sf(size, levels, df), 0.0, 1.0), critical
 
 
 def _holm(p: Array) -> Array:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ from .formula import Formula
 from .options import Options
 from .planning import Request
 from .progress import stage
-from .reduction import Coding, Fixed, Random, fixed_part, lower_factor, random_part, theta_of
+from .reduction import Coding, Fixed, Random, fixed_part, lower_factor, random_part
 from .solve.density import Density
 from .solve.glm import TAU_BOUND, GLMLook, GLMSolution, glm_look, solve_glm
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
@@ -118,6 +118,16 @@ def _check_blocks(plan: Planned, rows: Gathered) -> None:
 
 def plain(model: Model, chosen: Sequence[int] | None, tol: float, max_passes: int) -> GLMSolution:
     """The fit without random effects, on all chunks or the chosen ones."""
+    shape, look = model.density.family.shape, plain_looks(model, chosen)
+    solution = solve_glm(look, _first(model), shape=shape, tau_bound=tau_bound(model), tol=tol, max_passes=max_passes)
+    if not math.isfinite(solution.loglik):
+        link, family = model.density.link.name, model.density.family.name
+        raise DataError(f"the link {link!r} gives means that family {family!r} has not", code="link_domain", hint="use another link")
+    return solution
+
+
+def plain_looks(model: Model, chosen: Sequence[int] | None) -> Callable[[np.ndarray, bool], GLMLook]:
+    """Passes over all or the chosen chunks without random effects, at (beta*, tau); see `solve.glm`."""
     Q, spool, shape = model.Q, model.rows.spool, model.density.family.shape
     J = np.zeros((len(Q) + shape, Q.shape[1] + shape))
     J[: len(Q), : Q.shape[1]] = Q
@@ -138,11 +148,7 @@ def plain(model: Model, chosen: Sequence[int] | None, tol: float, max_passes: in
             total = total + part
         return GLMLook(total.loglik, J.T @ total.score, J.T @ total.information @ J)
 
-    solution = solve_glm(look, _first(model), shape=shape, tau_bound=tau_bound(model), tol=tol, max_passes=max_passes)
-    if not math.isfinite(solution.loglik):
-        link, family = model.density.link.name, model.density.family.name
-        raise DataError(f"the link {link!r} gives means that family {family!r} has not", code="link_domain", hint="use another link")
-    return solution
+    return look
 
 
 def tau_bound(model: Model) -> float:
@@ -274,11 +280,15 @@ def block_sandwich(model: Model, solution: GLMMSolution) -> np.ndarray:
     return np.asarray((solution.vcov[at] @ look.outer[at] @ solution.vcov[at])[:p, :p])
 
 
-def resumed(
-    model: Model, beta: np.ndarray, factors: Sequence[np.ndarray], tau: float, options: Options
-) -> tuple[GLMMProblem, GLMMSolution]:
-    """The problem over all rows and its optimum, from estimates in the user's coordinates."""
-    psi = _from(model, Estimates(model.fixed.names, beta, theta_of(factors).tolist(), tau))
+def star_point(model: Model, beta: np.ndarray, factors: Sequence[np.ndarray], tau: float) -> np.ndarray:
+    """(beta*, theta*, tau) from estimates in the user's coordinates."""
+    theta = [lower_factor(term.R @ factor) for term, factor in zip(model.random, factors, strict=True)]
+    elements = [star[i, j] for star in theta for j in range(len(star)) for i in range(j, len(star))]
+    return np.concatenate([model.fixed.R @ beta, elements, [tau] if model.density.family.shape else []])
+
+
+def resumed(model: Model, psi: np.ndarray, options: Options) -> tuple[GLMMProblem, GLMMSolution]:
+    """The problem over all rows and its optimum, from a point nearby."""
     u = np.zeros((model.kernel.q, model.rows.spool.n_blocks))
     typical = _moments(model, psi, model.rows.spool.some(START_SHARE, START_CHUNKS))[1]
     problem = _problem(model, _Passes(model, None, u), typical)

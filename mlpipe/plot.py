@@ -4,7 +4,7 @@ No table exceeds MOST marks: points become counted rectangles, and of many level
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from .effects import coefficient_names, ranef
 from .errors import ConfigError, did_you_mean
 from .grid import MOST, Grid
 from .predictions import Output
-from .quality import pearson, plain, qq
+from .quality import QQ_POINTS, pearson, plain, qq, qq_table
+from .sketch import Sketch
 from .wald import check_level
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ MOST_LEVELS, EXTREMES, BINS = 500, 50, 200
 NAMED = 40  # levels that an axis names
 WIDTH, HEIGHT = 480, 300
 LINE, MARK, BAND = "#888888", "#1f5a94", "#9db8d2"
+COLOURS = [MARK, "#c2571a", "#3f8f5f", "#8a4f9e", "#b08a00", "#5b6770"]
 
 
 class Plot:
@@ -46,7 +48,11 @@ class Plot:
             import altair
         except ImportError as error:
             raise ConfigError("charts need Altair", code="no_altair", hint="pip install 'mlpipe[plot]', or draw .table") from error
-        return self._draw(altair, self.table.to_pylist())
+        return self.drawn(altair, self.table.to_pylist())
+
+    def drawn(self, altair: Any, rows: list[dict[str, Any]]) -> Any:
+        """The chart of these rows in place of the table's."""
+        return self._draw(altair, rows)
 
     def save(self, path: Any) -> None:
         """Writes the chart: .html or .json, and .png or .svg where vl-convert-python is installed."""
@@ -132,15 +138,26 @@ def _chosen(fit: MixedFit, group: str | None, term: str | None) -> tuple[str, st
 def _caterpillar(fit: MixedFit, group: str, term: str, conf_level: float) -> pa.Table:
     import pyarrow as pa
 
+    columns = 2 * sum(len(t.names) for t in fit.terms if t.group == group)
+    modes = (pa.Table.from_batches([batch]) for batch in ranef(fit, wide=True, stream=True, group=group))
+    return _ranked((table.select([*table.column_names[:-columns], term, f"{term}_se"]) for table in modes), term, conf_level)
+
+
+def ranked(estimates: pa.Table, name: str, conf_level: float = 0.95) -> Plot:
+    """A caterpillar of other estimates than random effects: key columns, `name`, and `<name>_se`."""
+    return Plot(_ranked([estimates], name, conf_level), _draw_caterpillar(name))
+
+
+def _ranked(tables: Iterable[pa.Table], term: str, conf_level: float) -> pa.Table:
+    """The table of a caterpillar from tables of keys, the term's estimates and, last, their standard errors."""
     z = NormalDist().inv_cdf(0.5 + conf_level / 2.0)
     estimates, errors = [], []
     lowest: pa.Table | None = None
     highest: pa.Table | None = None
-    for batch in ranef(fit, wide=True, stream=True, group=group):
-        estimates.append(column(batch, term))
-        errors.append(column(batch, f"{term}_se"))
-        keys = batch.schema.names[: batch.num_columns - 2 * sum(len(t.names) for t in fit.terms if t.group == group)]
-        table = pa.Table.from_batches([batch]).select([*keys, term, f"{term}_se"])
+    for table in tables:
+        estimates.append(column(table, term))
+        errors.append(column(table, f"{term}_se"))
+        keys = table.column_names[:-2]
         lowest, highest = _extreme(lowest, table, term, 1.0), _extreme(highest, table, term, -1.0)
     estimate, error = np.concatenate(estimates), np.concatenate(errors)
     order = np.argsort(estimate, kind="stable")
@@ -183,27 +200,59 @@ def _band(estimate: Array, error: Array, z: float) -> list[dict[str, Any]]:
     return rows
 
 
+# -- runs
+
+
+def history(rows: list[dict[str, Any]]) -> Plot:
+    """Coefficients over runs: `term`, `run` (when), `number` (from 1), `estimate`, `conf_low`, `conf_high`."""
+    return Plot(_table(rows, ("term", "run"), ("number", "estimate", "conf_low", "conf_high")), _draw_history)
+
+
+def _draw_history(alt: Any, rows: list[dict[str, Any]]) -> Any:
+    """A panel a coefficient, each with a scale of its own."""
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    shown = runs[:: max(1, -(-len(runs) // 6))]
+    x = alt.X("run:N", sort=runs, title=None, axis=alt.Axis(values=shown, labelAngle=-30, grid=False))
+    y = alt.Y("estimate:Q", title=None, scale=alt.Scale(zero=False))
+    base = alt.Chart().encode(x=x)  # the panels share the data
+    bars = base.mark_rule(color=BAND, strokeWidth=3).encode(y=alt.Y("conf_low:Q", title=None), y2="conf_high:Q")
+    line = base.mark_line(color=MARK, strokeWidth=1.2).encode(y=y)
+    dots = base.mark_point(color=MARK, filled=True, size=28, opacity=1).encode(y=y)
+    terms = list(dict.fromkeys(row["term"] for row in rows))
+    panels = alt.layer(bars, line, dots, data=alt.Data(values=rows)).properties(width=WIDTH * 0.55, height=HEIGHT * 0.4)
+    return panels.facet(facet=alt.Facet("term:N", sort=terms, title=None), columns=2).resolve_scale(y="independent")
+
+
 # -- residuals
 
 
-def _residuals(fit: MixedFit, data: Any, options: Options | None) -> pa.Table:
-    """Points, until there are more than MOST of them; then counts."""
+def diagnostics(fit: MixedFit, data: Any, options: Options | None, most: int = MOST) -> tuple[Plot, Plot, int]:
+    """The plots `residuals`, of at most so many marks, and `qq` from one scan, and how many rows have a residual."""
+    sketch = Sketch()
+    table = _residuals(fit, data, options, most, sketch)
+    return Plot(table, _draw_residuals), Plot(qq_table({("Residual", "pearson"): sketch}, QQ_POINTS), _draw_qq), sketch.n
+
+
+def _residuals(fit: MixedFit, data: Any, options: Options | None, most: int = MOST, sketch: Sketch | None = None) -> pa.Table:
+    """Points, until there are more than `most` of them; then counts. The sketch takes in the residuals."""
     import pyarrow as pa
 
     from .scoring import scored
 
     best = "conditional" if fit.terms else "population"
     outputs: dict[str, Output] = {"fitted": fit.output(best), "residual": pearson(fit)}
-    grid, n = Grid(), 0
+    grid, n = Grid(most), 0
     points: list[tuple[Array, Array]] = []
     for batch in scored(fit, data, outputs, fit.groups, options, columns=()):
         x, y = plain(batch.column(0)), plain(batch.column(1))
         kept = np.isfinite(x) & np.isfinite(y)
         n += int(kept.sum())
         grid.add(x, y)
-        points = [*points, (x[kept], y[kept])] if n <= MOST else []
+        if sketch is not None:
+            sketch.add(y)
+        points = [*points, (x[kept], y[kept])] if n <= most else []
     note_scan(fit, "residuals", data)
-    if n <= MOST:
+    if n <= most:
         x, y = (np.concatenate([np.zeros(0), *(pair[k] for pair in points)]) for k in (0, 1))
         return pa.table({"fitted": x, "residual": y, "count": np.ones(len(x))})
     assert grid.width is not None
@@ -264,9 +313,15 @@ def _draw_qq(alt: Any, rows: list[dict[str, Any]]) -> Any:
     line = alt.Chart(alt.Data(values=[{"x": v, "y": v} for v in ends])).mark_line(color=LINE, strokeDash=[4, 3]).encode(x="x:Q", y="y:Q")
     dots = base.mark_point(size=20, filled=True, opacity=0.8).encode(
         x=alt.X("theoretical:Q", title="normal quantile"), y=alt.Y("sample:Q", title="standardized, sample quantile"),
-        color=alt.Color("term:N", title=None), tooltip=["term:N", alt.Tooltip("sample:Q", format=".3f")],
+        color=alt.Color("term:N", title=None, legend=_legend(alt, rows), scale=alt.Scale(range=COLOURS)),
+        tooltip=["term:N", alt.Tooltip("sample:Q", format=".3f")],
     )  # fmt: skip
     return (line + dots).properties(width=HEIGHT, height=HEIGHT)
+
+
+def _legend(alt: Any, rows: list[dict[str, Any]]) -> Any:
+    """One where there are several terms to tell apart."""
+    return alt.Legend() if len({row["term"] for row in rows}) > 1 else None
 
 
 def _draw_influence(alt: Any, rows: list[dict[str, Any]]) -> Any:

@@ -302,8 +302,6 @@ def qq_points(sketch: Sketch, points: int) -> tuple[Array, Array]:
 
 def qq(fit: MixedFit, of: str, points: int, data: Any, options: Options | None) -> pa.Table:
     """See `MixedFit.qq`."""
-    import pyarrow as pa
-
     if isinstance(points, bool) or not isinstance(points, int) or points < 2:
         raise ConfigError(f"points = {points!r} is not a whole number from 2")
     known = ["residuals", *fit.groups]
@@ -313,6 +311,13 @@ def qq(fit: MixedFit, of: str, points: int, data: Any, options: Options | None) 
         held = {("Residual", "pearson"): residual_sketches(fit, data, options)["pearson"]}
     else:
         held = effect_sketches(fit, of)
+    return qq_table(held, points)
+
+
+def qq_table(held: Mapping[tuple[str, str], Sketch], points: int) -> pa.Table:
+    """Sample against normal quantiles of sketches by group and term, at most so many `points` of each."""
+    import pyarrow as pa
+
     parts = []
     for (group, term), sketch in held.items():
         if not sketch.n:

@@ -233,16 +233,17 @@ class MixedFit:
 
         return quality.residuals(self, data, options)
 
-    def influence(self, top: int = 20, data: Any = None, *, options: Options | None = None) -> pa.Table:
+    def influence(self, top: int = 20, data: Any = None, *, group: str | None = None, options: Options | None = None) -> pa.Table:
         """The blocks whose deletion moves the fixed effects most, variances held: keys, `rows`, `leverage`, `cooks_distance` and, per
         coefficient, `dfbetas_<term>` (Cook 1977; Belsley, Kuh and Welsch 1980; for mixed models Christensen, Pearson and Johnson 1992).
 
         By decreasing distance; before all others, with nulls, blocks without which a coefficient is not determined. One scan; none
-        over statistics of collect="blocks+xx".
+        over statistics of collect="blocks+xx". `group`: the factor whose levels are deleted, where there are several. Generalized models
+        by one Newton step (Pregibon 1981), from a spool made for it.
         """
         from . import influence
 
-        return influence.influence(self, top, data, options)
+        return influence.influence(self, top, data, options, group)
 
     def normality(self) -> pa.Table:
         """Per random coefficient the standardized conditional modes in summary, and their correlation with normal quantiles.
@@ -359,32 +360,35 @@ class MixedFit:
 
     def means(
         self, term: str | Sequence[str], *, kind: str = "response", effects: str = "population",
-        at: Mapping[str, Any] | None = None, data: Any = None, conf_level: float = 0.95, options: Options | None = None,
+        at: Mapping[str, Any] | None = None, ddf: str = "wald", data: Any = None, conf_level: float = 0.95,
+        options: Options | None = None,
     ) -> pa.Table:  # fmt: skip
         """Marginal means over the levels of a factor, or of combinations of factors (Searle, Speed and Milliken 1980), as R's emmeans.
 
         Over a grid of all factors' levels, equally weighted, with numeric covariates at their means over the rows (one scan, kept with
         the fit) or as in `at`. Averages are of linear predictors; kind="response" transforms them back. effects="marginal" integrates
-        the random effects out and averages means.
+        the random effects out and averages means. `ddf`: as in `tidy`, with t tests and intervals on `df` degrees of freedom.
         """
         from . import means
 
-        return means.means(self, term, kind=kind, effects=effects, at=at, data=data, conf_level=conf_level, options=options)
+        return means.means(self, term, kind=kind, effects=effects, at=at, ddf=ddf, data=data, conf_level=conf_level, options=options)
 
     def contrasts(
         self, term: str | Sequence[str], method: str | Mapping[str, Sequence[float]] = "pairwise", *, adjust: str | None = None,
-        kind: str = "response", effects: str = "population", at: Mapping[str, Any] | None = None, data: Any = None,
+        kind: str = "response", effects: str = "population", at: Mapping[str, Any] | None = None, ddf: str = "wald", data: Any = None,
         conf_level: float = 0.95, options: Options | None = None,
     ) -> pa.Table:  # fmt: skip
         """Contrasts of `means`: differences of all pairs, of each level from the first ("reference"), or named coefficients.
 
-        `adjust`: "tukey" (the default for pairs), "bonferroni", "holm" (intervals by Bonferroni's) or "none" (the default else).
+        `adjust`: "tukey" (the default for pairs), "bonferroni", "holm" (intervals by Bonferroni's) or "none" (the default else). `ddf`: as
+        in `tidy`; each contrast has its own degrees of freedom.
         """
         from . import means
 
         return means.contrasts(
-            self, term, method, adjust=adjust, kind=kind, effects=effects, at=at, data=data, conf_level=conf_level, options=options
-        )
+            self, term, method, adjust=adjust, kind=kind, effects=effects, at=at, ddf=ddf, data=data, conf_level=conf_level,
+            options=options,
+        )  # fmt: skip
 
     def simulate(self, n: int = 1, seed: int | None = None, *, prefix: str = "") -> pa.RecordBatchReader:
         """The rows of the fit's own source, in their order, with n simulated responses `sim_1`, `sim_2`, …: new random effects and new

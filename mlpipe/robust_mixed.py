@@ -13,6 +13,7 @@ import numpy as np
 from . import effects, robust, statements
 from .arrays import column
 from .errors import ConfigError, DataError
+from .levels import levels_of
 from .looks import used_columns
 from .robust import Source
 from .solve.sandwich import cluster_factor, corrected, covariance, half
@@ -79,6 +80,28 @@ def one_factor(fit: MixedFit, fixed: Fixed, source: Source, kind: str, cluster: 
     if seen != fit.n_blocks:
         message = f"blocks of {':'.join(recipe.groups)} lie in several clusters of {':'.join(cluster)}"
         raise DataError(message, code="not_nested", column=cluster[0], hint="cluster by the grouping factor, or by what it lies within")
+    settle(fit, kind, cluster, fixed, *total.finished())
+
+
+def of_statistics(fit: MixedFit, stats: SuffStats, fixed: Fixed, kind: str, cluster: tuple[str, ...]) -> None:
+    """The same from statistics that hold each block's X'X, where the cluster is the grouping factor, or one of its columns.
+
+    Raises DataError where they do not, or are over blocks of something else.
+    """
+    recipe, m, residual = stats.recipe, stats.recipe.n_covariates, effects.residual_vector(fit)
+    if stats.crossed is not None or not set(cluster) <= set(recipe.groups):
+        shown = ", ".join(":".join(groups) for groups in recipe.factors or (recipe.groups,))
+        hint = f'pass the rows, or statistics over one factor, {cluster[0]!r}, with collect="blocks+xx"'
+        message = f"the statistics are over {shown} and do not tell the clusters of {':'.join(cluster)}"
+        raise DataError(message, code="not_collected", column=cluster[0], hint=hint)
+    products = stats.covariate_products()
+    assert stats.blocks is not None and stats.blocks.table is not None
+    levels, code = levels_of(cluster, stats.blocks.table.select(stats.blocks.keys).rename_columns(list(recipe.groups)))
+    total, place = _Total(fixed, len(levels), kind), 0
+    for _, _, C in products:
+        P = np.moveaxis(C, 0, -1)
+        total.add(*_block_scores(fit, fixed, np.einsum("ijb,j->ib", P, residual), P[:, :m], kind), code[place : place + len(C)])
+        place += len(C)
     settle(fit, kind, cluster, fixed, *total.finished())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic import replacing, synced
+from .atomic import regular, replacing, synced
 from .errors import ConfigError, DataError, ResourceError
 from .store import new_run_id, write_run
 
@@ -79,10 +79,7 @@ def write_file(reader: pa.RecordBatchReader, out: str) -> None:
 
     Raises ResourceError where the target cannot be written, DataError for types that Parquet has not.
     """
-    target = Path(os.path.realpath(out))  # a link keeps pointing where it does
-    if target.exists() and not target.is_file():
-        raise ResourceError(f"cannot write {out}: it is not a regular file", code="not_writable")
-    with _told(out), replacing(target) as file, _writer(file, reader.schema) as writer:
+    with _told(out), replacing(regular(out)) as file, _writer(file, reader.schema) as writer:
         for table in _row_groups(reader):
             writer.write_table(table)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 import weakref
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 PREFIX, SUFFIX = "mlpipe-", ".tmp"
+_TOKEN_BYTES = 4
 
 
 class Scratch:
@@ -20,23 +22,36 @@ class Scratch:
         """Makes the directory under `parent` (None: the system's). Raises OSError where it cannot."""
         parent = parent or tempfile.gettempdir()
         _sweep(parent)
-        while True:
-            self.name = tempfile.mkdtemp(prefix=PREFIX, suffix=SUFFIX, dir=parent)
-            with suppress(FileNotFoundError):  # swept away before it was locked
-                handle = os.open(self.name, os.O_RDONLY)
-                if _locked(handle) is not False and os.path.exists(self.name):
-                    break
-                os.close(handle)
-        self._remove = weakref.finalize(self, _remove, self.name, handle)
+        while not self._made(os.path.join(parent, PREFIX + secrets.token_hex(_TOKEN_BYTES) + SUFFIX)):
+            pass  # the name is taken, or the directory was swept away before it was locked
+
+    def _made(self, path: str) -> bool:
+        """Makes and locks the directory. What removes it is there before it is: a signal in between leaves nothing."""
+        handles: list[int] = []
+        self.name, self._remove = path, weakref.finalize(self, _remove, path, handles)
+        try:
+            os.mkdir(path, 0o700)
+            handles.append(os.open(path, os.O_RDONLY))
+        except OSError as error:
+            self._remove.detach()  # what is at the path is not ours
+            if isinstance(error, FileExistsError | FileNotFoundError) and os.path.isdir(os.path.dirname(path)):
+                return False
+            raise
+        if _locked(handles[0]) is not False and os.path.exists(path):
+            return True
+        self._remove.detach()
+        os.close(handles[0])
+        return False
 
     def cleanup(self) -> None:
         """Removes the directory and what is in it."""
         self._remove()
 
 
-def _remove(path: str, handle: int) -> None:
+def _remove(path: str, handles: list[int]) -> None:
     shutil.rmtree(path, True)
-    os.close(handle)
+    for handle in handles:
+        os.close(handle)
 
 
 def _locked(handle: int) -> bool | None:
@@ -66,6 +81,6 @@ def _ours(parent: str) -> Iterator[str]:
     with suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
             name = entry.name
-            ours = name.startswith(PREFIX) and name.endswith(SUFFIX) and len(name) == len(PREFIX) + 8 + len(SUFFIX)
+            ours = name.startswith(PREFIX) and name.endswith(SUFFIX) and len(name) == len(PREFIX) + 2 * _TOKEN_BYTES + len(SUFFIX)
             if ours and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
                 yield entry.path

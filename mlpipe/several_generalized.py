@@ -4,6 +4,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from .progress import stage
 from .reduction import stacked_inverse
 from .result import RandomTerm
 from .solve.coded_rows import Exactly, JointProblem, Part
-from .solve.glmm import GLMMProblem, solve_glmm
+from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
 from .solve.joint import Joint
 from .solve.joint_iterative import SAMPLES, JointSolution, solve_joint
 from .solve.kernel import Chunk, Kernel, Point, Rows
@@ -89,6 +91,12 @@ class JointModel:
                 places[k, h] = place.astype(np.int32)
         return pairs, places
 
+    def over(self, model: Model) -> JointModel:
+        """The same over the same rows with other responses."""
+        out = copy(self)
+        out.model, out.problem = model, replace(self.problem, scan=out.scan)
+        return out
+
     def scan(self, work: Callable[[Part], None]) -> None:
         """Calls work on every piece of the spool, in threads: one pass."""
 
@@ -99,11 +107,12 @@ class JointModel:
         self.model.rows.spool.map(each)
 
     def _part(self, chunk: Chunk, rows: Rows, place: tuple[int, int]) -> Part:
-        def spread(values: np.ndarray) -> np.ndarray:
-            return values[chunk.blocks] if len(rows.starts) == rows.F.shape[1] else np.repeat(values[chunk.blocks], rows.lengths)
+        cells = {pair: _spread(chunk, rows, cell) for pair, cell in self.cells.items()}
+        return Part(rows, self.codes_of(chunk, rows), cells, place)
 
-        cells = {pair: spread(cell) for pair, cell in self.cells.items()}
-        return Part(rows, tuple(spread(code) for code in self.codes), cells, place)
+    def codes_of(self, chunk: Chunk, rows: Rows) -> tuple[np.ndarray, ...]:
+        """Per factor in the solver's order the level (n,) of each row of a piece."""
+        return tuple(_spread(chunk, rows, code) for code in self.codes)
 
     def path(self, method: str, limit: int) -> str:
         """"exact" or "iterative": the exact one where nested, or where its dense rest and the work to fill it are small.
@@ -118,6 +127,11 @@ class JointModel:
             message = f"the crossed factors leave a dense matrix of {rest:,} rows, {8 * rest**2 / 1e6:,.0f} MB"
             raise ResourceError(message, code="memory_limit", hint='method="iterative", or raise memory_limit')
         return path
+
+
+def _spread(chunk: Chunk, rows: Rows, values: np.ndarray) -> np.ndarray:
+    """Values of blocks at the rows of a piece of a chunk."""
+    return values[chunk.blocks] if len(rows.starts) == rows.F.shape[1] else np.repeat(values[chunk.blocks], rows.lengths)
 
 
 def fitted(
@@ -148,15 +162,24 @@ def _exactly(
     joint: JointModel, solver: Joint, first: Array, typical: Array, options: Options, saved: Callable[[Array], None] | None
 ) -> JointSolution:
     """The maximum by the search of one-factor models, without Monte Carlo error."""
-    problem, rows = joint.problem, joint.model.rows
-    search = GLMMProblem(
-        solver, np.eye(problem.p), problem.entries, problem.offsets[-1], joint.model.density.family.shape, typical,
-        rows.spool.n_rows <= CENTRAL_ROWS, tau_bound(joint.model),
-    )  # fmt: skip
+    problem, search = joint.problem, _search(joint, solver, typical)
     solution = solve_glmm(search, first, tol=options.tol, max_evaluations=options.max_passes, saved=saved)
     tau = float(solution.psi[-1]) if search.shape else 0.0
     u, covariances = solver.posterior(Point(solution.psi[: problem.p], solution.lambda_, tau))
     return JointSolution(solution, None, 0.0, 0, u, covariances)
+
+
+def _search(joint: JointModel, solver: Joint, typical: Array) -> GLMMProblem:
+    problem, central = joint.problem, joint.model.rows.spool.n_rows <= CENTRAL_ROWS
+    shape, bound = joint.model.density.family.shape, tau_bound(joint.model)
+    return GLMMProblem(solver, np.eye(problem.p), problem.entries, problem.offsets[-1], shape, typical, central, bound)
+
+
+def resumed(joint: JointModel, psi: Array, options: Options) -> tuple[GLMMProblem, GLMMSolution]:
+    """The problem of the exact path and its optimum, from a point nearby."""
+    solver = Joint(joint.problem, Exactly())
+    search = _search(joint, solver, _started(joint, solver, psi, options)[1])
+    return search, solve_glmm(search, psi, tol=options.tol, max_evaluations=options.max_passes)
 
 
 def _iterated(

@@ -79,6 +79,8 @@ def open_source(data: Any, *, options: Options | None = None, types: Mapping[str
     ConfigError for options that cannot apply to the source, ResourceError where memory or disk fail.
     """
     options = options or Options()
+    if _is_a(data, "narwhals", "LazyFrame"):
+        data = data.to_native()  # read where it lies: a polars LazyFrame, a DuckDB relation
     if isinstance(data, Subset):
         return _open_subset(data, options)
     if isinstance(data, str | os.PathLike | list | tuple):

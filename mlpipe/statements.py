@@ -56,6 +56,8 @@ def raw_columns(recipe: Recipe) -> tuple[str, ...]:
 
 def usable(recipe: Recipe, names: Names) -> Expression:
     """True where a row enters the fit: no missing or infinite value, no missing key, positive weights."""
+    if names.complete:
+        return exp.true()
     conditions = [names.present(name) for name in raw_columns(recipe)]
     for group in recipe.keys:
         present = exp.Not(this=exp.Is(this=names.key(group), expression=exp.Null()))

@@ -46,7 +46,8 @@ class SuffStats:
 
     Attributes:
         recipe: what was summed: formula, features, shifts and scales, levels.
-        rows: rows that entered. n: the same with frequency weights counted.
+        rows: rows that entered.
+        n: the same with frequency weights counted.
         sum_log_w: sum of the logarithms of the precision weights.
         gram: (features, features) cross-products over all rows, weighted.
         blocks: per-block sums in the order of `recipe.pairs()`; None without a grouping factor.
@@ -97,12 +98,24 @@ class SuffStats:
     def block_products(self) -> Iterator[BlockProducts]:
         """Each block's own cross-products F'wF over the features, batch by batch, in the order in which the blocks are held.
 
-        With `W` (features, p + 1) of `reduction.coded`, W' F'wF W is the block's [X* y*]'w[X* y*]. Raises DataError where they were
+        With `W` (features, p + 1) of `reduction.coded`, W' F'wF W is the block's `[X* y*]'w[X* y*]`. Raises DataError where they were
         not collected (collect="blocks+xx").
         """
         if self.collect != "blocks+xx" or self.blocks is None:
             raise DataError("the statistics hold no X'X per block", code="not_collected", hint='collect with collect="blocks+xx"')
         return _block_products(self.recipe, self.blocks)
+
+    def covariate_products(self) -> Iterator[tuple[list[pa.Array], np.ndarray, np.ndarray]]:
+        """Batches of blocks: their keys, their rows (B,) and the part (B, covariate features, features) of F'wF that all questions about
+        fixed effects take. Raises DataError where it was not collected: neither collect="blocks+xx" nor are all covariates random ones.
+        """
+        recipe, m = self.recipe, self.recipe.n_covariates
+        if self.collect == "blocks+xx" and self.blocks is not None:
+            return ((part.keys, part.rows, part.gram[:, :m]) for part in self.block_products())
+        if self.blocks is None or self.blocks.table is None or self.collect == "fit" or set(recipe.z) != set(range(m)):
+            hint = 'collect with collect="blocks+xx", or pass the data'
+            raise DataError(f"collect={self.collect!r} keeps no cross-products of each block's covariates", code="not_collected", hint=hint)
+        return _all_random(recipe, self.blocks, m)
 
     def save(self, path: str | Path) -> None:
         """Writes one Arrow file. Raises DataError where only the second level was kept (collect="fit")."""
@@ -256,6 +269,14 @@ def _block_products(recipe: Recipe, blocks: Blocks) -> Iterator[BlockProducts]:
         n = column(batch, "n") if "n" in more else rows.astype(float)
         logs = column(batch, "sum_log_w") if "sum_log_w" in more else np.zeros(len(rows))
         yield BlockProducts([batch.column(key) for key in blocks.keys], rows, n, logs, _grams(recipe, blocks, batch))
+
+
+def _all_random(recipe: Recipe, blocks: Blocks, m: int) -> Iterator[tuple[list[pa.Array], np.ndarray, np.ndarray]]:
+    """`SuffStats.covariate_products` where each of the m covariate features stands among the random ones."""
+    V = full_map(recipe, np.eye(m)[:, [recipe.z.index(i) for i in range(m)]], np.eye(len(recipe.features)))
+    for batch in _batches(blocks, recipe.matrix_bytes):
+        C = np.einsum("ijk,kb->bij", V, stack(batch, blocks.names), optimize=True)
+        yield [batch.column(key) for key in blocks.keys], column(batch, "row_count"), C
 
 
 def _batches(blocks: Blocks, each: int) -> list[pa.RecordBatch]:

@@ -267,7 +267,7 @@ def _of_several(manifest: pa.Table, wanted: dict[str, Any], where: str, modes: C
     unknown = [name for name in wanted if name not in manifest.column_names]
     if unknown:
         raise ConfigError(f"the fits of {where} are not by {unknown[0]!r}", code="which_fit")
-    rows = _matching(manifest, wanted)
+    rows = matching(manifest, wanted)
     by = by_columns(manifest)
     if len(rows) != 1:
         what = f"{where} holds {len(manifest)} fits, {len(rows)} of them match" if wanted else f"{where} holds {len(manifest)} fits"
@@ -280,7 +280,7 @@ def _of_several(manifest: pa.Table, wanted: dict[str, Any], where: str, modes: C
     fit.written = {"run_id": rows["run_id"][0].as_py(), **stamps}
 
     def own(name: str) -> pa.Table | None:
-        return _matching(table, stamps) if (table := modes(name)) is not None else None
+        return matching(table, stamps) if (table := modes(name)) is not None else None
 
     _keep(fit, own, [name for name in stamps if name != "model"])
     return fit
@@ -295,14 +295,18 @@ def _candidates(rows: pa.Table, by: list[str]) -> str:
     return "; ".join(shown) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
 
 
-def _matching(table: pa.Table, wanted: dict[str, Any]) -> pa.Table:
-    """The rows of a table with these values."""
+def matching(table: pa.Table, wanted: Mapping[str, Any]) -> pa.Table:
+    """The rows of a table with these values; a text stands for the value of the column's type. Raises ConfigError where it is none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     for name, value in wanted.items():
         column = table.column(name)
-        table = table.filter(pc.is_null(column) if value is None else pc.equal(column, pa.scalar(value, column.type)))
+        try:
+            scalar = pa.scalar(value).cast(column.type) if isinstance(value, str) else pa.scalar(value, column.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise ConfigError(f"{value!r} is no value of {name!r}, which is {column.type}", code="which_fit") from error
+        table = table.filter(pc.is_null(column) if value is None else pc.equal(column, scalar))
     return table
 
 
@@ -389,3 +393,28 @@ def _keep(fit: MixedFit, modes: Callable[[str], pa.Table | None], by: Sequence[s
             fit.effects_tables[group] = table
         else:
             fit.effects_table = table
+
+
+def tables_of_runs(target: Any, prefix: str, names: Sequence[str]) -> list[dict[str, pa.Table]]:
+    """The tables of these names, without prefix, of each run that a directory or database keeps, in the order they were written."""
+    import pyarrow.parquet as pq
+
+    from .engines import target as database
+
+    if not _is_database(target):
+        folder = Path(target)
+        runs = [folder / "runs" / run for run in json.loads((folder / "fit.json").read_text())["runs"]]
+        found = [{name: sorted(run.glob(f"*_{name}.parquet"), key=lambda path: len(path.name))[:1] for name in names} for run in runs]
+        return [{name: pq.ParquetFile(path).read() for name, paths in files.items() for path in paths} for files in found]
+    with database.opened(target, Options(), read_only=True) as held:
+        return [
+            {name: held.rows(f"{prefix}_{name}", run.run_id) for name in names if f"{prefix}_{name}" in run.tables}
+            for run in held.runs(f"{prefix}_manifest")
+        ]  # fmt: skip
+
+
+def of_entry(table: pa.Table, stamps: Mapping[str, Any]) -> pa.Table:
+    """The rows of a result table that are of one fit, by its model and the values it is for, under the names they had before."""
+    by = [name for name in stamps if name not in ("run_id", "model")]
+    rows = matching(table, {name: value for name, value in stamps.items() if name != "run_id"})
+    return rows.drop_columns(["run_id", "model", *by])

@@ -23,7 +23,7 @@ class FilteredEngine:
 
     def __init__(self, inner: Engine, condition: exp.Expr, read: Columns, mark: str) -> None:
         self.inner, self.condition, self.read, self.mark = inner, condition, read, mark
-        self.dialect, self.spills = inner.dialect, inner.spills
+        self.dialect, self.spills, self.ran = inner.dialect, inner.spills, inner.ran
 
     def schema(self) -> dict[str, ColumnType]:
         """Exact names and types, in the source's order."""

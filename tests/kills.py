@@ -111,7 +111,6 @@ def stopped(folder: Path, path: Path) -> None:
         process = started(path, said)
         while not list((folder / "temp").iterdir()):
             time.sleep(0.001)
-        time.sleep(0.05)  # a directory that is just being made stays for the next run to remove
         os.kill(process, number)
         status = ended(process)
         assert (status, said.read_text().strip()) == (code, "interrupted"), (status, said.read_text())
@@ -181,7 +180,9 @@ def survived(folder: Path, points: int, seed: int, database: bool, model: str) -
         assert found in (old, new)
         counts["new" if found == new else "old"] += 1
         counts["store"] += held == DAYS
+        began = time.monotonic()
         assert ended(started(path)) == 0
+        length += 0.2 * (time.monotonic() - began - length)  # the machine is not always as fast
         assert left(folder, names) == (DAYS, new)
         check_clean(folder, names)
         if (point + 1) % 20 == 0:

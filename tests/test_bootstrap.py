@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 import mlpipe as mp
+from mlpipe.again import again
+from mlpipe.bootstrap import _Redrawn, _responses
 from mlpipe.solve.blocks import Array, BlockChunk, pseudo_blocks
 from mlpipe.solve.crossed import CrossedProblem
 from mlpipe.solve.density import density
@@ -151,3 +154,46 @@ def test_bootstrap_of_a_generalized_fit() -> None:
     for row in fit.confint(method="profile").to_pylist():
         width, (low, high) = row["conf_high"] - row["conf_low"], found[row["term"]]
         assert abs(low - row["conf_low"]) < 0.35 * width and abs(high - row["conf_high"]) < 0.35 * width, row["term"]
+
+
+def test_bootstrap_of_a_plain_model() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=200)
+    fit = mp.glm("y ~ x", pl.DataFrame({"y": rng.poisson(np.exp(0.3 + 0.4 * x)), "x": x}), family="poisson")
+    found = intervals(fit, 200)
+    for name, row in zip(fit.names, fit.confint().to_pylist(), strict=True):
+        width = row["conf_high"] - row["conf_low"]
+        assert found[name] == pytest.approx((row["conf_low"], row["conf_high"]), abs=0.25 * width)
+
+
+def crossed(n: int = 90) -> mp.GLMMFit:
+    rng = np.random.default_rng(6)
+    a, b, x = rng.integers(0, 8, n), rng.integers(0, 5, n), rng.normal(size=n)
+    y = 1 + 0.5 * x + (0.9 * rng.normal(size=8))[a] + (0.7 * rng.normal(size=5))[b] + 0.5 * rng.normal(size=n)
+    frame = pl.DataFrame({"y": y, "x": x, "a": a, "b": b})
+    return mp.glmm("y ~ x + (1 | b) + (1 | a)", frame, family="gaussian")
+
+
+def test_draws_of_several_factors() -> None:
+    """Simulated responses have the model's covariance, and a refit to them is the fit to rows with these responses."""
+    fit, rng = crossed(), np.random.default_rng(2)
+    sd = dict(zip(fit.varcorr()["group"].to_pylist(), fit.varcorr()["sd"].to_pylist(), strict=True))
+    with again(fit, compress=False) as found:
+        spool = found.model.rows.spool
+        chunk = spool.chunk(0)
+        rows = chunk.pieces[0]
+        a, b = found.joint.codes_of(chunk, rows)
+        draws = np.array([_responses(found, rng)[chunk.first][0].y for _ in range(3_000)])
+        V = sd["a"] ** 2 * (a[:, None] == a) + sd["b"] ** 2 * (b[:, None] == b) + sd["Residual"] ** 2 * np.eye(len(a))
+        error = np.sqrt((np.outer(np.diag(V), np.diag(V)) + V**2) / len(draws))
+        assert np.abs((np.cov(draws.T) - V) / error).max() < 5.5
+        np.testing.assert_allclose(draws.mean(axis=0), found.model.Q @ found.best.beta @ rows.F, atol=5 * np.sqrt(V[0, 0] / len(draws)))
+        drawn = _responses(found, rng)
+        made = found.refitted(_Redrawn.over(spool, drawn))
+        frame = pl.DataFrame({"y": drawn[chunk.first][0].y, "x": rows.F[1], "a": a, "b": b})
+        want = mp.glmm("y ~ x + (1 | a) + (1 | b)", frame, family="gaussian")
+        np.testing.assert_allclose(np.abs(np.diag(made.lambda_)), want.theta, rtol=1e-5)
+        np.testing.assert_allclose(made.psi[-1], want.tau, rtol=1e-5)
+    names = intervals(fit, 5)
+    assert list(names) == ["sd_(Intercept)|a", "sd_(Intercept)|b", "sigma", "(Intercept)", "x"]
+    assert fit.info["bootstrap"] == {"draws": 5, "failed": 0}

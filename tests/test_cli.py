@@ -533,6 +533,24 @@ def test_a_signal_cancels_the_query_and_leaves_nothing(number: signal.Signals, c
     assert not list((tmp_path / "spill").iterdir()) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("given", [(), ("--timeout", "2s")])
+def test_a_timeout_cancels_the_query_and_leaves_nothing(given: tuple[str, ...], tmp_path: Path) -> None:
+    """The job's own, and an option that wins over it."""
+    path = Path(slow_job(tmp_path))
+    path.write_text(path.read_text() + f"timeout = {'2' if not given else '600'}\n")
+    done = process("run", str(path), *given, "--log", "json")
+    assert (done.returncode, done.stdout) == (5, "")
+    said = json.loads(done.stderr.splitlines()[-1])
+    assert said["error"] == "timeout" and said["message"] == f"the timeout of {'2s' if given else '2 s'} is over"
+    assert not list((tmp_path / "spill").iterdir()) and not (tmp_path / "out").exists()
+
+
+def test_a_timeout_that_is_none(invoke: Invoke) -> None:
+    done = invoke("fit", FORMULA, SLEEP, "--timeout", "soon")
+    assert (done.code, done.err) == (2, "error: 'soon' is not a length of time\nhint: write for example 90, \"45min\" or \"2h\"\n")
+    assert invoke("fit", FORMULA, SLEEP, "--timeout", "5min").code == 0
+
+
 def on_terminal(code: str, *arguments: str, **variables: str) -> tuple[int, str]:
     """Exit status of a process and what it wrote on the terminal that is its standard error."""
     ours, theirs = pty.openpty()

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import scipy.optimize as so
 
 import mlpipe as mp
 from mlpipe import datasets
+from mlpipe.again import again
 
 SLEEP = datasets.path("sleepstudy")
 
@@ -111,14 +113,18 @@ def test_a_robust_covariance_changes_nothing() -> None:
     np.testing.assert_allclose(got["dfbetas_tb"], want["dfbetas_tb"], rtol=1e-5)
 
 
-def test_from_statistics() -> None:
+@pytest.mark.parametrize(("formula", "collect"), [("y ~ x + (1 + x | g)", "blocks"), ("y ~ x + t + (1 | g)", "blocks+xx")])
+def test_from_statistics(formula: str, collect: str) -> None:
     """Where the random part has all covariates, each block's X'X is among any statistics' sums."""
     frame = data().drop("w", "q")
-    stats = mp.suffstats("y ~ x + (1 + x | g)", frame)
-    got = pl.DataFrame(mp.lmm("y ~ x + (1 + x | g)", stats).influence(top=8))
-    want = pl.DataFrame(mp.lmm("y ~ x + (1 + x | g)", frame).influence(top=8))
+    got = pl.DataFrame(mp.lmm(formula, mp.suffstats(formula, frame, collect=collect)).influence(top=8))
+    want = pl.DataFrame(mp.lmm(formula, frame).influence(top=8))
     assert got["g"].to_list() == want["g"].to_list() and got["rows"].to_list() == want["rows"].to_list()
     np.testing.assert_allclose(got["cooks_distance"], want["cooks_distance"], rtol=1e-3)
+
+
+def test_statistics_without_the_blocks_products() -> None:
+    frame = data().drop("w", "q")
     for statistics in (mp.suffstats("y ~ x + (1 | g)", frame), mp.suffstats("y ~ x + (1 + x | g)", frame, collect="fit")):
         fit = mp.lmm("y ~ x + (1 | g)", statistics)
         with pytest.raises(mp.DataError, match="cross-products") as caught:
@@ -134,5 +140,118 @@ def test_what_is_refused() -> None:
             fit.influence(top=top)  # type: ignore[arg-type]
     with pytest.raises(mp.DataError, match="no column 'reaction'"):
         fit.influence(data=pl.read_parquet(SLEEP).drop("reaction"))
+
+
+# -- several factors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("formula", "extra"), [
+    ("y ~ x + (1 + x | a) + (1 | b)", {"weights": "w"}), ("y ~ x + (1 | b) + (0 + x | b) + (1 | a) + (1 | c)", {"freq": "q"}),
+    ("y ~ x + (1 | c/a)", {}),
+])  # fmt: skip
+def test_levels_of_several_factors(formula: str, extra: dict[str, str]) -> None:
+    rng = np.random.default_rng(9)
+    n = 150
+    a, b, c, x = rng.integers(0, 12, n), rng.integers(0, 7, n), rng.integers(0, 3, n), rng.normal(size=n) + 5.0
+    y = 1 + 0.5 * x + rng.normal(size=12)[a] + 0.7 * rng.normal(size=7)[b] + rng.normal(size=n) + 2.0 * (b == 2)
+    frame = pl.DataFrame({"y": y, "x": x, "a": [f"a{i}" for i in a], "b": b, "c": c})
+    frame = frame.with_columns(w=pl.Series(rng.uniform(0.5, 2.0, n)), q=pl.Series(rng.integers(1, 3, n)))
+    fit = mp.lmm(formula, frame, **extra)
+    rows = np.repeat(np.arange(n), frame["q"] if "freq" in extra else 1)
+    V = np.diag(1.0 / (frame["w"].to_numpy() if "weights" in extra else np.ones(n)))[np.ix_(rows, rows)] * np.eye(len(rows))
+    key = {"a": a, "b": b, "c": c, "c:a": c * 100 + a}
+    for term in fit.terms:
+        Z = np.column_stack([np.ones(n) if name == "(Intercept)" else x for name in term.names])[rows]
+        code = key[term.group][rows]
+        V = V + (code[:, None] == code) * (Z @ term.factor @ term.factor.T @ Z.T)
+    X, Y = np.column_stack([np.ones(n), x])[rows], y[rows]
+
+    def gls(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        inverse = np.linalg.inv(V[np.ix_(at, at)])
+        A = X[at].T @ inverse @ X[at]
+        return np.linalg.solve(A, X[at].T @ inverse @ Y[at]), A
+
+    beta, A = gls(np.ones(len(rows), dtype=bool))
+    np.testing.assert_allclose(fit.beta, beta, rtol=1e-6)
+    for group, code in ((group, key[group]) for group in {term.group for term in fit.terms}):
+        table = pl.DataFrame(fit.influence(top=50, group=group))
+        assert len(table) == len(np.unique(code)) and table["cooks_distance"].is_sorted(descending=True)
+        names = group.split(":")
+        for row in table.to_dicts():
+            (some,) = {int(code[i]) for i in range(n) if all(frame[name][i] == row[name] for name in names)}
+            without, rest = gls(code[rows] != some)
+            d = beta - without
+            assert row["cooks_distance"] == pytest.approx(d @ A @ d / (2 * fit.sigma**2), rel=1e-6)
+            error = fit.sigma * np.sqrt(np.diag(np.linalg.inv(rest)))
+            assert [row["dfbetas_(Intercept)"], row["dfbetas_x"]] == pytest.approx((d / error).tolist(), rel=1e-6)
+            assert row["leverage"] == pytest.approx(2.0 - np.trace(np.linalg.solve(A, rest)), rel=1e-6)
+            assert row["rows"] == int((code == some).sum())
+
+
+def test_which_factor_and_how_much_memory() -> None:
+    fit = mp.lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", datasets.path("penicillin"))
+    with pytest.raises(mp.ConfigError, match="several grouping factors: plate, sample"):
+        fit.influence()
+    with pytest.raises(mp.ConfigError, match="'plat' is no grouping factor"):
+        fit.influence(group="plat")
+    rng = np.random.default_rng(2)
+    frame = pl.DataFrame({"y": rng.normal(size=4_000), "g": np.arange(4_000) % 2_300, "h": rng.integers(0, 4, 4_000)})
+    frame = frame.with_columns(y=pl.col.y + pl.col.g % 7)
+    with pytest.raises(mp.ResourceError, match="2,304 random effects"):
+        mp.lmm("y ~ 1 + (1 | g) + (1 | h)", frame).influence(group="h", options=mp.Options(memory_limit="250MB"))
+
+
+# -- generalized models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formula", ["y ~ x + t + (1 | g)", "y ~ x + t + (1 + I(x - 2000) | g)"])
+def test_a_gaussian_model_s_step_is_the_linear_model_s_deletion(formula: str) -> None:
+    got = pl.DataFrame(mp.glmm(formula, data(), family="gaussian").influence(top=40))
+    want = pl.DataFrame(mp.lmm(formula, data(), reml=False).influence(top=40))
+    assert got.columns == want.columns and got["g"].to_list() == want["g"].to_list() and got["rows"].to_list() == want["rows"].to_list()
+    for name in got.columns[2:]:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=1e-4)
+
+
+def yes_no() -> pl.DataFrame:
+    rng = np.random.default_rng(3)
+    frame = data()
+    chance = 1 / (1 + np.exp(3.0 - frame["y"].to_numpy()))
+    return frame.with_columns(y=pl.Series((rng.random(len(frame)) < chance).astype(int)), x=pl.col.x - 2000.0)
+
+
+def without(fit: Any, frame: pl.DataFrame, nagq: int) -> tuple[np.ndarray, np.ndarray]:
+    """The coefficients of greatest likelihood of some rows, the variance as in `fit`, and their standard errors."""
+    with again(mp.glmm("y ~ x + (1 | g)", frame, family="binomial", nagq=nagq)) as found:
+        R = found.model.fixed.R
+
+        def look(beta: np.ndarray) -> tuple[float, np.ndarray]:
+            at = found.best.surface.look(np.append(fit.theta, R @ beta), None)
+            return at.value, R.T @ at.gradient[1:]
+
+        beta = so.minimize(look, fit.beta, jac=True, tol=1e-9).x
+        H = np.array([(look(beta + h)[1] - look(beta - h)[1]) / 2e-4 for h in 1e-4 * np.eye(2)])
+    return beta, np.sqrt(np.diag(np.linalg.inv(H / 2.0)))
+
+
+@pytest.mark.parametrize("nagq", [1, 5])
+def test_one_step_is_near_the_maximum_without_the_block(nagq: int, tmp_path: Any) -> None:
+    frame = yes_no()
+    fit = mp.glmm("y ~ x + (1 | g)", frame, family="binomial", nagq=nagq)
+    table = pl.DataFrame(fit.influence(top=40))
+    assert table["leverage"].sum() == pytest.approx(2.0) and table["cooks_distance"].is_sorted(descending=True)
+    for row in [*table.head(2).to_dicts(), table.row(20, named=True)]:
+        beta, errors = without(fit, frame.filter(pl.col.g != row["g"]), nagq)
+        np.testing.assert_allclose([row["dfbetas_(Intercept)"], row["dfbetas_x"]], (fit.beta - beta) / errors, rtol=0.15, atol=0.01)
+    fit.write(tmp_path / "fit")
+    assert pl.DataFrame(mp.load(tmp_path / "fit").influence(top=5, data=frame))["g"].to_list() == table["g"].head(5).to_list()
+
+
+def test_what_generalized_models_refuse() -> None:
+    frame = yes_no()
+    with pytest.raises(mp.ConfigError, match="mixed models"):
+        mp.glm("y ~ x", frame, family="binomial").influence()
     with pytest.raises(mp.ConfigError, match="one grouping factor"):
-        mp.lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", datasets.path("penicillin")).influence()
+        mp.glmm("y ~ x + (1 | g) + (1 | t)", frame, family="binomial").influence()
+    with pytest.raises(mp.ConfigError, match="top"):
+        mp.glmm("y ~ x + (1 | g)", frame, family="binomial").influence(top=0)

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import scipy.optimize as so
+import scipy.stats as st
 
 import mlpipe as mp
 from mlpipe.solve.profile import BlockSurface, LevelSurface, Linear
@@ -24,7 +26,7 @@ def frame_of(model: Dense) -> pl.DataFrame:
     return pl.DataFrame({"y": model.y, "g": model.block, "w": model.w, **columns})
 
 
-def limits(fit: mp.LMMFit, method: str = "profile") -> dict[str, tuple[float, float]]:
+def limits(fit: Any, method: str = "profile") -> dict[str, tuple[float, float]]:
     return {row["term"]: (row["conf_low"], row["conf_high"]) for row in fit.confint(method=method).to_pylist()}
 
 
@@ -118,6 +120,68 @@ def test_glmm_profiles_make_the_spool_once() -> None:
         for mine, theirs in zip(found[name], wald[name], strict=True):
             assert mine == pytest.approx(theirs, abs=0.35 * (wald[name][1] - wald[name][0]))
         assert found[name] != wald[name]
+
+
+def plain_deviance(family: str, y: np.ndarray, eta: np.ndarray, tau: float) -> float:
+    """−2ℓ by scipy's densities."""
+    if family == "binomial":
+        return -2.0 * float(st.bernoulli(1 / (1 + np.exp(-eta))).logpmf(y).sum())
+    if family == "poisson":
+        return -2.0 * float(st.poisson(np.exp(eta)).logpmf(y).sum())
+    return -2.0 * float(st.gamma(np.exp(tau), scale=np.exp(eta - tau)).logpdf(y).sum())
+
+
+@pytest.mark.parametrize("family", ["binomial", "poisson", "gamma"])
+def test_profiles_of_plain_models_are_where_the_dense_deviance_says(family: str) -> None:
+    rng = np.random.default_rng(11)
+    x, o = rng.normal(size=60), 0.3 * rng.normal(size=60)
+    X = np.column_stack([np.ones(60), x])
+    eta = 0.2 + 0.8 * x + o
+    y = {"binomial": rng.random(60) < 1 / (1 + np.exp(-eta)), "poisson": rng.poisson(np.exp(eta)), "gamma": rng.gamma(2.0, np.exp(eta) / 2)}
+    frame = pl.DataFrame({"y": y[family].astype(float), "x": x, "o": o})
+    fit = mp.glm("y ~ x", frame, family=family, link="logit" if family == "binomial" else "log", offset="o")
+    found = limits(fit)
+
+    def least(k: int, v: float) -> float:
+        def deviance(free: np.ndarray) -> float:
+            at = np.insert(free, k, v)
+            return plain_deviance(family, frame["y"].to_numpy(), X @ at[:2] + o, float(at[-1]))
+
+        start = np.delete(np.append(fit.beta, [fit.tau] if family == "gamma" else []), k)
+        return float(so.minimize(deviance, start, method="BFGS", options={"gtol": 1e-6}).fun)
+
+    names = ["(Intercept)", "x", *(["shape"] if family == "gamma" else [])]
+    assert set(found) == set(names)
+    for k, name in enumerate(names):
+        for end in found[name]:
+            excess = least(k, math.log(end) if name == "shape" else end) + 2.0 * fit.loglik
+            assert math.sqrt(excess) == pytest.approx(Z, abs=2e-3), name
+    assert fit.info["notes"] == ["the rows were read once more for inference"]
+
+
+def test_profiles_of_several_factors_are_those_of_the_linear_model() -> None:
+    """The Laplace approximation of a Gaussian model is exact."""
+    rng = np.random.default_rng(12)
+    a, b, x = rng.integers(0, 9, 150), rng.integers(0, 6, 150), rng.normal(size=150)
+    effects = 0.8 * rng.normal(size=9)[a] + 0.6 * rng.normal(size=6)[b] + 0.5 * rng.normal(size=6)[b] * x
+    y = 1 + 0.5 * x + effects + rng.normal(size=150)
+    frame = pl.DataFrame({"y": y, "x": x, "a": a, "b": b})
+    general, linear = mp.glmm("y ~ x + (1 | a) + (x | b)", frame, family="gaussian"), mp.lmm("y ~ x + (1 | a) + (x | b)", frame)
+    found, wanted = limits(general), limits(linear)
+    assert list(found) == list(wanted)
+    for name, ends in wanted.items():
+        assert found[name] == pytest.approx(ends, abs=1e-3 * (ends[1] - ends[0])), name
+
+
+@pytest.mark.parametrize("method", ["profile", "boot"])
+def test_what_has_no_likelihood_to_profile(method: str) -> None:
+    frame = pl.DataFrame({"y": [0, 2, 1, 4, 3, 1, 0, 5], "x": list(range(8)), "a": [0, 1] * 4, "b": [0, 0, 1, 1] * 2})
+    with pytest.raises(mp.ConfigError, match="quasipoisson.*no likelihood"):
+        mp.glm("y ~ x", frame, family="quasipoisson").confint(method=method)
+    fit = mp.glm("y ~ x", frame, family="poisson")
+    fit.info["method"] = "iterative"
+    with pytest.raises(mp.ConfigError, match="Monte Carlo"):
+        fit.confint(method=method)
 
 
 def test_requests_that_make_no_sense() -> None:

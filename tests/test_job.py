@@ -56,18 +56,6 @@ def test_an_unknown_key_like_no_other_lists_the_known(job: Path) -> None:
     assert hint == "known: 'target', 'prefix', 'mode', 'ranef', 'scoring_sql'"
 
 
-LATER = [
-    ('[limits]\ntimeout = "1h"', "limits.timeout"),
-]
-
-
-@pytest.mark.parametrize(("text", "what"), LATER)
-def test_what_the_format_reserves_is_not_called_unknown(text: str, what: str, job: Path) -> None:
-    error = mistake(job, SOURCE + ("" if "[model]" in text else MODEL) + text)
-    assert error.code == "not_available"
-    assert error.message.endswith(f": {what} is not available in this version")
-
-
 WRONG = [
     ("", "[source] is missing"),
     (SOURCE, "[model] is missing"),
@@ -84,6 +72,7 @@ WRONG = [
     (SOURCE + MODEL + '[limits]\nthreads = "2"', "limits.threads = '2': it must be a whole number"),
     (SOURCE + MODEL + "[limits]\nthreads = true", "limits.threads = True: it must be a whole number"),
     (SOURCE + MODEL + "[limits]\nmemory_limit = 1.5", "limits.memory_limit = 1.5: it must be text in quotes or a whole number"),
+    (SOURCE + MODEL + "[limits]\ntimeout = true", "limits.timeout = True: it must be text in quotes or a number"),
     (SOURCE + MODEL + '[policy]\nforbid = "singular"', "policy.forbid = 'singular': it must be a list"),
     (SOURCE + MODEL + "[policy]\nmax_drop_fraction = 2", "policy.max_drop_fraction = 2: it should be less than or equal to 1"),
     (SOURCE + MODEL + "[policy]\nmax_drop_fraction = nan", "policy.max_drop_fraction = nan: it should be less than or equal to 1"),

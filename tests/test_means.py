@@ -42,6 +42,39 @@ def test_a_balanced_split_plot() -> None:
     assert "extra_scans" not in fit.info
 
 
+@pytest.mark.parametrize("ddf", ["satterthwaite", "kenward-roger"])
+def test_degrees_of_freedom_of_a_split_plot(ddf: str) -> None:
+    """In a balanced split plot they are those of the strata: 5 x 2 = 10 between plots, 54 - 3 = 51 within them."""
+    fit = mp.lmm("yield ~ factor(nitro) + Variety + (1 | Block/Variety)", oats())
+    plain = fit.contrasts("Variety").to_pylist()
+    for row, z in zip(fit.contrasts("Variety", ddf=ddf).to_pylist(), plain, strict=True):
+        assert row["df"] == pytest.approx(10.0, rel=1e-4) and z["df"] is None
+        assert (row["estimate"], row["std_error"]) == pytest.approx((z["estimate"], z["std_error"]))
+        q = st.studentized_range(3, row["df"])
+        assert row["p_value"] == pytest.approx(q.sf(abs(row["statistic"]) * np.sqrt(2)))
+        half = q.ppf(0.95) / np.sqrt(2) * row["std_error"]
+        assert (row["conf_low"], row["conf_high"]) == pytest.approx((row["estimate"] - half, row["estimate"] + half))
+    for row in fit.contrasts("nitro", "reference", ddf=ddf).to_pylist():
+        assert row["df"] == pytest.approx(51.0, rel=1e-4)
+        assert row["p_value"] == pytest.approx(2 * st.t.sf(abs(row["statistic"]), row["df"]))
+    for row in fit.contrasts("nitro", "reference", ddf=ddf, adjust="bonferroni").to_pylist():
+        assert row["conf_high"] - row["estimate"] == pytest.approx(st.t.isf(0.025 / 3, row["df"]) * row["std_error"])
+    first = fit.means("nitro", ddf=ddf).to_pylist()[0]
+    L = [[1.0 if name == "(Intercept)" else 1 / 3 if name.startswith("Variety") else 0.0 for name in fit.names]]
+    whole = fit.test(L, ddf=ddf).to_pylist()[0]
+    assert (first["df"], first["statistic"] ** 2) == pytest.approx((whole["df_denominator"], whole["statistic"]))
+    assert first["conf_high"] - first["estimate"] == pytest.approx(st.t.isf(0.025, first["df"]) * first["std_error"])
+
+
+def test_least_squares_has_its_own_degrees_of_freedom(fitted: tuple[Any, pl.DataFrame]) -> None:
+    fit = mp.ols("yield ~ Variety", oats())
+    assert {row["df"] for row in fit.means("Variety").to_pylist()} == {69.0}
+    pair = fit.contrasts("Variety", adjust="none").to_pylist()[0]
+    assert pair["p_value"] == pytest.approx(2 * st.t.sf(abs(pair["statistic"]), 69))
+    with pytest.raises(mp.ConfigError, match="linear mixed models"):
+        fitted[0].means("t", ddf="satterthwaite")
+
+
 def written_out(fit: Any, frame: pl.DataFrame, levels: list[tuple[str, bool]]) -> np.ndarray:
     """X at (t, flag) with x at its mean, in the fit's order of names."""
     x = float((frame["x"] * frame["q"]).sum() / frame["q"].sum())

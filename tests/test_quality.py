@@ -142,6 +142,14 @@ def test_pearson_residuals(family: str, link: str) -> None:
     close(close_to, np.delete(e, 3))
 
 
+def test_pearson_residuals_of_estimating_equations() -> None:
+    """Scaled by phi, so that their mean square is 1 (phi has no degrees of freedom taken off)."""
+    fit = mp.gee("reaction ~ days", SLEEP, groups="subject")
+    response, found = fit.residuals().to_pylist()
+    assert found["n"] == 180 and found["sd"] == pytest.approx(response["sd"] / math.sqrt(fit.scale))
+    assert found["sd"] ** 2 * 179 / 180 + found["mean"] ** 2 == pytest.approx(1.0)
+
+
 def test_residuals_of_weighted_and_plain_models() -> None:
     frame = pl.read_parquet(SLEEP).with_columns(w=pl.int_range(pl.len()) % 3)
     fit = mp.lmm("reaction ~ days + (1 | subject)", frame, weights="w")

@@ -96,8 +96,37 @@ def test_what_is_refused() -> None:
         mp.lmm("y ~ x + (1 | klass)", FRAME, vcov="CR1")
     with pytest.raises(mp.ConfigError, match="grouping factor"):
         mp.glmm("y ~ x + (1 | klass)", FRAME, family="gaussian", cluster="school")
-    with pytest.raises(mp.DataError, match="no rows"):
-        mp.lmm("y ~ x + (1 | klass)", mp.suffstats("y ~ x + (1 | klass)", FRAME), cluster="klass")
+
+
+@pytest.mark.parametrize("kind", ["CR0", "CR1", "CR2"])
+@pytest.mark.parametrize(("formula", "collect"), [("y ~ x + (1 | klass)", "blocks+xx"), ("y ~ x + (1 + x | klass)", "blocks")])
+def test_from_statistics(kind: str, formula: str, collect: str, tmp_path: Path) -> None:
+    stats = mp.suffstats(formula, FRAME[:200], weights="w", collect=collect).update(FRAME[200:])
+    stats.save(tmp_path / "stats.arrow")
+    want = mp.lmm(formula, FRAME, weights="w", cluster="klass", vcov=kind)
+    fit = mp.lmm(formula, mp.SuffStats.load(tmp_path / "stats.arrow"), cluster="klass", vcov=kind)
+    np.testing.assert_allclose(fit.vcov(), want.vcov(), rtol=1e-5)
+    assert fit.info["robust"] == want.info["robust"]
+
+
+def test_statistics_over_a_combination_cluster_by_one_of_its_columns() -> None:
+    formula = "y ~ x + (1 | school:klass)"
+    fit = mp.lmm(formula, mp.suffstats(formula, FRAME, collect="blocks+xx"), cluster="school", vcov="CR2")
+    np.testing.assert_allclose(fit.vcov(), mp.lmm(formula, FRAME, cluster="school", vcov="CR2").vcov(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("formula", "collect", "cluster", "message"),
+    [
+        ("y ~ x + (1 | klass)", "blocks", "klass", "no cross-products"),
+        ("y ~ x + (1 | klass)", "blocks+xx", "school", "over klass and do not tell the clusters of school"),
+        ("y ~ x + (1 | school) + (1 | klass)", "blocks", "school", "over school, klass"),
+    ],
+)
+def test_statistics_that_do_not_tell(formula: str, collect: str, cluster: str, message: str) -> None:
+    with pytest.raises(mp.DataError, match=message) as caught:
+        mp.lmm(formula, mp.suffstats(formula, FRAME, collect=collect), cluster=cluster)
+    assert "blocks+xx" in str(caught.value.hint)
 
 
 def test_a_gaussian_glmm_has_nearly_the_linear_models_errors() -> None:

@@ -88,6 +88,30 @@ def test_what_others_called_alike_stays(tmp_path: Path) -> None:
     assert set(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize("after", ["mkdir", "open"])
+def test_a_signal_while_it_is_made_leaves_nothing(after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = getattr(os, after)
+
+    def interrupted(*arguments: object) -> None:
+        call(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(os, after, interrupted)
+        Scratch(str(tmp_path))
+    gc.collect()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_name_that_is_taken_stays_and_another_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = tmp_path / "mlpipe-aaaaaaaa.tmp"
+    taken.write_text("not ours")
+    names = iter(["aaaaaaaa", "bbbbbbbb"])
+    monkeypatch.setattr("mlpipe.scratch.secrets.token_hex", lambda n: next(names))
+    Scratch(str(tmp_path)).cleanup()
+    assert os.listdir(tmp_path) == [taken.name]
+
+
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         Scratch(str(tmp_path / "no"))

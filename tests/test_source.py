@@ -610,6 +610,14 @@ def test_pandas(opened: Opened) -> None:
         opened(pd.Series([1.0]))
 
 
+def test_lazy_narwhals_frames_are_read_where_they_lie(opened: Opened) -> None:
+    for native, dialect in ((pl.from_arrow(SIMPLE).lazy(), "polars"), (duckdb.connect().from_arrow(SIMPLE), "duckdb")):
+        engine = opened(nw.from_native(native))
+        assert engine.dialect == dialect and used(engine, "x", "g") == [(1.5, "b"), (2.5, "a")]
+    with pytest.raises(ConfigError, match="set them on your connection|memory_limit cannot be set"):
+        opened(nw.from_native(duckdb.connect().from_arrow(SIMPLE)), options=Options(memory_limit="1GB"))
+
+
 def test_two_columns_of_one_name(opened: Opened) -> None:
     with pytest.raises(DataError, match="two columns"):
         opened(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]))

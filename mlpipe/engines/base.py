@@ -19,6 +19,7 @@ Kind = Literal["number", "logical", "text", "other"]
 SAMPLE_SLICES, SLICE_ROWS = 8, 2_048
 BATCH_ROWS = 65_536
 BUFFER_BYTES = 32_000_000
+MOST_SQL = 200_000  # characters of the statements that are noted
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Engine(Protocol):
 
     dialect: str
     spills: bool  # what exceeds the memory limit goes to disk
+    ran: list[str]  # the statements that it was handed, in their order, each once: see `noted`
 
     def schema(self) -> dict[str, ColumnType]:
         """Exact names and types, in the source's order."""
@@ -109,6 +111,12 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release connections and temporary files; may be called again."""
+
+
+def noted(ran: list[str], sql: str) -> None:
+    """Adds a statement to those that ran, unless it is among them or there are MOST_SQL characters of them."""
+    if sql not in ran and len(sql) + sum(map(len, ran)) <= MOST_SQL:
+        ran.append(sql)
 
 
 def fingerprint(*parts: object) -> str:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 from sqlglot import exp
 
 from ..errors import ConfigError, DataError, ResourceError, did_you_mean
-from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerprint, spread
+from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerprint, noted, spread
 from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
 from .failures import translating
@@ -47,6 +46,7 @@ class DuckDBEngine:
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
         self._running: list[DuckDBPyConnection] = []
+        self.ran: list[str] = []
 
     def schema(self) -> dict[str, ColumnType]:
         """Exact names and types, in the source's order."""
@@ -96,11 +96,14 @@ class DuckDBEngine:
         and holds a user's connection until it is read out or dropped."""
         source = source_rows(self._origin, columns, sample)
         sql = render(with_source(statement, source, joined is not None), "duckdb", copy=False)
+        noted(self.ran, sql)
         with self._checked():
             con = self._connection(statement)
             relation = _bound(sql, self._origin, con, joined)
-            reader = self._guarded(con, lambda: relation.to_arrow_reader(BATCH_ROWS))
-            return buffered(reader.schema, self._batches(con, reader))
+            # one thread for all batches: those of ever new threads come from new memory, which cost half as much again as the scan
+            thread = ThreadPoolExecutor(1)
+            reader = self._guarded(con, thread, lambda: relation.to_arrow_reader(BATCH_ROWS))
+            return buffered(reader.schema, self._batches(con, thread, reader))
 
     def cancel(self) -> None:
         """Interrupt the running queries; the thread that waits for one gets a ResourceError (code "interrupted")."""
@@ -131,20 +134,20 @@ class DuckDBEngine:
             con.execute(self._origin.use)
         return con
 
-    def _batches(self, con: DuckDBPyConnection | None, reader: Any) -> Iterator[pa.RecordBatch]:
+    def _batches(self, con: DuckDBPyConnection | None, thread: ThreadPoolExecutor, reader: Any) -> Iterator[pa.RecordBatch]:
         try:
             with self._checked():
-                while (batch := self._guarded(con, lambda: next(reader, None))) is not None:
+                while (batch := self._guarded(con, thread, lambda: next(reader, None))) is not None:
                     yield batch
         finally:
             reader.close()
+            thread.shutdown(wait=False)
             if self._origin.own and con is not None:
                 con.close()
 
-    def _guarded(self, con: DuckDBPyConnection | None, work: Callable[[], T]) -> T:
+    def _guarded(self, con: DuckDBPyConnection | None, thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         """Works on another thread, so that Ctrl-C reaches this one at once and interrupts the query."""
-        future: Future[T] = Future()
-        Thread(target=_settle, args=(future, work), daemon=True).start()
+        future = thread.submit(work)
         if con is not None:
             self._running.append(con)
         try:
@@ -182,13 +185,6 @@ class DuckDBEngine:
             name = list(self._origin.columns)[int(field)]
             message = f"the column {name!r} is read as {kind}, and line {line} holds {value!r}"
             raise DataError(message, code="column_value", column=name, hint="give mp.source another type for it") from error
-
-
-def _settle(future: Future[T], work: Callable[[], T]) -> None:
-    try:
-        future.set_result(work())
-    except BaseException as error:  # handed to the thread that waits
-        future.set_exception(error)
 
 
 def _progress(con: DuckDBPyConnection) -> float | None:

@@ -8,7 +8,7 @@ import polars as pl
 from polars.exceptions import PanicException, PolarsError
 
 from ..errors import DataError, MlpipeError, ResourceError
-from .base import BATCH_ROWS, SAMPLE_SLICES, SLICE_ROWS, Columns, ColumnType, Identity, Kind, buffered, fingerprint
+from .base import BATCH_ROWS, SAMPLE_SLICES, SLICE_ROWS, Columns, ColumnType, Identity, Kind, buffered, fingerprint, noted
 from .dialects import render
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class PolarsEngine:
 
     def __init__(self, frame: pl.DataFrame | pl.LazyFrame) -> None:
         self._frame = frame
+        self.ran: list[str] = []
         self._lazy = frame.lazy()
         try:
             self._schema = self._lazy.collect_schema()
@@ -74,6 +75,7 @@ class PolarsEngine:
     ) -> pa.RecordBatchReader:
         """See Engine. `joined` is held in memory; results beyond 32 MB stream."""
         sql = render(statement, "polars")
+        noted(self.ran, sql)
         try:
             tables = {"src": self._source(columns, sample)}
             if joined is not None:

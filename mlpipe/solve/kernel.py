@@ -113,6 +113,14 @@ class Kernel:
             u, rough = work.modes(u)
             return replace(work.finished(u, outer=outer), rough=rough), u
 
+    def block_scores(self, chunk: Chunk, point: Point, u: Array) -> tuple[Array, Array]:
+        """The score of each block (m + r + t, B), see Look, and the modes, from u (q, B) nearby; NaN where a block has no proper mode."""
+        with np.errstate(all="ignore"):
+            work = Work(self, chunk, point)
+            u, _ = work.modes(u)
+            parts = work.parts(u, blocks=True)
+            return np.full((len(point.gamma), work.n_blocks), np.nan) if parts is None else np.concatenate(parts[1]), u
+
     def moments(self, chunk: Chunk, point: Point) -> tuple[Array, Array, Array, int]:
         """At Λ = 0: Σ (c_k² - S_kk) and Σ S_kk² (q,), ΣS (q, q) over blocks, and their number; c = Z'ℓ', S = Z'WZ."""
         with np.errstate(all="ignore"):
@@ -261,7 +269,23 @@ class Work:
     # -- likelihood and score ------------------------------------------------------------------------------------
 
     def finished(self, u: Array, *, outer: bool) -> Look:
-        """The log-likelihood of the chunk and its gradient at the modes; by gamma per block only where outer products need it."""
+        """The log-likelihood of the chunk and its gradient at the modes."""
+        found = self.parts(u, blocks=outer)
+        if found is None:
+            return self._failed()
+        loglik, parts = found
+        whole = float(loglik.sum())
+        if outer:
+            scores = np.concatenate(parts)
+            look = Look(whole, scores.sum(axis=1), scores @ scores.T)
+        else:
+            score = np.concatenate([part.sum(axis=1) for part in parts])
+            look = Look(whole, score, np.zeros((len(score),) * 2))
+        return look if math.isfinite(whole) and np.isfinite(look.score).all() else self._failed()
+
+    def parts(self, u: Array, *, blocks: bool) -> tuple[Array, list[Array]] | None:
+        """The log-likelihood (B,) and the score by gamma, Λ and tau at the modes, (k, B) each; by gamma (m, 1), the sum of all blocks,
+        unless `blocks`. None where a block has no proper mode."""
         lam, kept = self.point.lambda_, list[Terms]()
         c = c_shape = value = shape = S = S_o = small.ZERO
         for piece, terms in zip(self.pieces, self.terms(u), strict=True):
@@ -275,7 +299,7 @@ class Work:
         L_o = L if S_o is S else self.factor(S_o)
         bad = np.isnan(L[-1, -1]) | np.isnan(L_o[-1, -1])
         if bad.any():
-            return self._failed()
+            return None
         base = value - 0.5 * (u * u).sum(axis=0)
         inner = Laplace(self, u) if self.kernel.nagq == 1 else Quadrature(self, u, L, base)
         Q = inner.spread(L)
@@ -290,21 +314,14 @@ class Work:
             if terms.curvature_shape is not None:
                 tau_part = tau_part + piece.rows.sums(h * terms.curvature_shape)
         a = small.solve(L_o, lam.T @ zq - 2.0 * inner.v)
-        by_gamma, kappa = self._row_scores(kept, q_rows if self.single else [], N, lam @ a, inner, blocks=outer)
+        by_gamma, kappa = self._row_scores(kept, q_rows if self.single else [], N, lam @ a, inner, blocks=blocks)
         by_lambda = inner.cross(c) - 0.5 * (kappa[:, None] * u[None] + c[:, None] * a[None])
         by_lambda -= np.einsum("ilb,lk,kjb->ijb", S, lam, Q)
-        parts = [np.stack([by_lambda[i, j] for i, j in self.kernel.entries])]
+        parts = [by_gamma, np.stack([by_lambda[i, j] for i, j in self.kernel.entries])]
         if self.density.family.shape:
             by_tau = inner.shape(shape) - 0.5 * tau_part - 0.5 * (a * (lam.T @ c_shape)).sum(axis=0)
             parts.append(by_tau[None])
-        whole = float(loglik.sum())
-        if outer:
-            scores = np.concatenate([by_gamma, *parts])
-            look = Look(whole, scores.sum(axis=1), scores @ scores.T)
-        else:
-            score = np.concatenate([by_gamma[:, 0], *(part.sum(axis=1) for part in parts)])
-            look = Look(whole, score, np.zeros((len(score),) * 2))
-        return look if math.isfinite(whole) and np.isfinite(look.score).all() else self._failed()
+        return loglik, parts
 
     def _failed(self) -> Look:
         size = len(self.point.gamma) + len(self.kernel.entries) + self.density.family.shape

@@ -18,6 +18,7 @@ from mlpipe.errors import ConvergenceError
 from .blocks import Array, Index
 from .crossed import CrossedProblem, Exact
 from .folding import folded
+from .glm import GLMLook
 from .glmm import GLMMProblem
 from .likelihood import LMMProblem, evaluate
 
@@ -123,6 +124,18 @@ class PassSurface:
         found = self.problem.look(psi)
         score = np.concatenate([found.score[p : p + d], found.score[:p], found.score[p + d :]])
         return Look(-2.0 * found.loglik, -2.0 * score)
+
+
+class PlainSurface:
+    """The same without random effects, by (β, τ)."""
+
+    def __init__(self, looks: Callable[[Array, bool], GLMLook]) -> None:
+        self.looks = looks
+
+    def look(self, phi: Array, condition: Linear | None) -> Look:
+        assert condition is None
+        found = self.looks(phi, False)
+        return Look(-2.0 * found.loglik, -2.0 * found.score)
 
 
 # -- pins --------------------------------------------------------------------------------------------------------------

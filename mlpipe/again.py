@@ -1,0 +1,156 @@
+"""The rows of a generalized fit once more: a new spool, -2ℓ over the parameters, the optimum there, and refits of other responses."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .design import level_label
+from .errors import ConfigError, DataError
+from .formula import parse
+from .generalized import gathered
+from .options import Options
+from .passes import Model, built, plain, plain_looks, resumed, star_point
+from .planning import Request
+from .several_generalized import JointModel
+from .several_generalized import resumed as joint_resumed
+from .solve.density import density
+from .solve.kernel import Chunk, Piece
+from .solve.profile import PassSurface, PlainSurface, Surface
+from .spool import Spool
+
+if TYPE_CHECKING:
+    from .generalized_result import GeneralizedFit
+    from .reduction import Random
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Found:
+    """An optimum over a spool: `beta` (p,) in the solver's coordinates, its Λ, tau (0 without), `psi` = (beta, theta, tau) with the
+    covariance `vcov`, `loglik` without the spool's constant, `converged`."""
+
+    psi: Array
+    p: int
+    lambda_: Array
+    vcov: Array
+    loglik: float
+    converged: bool
+    surface: Surface
+
+    @property
+    def beta(self) -> Array:
+        """The coefficients."""
+        return self.psi[: self.p]
+
+
+@dataclass(frozen=True)
+class Again:
+    """A fit's `model` over a new spool and its optimum `best` there, for no, one or several (`joint`) factors. `random`: the terms in the
+    order of the solver's Λ, `places`: where each of the fit's terms stands among them."""
+
+    model: Model
+    best: Found
+    random: tuple[Random, ...]
+    places: tuple[int, ...]
+    joint: JointModel | None
+    options: Options
+
+    def refitted(self, spool: Spool) -> Found:
+        """The optimum with the responses of another spool, from the fit's own."""
+        model = replace(self.model, rows=replace(self.model.rows, spool=spool))
+        return _optimum(model, self.joint.over(model) if self.joint is not None else None, self.best.psi, self.options)
+
+    def stars(self, lambda_: Array) -> list[Array]:
+        """Λ's blocks, term by term in the order of `random`."""
+        stops = np.cumsum([0, *(len(term.names) for term in self.random)]).tolist()
+        return [lambda_[a:b, a:b] for a, b in zip(stops[:-1], stops[1:], strict=True)]
+
+    def effects(self, rng: np.random.Generator) -> list[Array]:
+        """New random effects (q_k, levels) of several factors."""
+        if self.joint is None:
+            return []
+        problem = self.joint.problem
+        factors = zip(problem.lambdas(self.best.lambda_), problem.levels, strict=True)
+        return [lambda_k @ rng.normal(size=(len(lambda_k), levels)) for lambda_k, levels in factors]
+
+    def shifts(self, chunk: Chunk, effects: list[Array], rng: np.random.Generator) -> Iterator[Array]:
+        """What random effects add to the linear predictor of each piece of a chunk: `effects`, or new ones of the chunk's blocks."""
+        if self.joint is not None:
+            for rows in chunk.pieces:
+                parts = zip(self.joint.problem.kernels, self.joint.codes_of(chunk, rows), effects, strict=True)
+                pieces = ((Piece(rows, kernel), b[:, code]) for kernel, code, b in parts)
+                yield sum((piece.times(k, own) for piece, b in pieces for k, own in enumerate(b)), np.zeros(rows.F.shape[1]))
+            return
+        kernel = self.model.kernel
+        b = self.best.lambda_ @ rng.normal(size=(kernel.q, chunk.n_blocks))
+        for rows in chunk.pieces:
+            piece = Piece(rows, kernel)
+            yield sum((piece.times(k, rows.spread(own)) for k, own in enumerate(b)), np.zeros(rows.F.shape[1]))
+
+
+@contextmanager
+def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None) -> Iterator[Again]:
+    """The rows once more, in a spool that goes at the end; noted in `info`. `compress`: whether rows may be held as cells; `data`: the
+    fit's rows from elsewhere than its own source.
+
+    Raises DataError where the source is gone or has changed, ConfigError for a fit without a likelihood of its own: of a quasi family, or
+    of factors that need conjugate gradients.
+    """
+    if fit.family != fit.base_family:
+        raise ConfigError(f"family {fit.family!r} has no likelihood to profile or to simulate from", hint='method="wald"')
+    if fit.info.get("method") == "iterative":
+        raise ConfigError(
+            "profiles and bootstraps need the exact factor of all random effects: this fit's likelihood has a Monte Carlo error",
+            code="several_factors", hint='method="wald"',
+        )  # fmt: skip
+    source = fit.source if data is None else data
+    if source is None:
+        raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
+    options = fit.options or Options()
+    plan, rows = gathered(source, _request(fit, options), options, compress=compress and bool(fit.terms))
+    with rows.spool:
+        if rows.rows != fit.rows:
+            raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")
+        made = density(fit.base_family, fit.link, expected=fit.curvature == "expected")
+        model = built(parse(fit.formula), plan, rows, made, fit.nagq)
+        joint = JointModel(model) if fit.recipe.factors else None
+        order = tuple(range(len(model.random))) if joint is None else tuple(joint.terms.solver)
+        sequence = order if joint is None else tuple(joint.terms.sequence)
+        best = _optimum(model, joint, _point(fit, model, joint), options)
+        fit.info["notes"] = [*fit.info.get("notes", []), "the rows were read once more for inference"]
+        places = tuple(order.index(i) for i in sequence)
+        yield Again(model, best, tuple(model.random[i] for i in order), places, joint, options)
+
+
+def _request(fit: GeneralizedFit, options: Options) -> Request:
+    recipe = fit.recipe
+    levels = {v.label: [level_label(level) for level in v.levels] for v in recipe.variables.values() if v.kind == "category"}
+    return Request(
+        fit.formula, weights=recipe.weights, freq=recipe.freq, offset=recipe.offset, levels=levels, contrasts=recipe.contrasts,
+        family=recipe.family, link=fit.link, trials=recipe.trials, nagq=fit.nagq, groups=() if fit.terms else recipe.groups,
+        options=options,
+    )  # fmt: skip
+
+
+def _point(fit: GeneralizedFit, model: Model, joint: JointModel | None) -> Array:
+    """The fit's (beta, theta, tau) in the solver's coordinates."""
+    if joint is None:
+        return star_point(model, fit.beta, [term.factor for term in fit.terms], fit.tau)
+    shape = [fit.tau] if model.density.family.shape else []
+    return np.concatenate([model.fixed.R @ fit.beta, joint.terms.theta_star(fit.theta.tolist()), shape])
+
+
+def _optimum(model: Model, joint: JointModel | None, psi: Array, options: Options) -> Found:
+    """The optimum from psi."""
+    p = model.Q.shape[1]
+    if not model.random:
+        plainly = plain(model, None, options.tol, options.max_passes)
+        covariance, surface = np.linalg.pinv(plainly.information, hermitian=True), PlainSurface(plain_looks(model, None))
+        return Found(plainly.psi, p, np.zeros((0, 0)), covariance, plainly.loglik, plainly.converged, surface)
+    search, found = resumed(model, psi, options) if joint is None else joint_resumed(joint, psi, options)
+    return Found(found.psi, p, found.lambda_, found.vcov, found.loglik, found.converged and not found.rough, PassSurface(search))
