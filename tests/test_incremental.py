@@ -259,7 +259,6 @@ def days(folder: Path, first: int, last: int) -> Path:
     [
         ("y ~ x + f + (1 | pupil) + (1 | item)", "{}/store"),
         ("y ~ x + (1 | school/pupil) + (0 + x | item)", "{}/store.duckdb"),
-        ("y ~ f + (1 | school/pupil)", "{}/store"),
     ],
 )
 def test_several_grouping_factors(formula: str, path: str, run: Run, tmp_path: Path) -> None:
