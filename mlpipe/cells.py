@@ -137,7 +137,8 @@ def merged(recipe: Recipe, keys: Sequence[str]) -> exp.Select:
         found = ratio(exp.Sum(this=times(size.copy(), value)), rows.copy())
         return case([(exp.GT(this=rows.copy(), expression=number(0)), found)], empty)
 
-    shared = _shared(recipe, keys, names)
+    own = {*covariates(recipe), "w", "offset", *(["y"] if family_of(recipe).keyed else [])}
+    shared = [*keys, *(name for name in names if name in own)]
     y = exp.column("y")
     found: dict[str, Expression] = {"size": rows.copy(), "y": mean(y.copy(), number(0.5))}
     for k, name in enumerate(family_of(recipe).statistics):
@@ -150,18 +151,11 @@ def merged(recipe: Recipe, keys: Sequence[str]) -> exp.Select:
     return skeleton("merged_cells").select(*out, append=False, copy=False).group_by(*map(exp.column, shared), copy=False)
 
 
-def _shared(recipe: Recipe, keys: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The columns that rows of one cell have in common."""
-    known = {*covariates(recipe), "w", "offset", *(["y"] if family_of(recipe).keyed else [])}
-    return [*keys, *(name for name in names if name in known)]
-
-
 def ordered(recipe: Recipe, keys: Sequence[str], *, compressed: bool) -> exp.Select:
-    """The rows, or merged cells, of the table `used` in the order of their blocks; cells also by what they share: of one order alone."""
+    """The rows, or merged cells, of the table `used` in the order of their blocks."""
     names = [name for name in columns(recipe, compressed=compressed) if name != "constant"]
-    order = _shared(recipe, keys, names) if compressed else keys
     every = [exp.column(name) for name in (*keys, *names)]
-    return skeleton("cells").select(*every, append=False, copy=False).order_by(*map(exp.column, order), copy=False)
+    return skeleton("cells").select(*every, append=False, copy=False).order_by(*map(exp.column, keys), copy=False)
 
 
 def _function(name: str, response: Expression) -> Expression:
