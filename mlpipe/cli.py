@@ -52,7 +52,7 @@ model = _options(
     click.option("--nagq", type=int, help="Quadrature nodes a random effect; 1, the default, is the Laplace approximation."),
     click.option("--trials", help="Numbers of trials of a binomial proportion: a column or an expression."),
     click.option("--absorb", multiple=True, metavar="COLUMN", help="Take out the effects of this factor (least squares)."),
-    click.option("--cluster", multiple=True, metavar="COLUMN", help="Cluster-robust standard errors of a model without random terms."),
+    click.option("--cluster", multiple=True, metavar="COLUMN", help="Cluster-robust standard errors of the fixed effects."),
     click.option("--groups", multiple=True, metavar="COLUMN", help="Blocks of correlated rows: fit by estimating equations."),
     click.option("--corr", help="Their working correlation: independence, exchangeable, ar1 or unstructured."),
     click.option("--time", help="What orders the rows of a block: a column or an expression."),
@@ -208,12 +208,14 @@ def report(
 
     With DATA, the rows it was fitted to, the page also shows the residuals, by one scan.
     """
+    from .progress import stage
     from .reporting import report as write_report
 
     console.log_to(log)
-    data = _data(settings) if settings["data"] else None
+    data, options = _data(settings) if settings["data"] else None, _limits(settings)
     values = dict(_pair(text, "--by", "COLUMN=VALUE") for text in by)
-    write_report(fit_directory, out, data=data, model=model, by=values or None, prefix=prefix, options=_limits(settings))
+    with stage("report", {}, options=options):
+        write_report(fit_directory, out, data=data, model=model, by=values or None, prefix=prefix, options=options)
 
 
 @cli.command()

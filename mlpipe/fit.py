@@ -312,7 +312,7 @@ def _fitted(
     """
     from .formula import parse
     from .held import of_reduced
-    from .reduction import reduce
+    from .reduction import check_levels, check_separable, reduce
     from .result import LMMFit
 
     parsed = parse(formula)
@@ -324,9 +324,14 @@ def _fitted(
         return several.fitted(formula, parsed, stats, data, reml, start, options, method, coding)
     if method == "iterative":
         raise ConfigError("one grouping factor is solved exactly", hint='method="auto"')
-    _check_sizes(stats)
+    if stats.blocks is None:
+        raise DataError("the statistics have no grouping factor", code="not_collected")
+    group, column, levels = ":".join(stats.recipe.groups), stats.recipe.groups[0], stats.blocks.n_blocks
+    check_levels(group, column, levels)
     coding = coding or {}
     reduced = reduce(stats, parsed, reml=reml, **coding)
+    if stats.recipe.weights is None:
+        check_separable(group, column, levels, max(reduced.problem.sizes), stats.n)
     first = reduced.least_squares()
     if reduced.unexplained(first) > EXPLAINED or plan is None:
         if reduced.unexplained(first) <= EXPLAINED:
@@ -401,22 +406,6 @@ def _modes(fit: LMMFit, engine: Engine) -> pa.Table:
     from . import effects
 
     return effects.table_of(fit, effects.from_rows(fit, engine))
-
-
-def _check_sizes(stats: SuffStats) -> None:
-    blocks = stats.blocks
-    if blocks is None:
-        raise DataError("the statistics have no grouping factor", code="not_collected")
-    group = ":".join(stats.recipe.groups)
-    if blocks.n_blocks < 2:
-        raise DataError(f"the grouping factor {group} has fewer than two levels", code="one_level", column=stats.recipe.groups[0])
-    if blocks.n_blocks >= stats.n and stats.recipe.weights is None:
-        raise DataError(
-            f"the grouping factor {group} has as many levels as there are rows ({stats.rows:,}): "
-            "its variance and the residual one are not separable",
-            code="unidentified",
-            column=stats.recipe.groups[0],
-        )
 
 
 def _report(fit: LMMFit, options: Options) -> None:

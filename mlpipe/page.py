@@ -47,6 +47,7 @@ td { border-bottom: 1px solid var(--rule); vertical-align: top; max-width: 20rem
   overflow-wrap: break-word; }
 td code { overflow-wrap: break-word; }
 th.n, td.n { text-align: right; white-space: nowrap; overflow-wrap: normal; padding-right: 0; padding-left: .8rem; }
+.dense table { font-size: .8rem; } .dense th.n, .dense td.n { padding-left: .55rem; }
 figure { margin: 1.6rem 0; }
 figure svg { display: block; max-width: 100%; height: auto; overflow: visible; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 1.5rem; align-items: start; }
@@ -65,11 +66,13 @@ pre code { background: none; padding: 0; font-size: 1em; overflow-wrap: normal; 
 footer { margin-top: 3.5rem; padding-top: .8rem; border-top: 1px solid var(--rule); color: var(--soft); font-size: .78rem;
   overflow-wrap: anywhere; }
 @media (max-width: 34rem) { main { padding-top: 2rem; } body { font-size: 16px; } }
-@media print { body { font-size: 10.5pt; } main { max-width: none; padding: 0; } h2 { margin-top: 1.6rem; break-after: avoid; }
+@media print { body { font-size: 10.5pt; } main { max-width: none; padding: 0; } h2 { margin-top: 1.6rem; }
+  h2, h3 { break-after: avoid; }
   figure, tr, .shares { break-inside: avoid; } .wide { overflow: visible; } pre { white-space: pre-wrap; } }
 """
 
 PARTS = 4  # colours of the shares
+DENSE = 6  # columns above which a table is set closer
 
 
 def text(value: object) -> str:
@@ -88,7 +91,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "",
     top = "".join(f'<th scope="col"{side}>{cell}</th>' for side, cell in zip(sides, head, strict=True))
     body = "\n".join("<tr>" + "".join(f"<td{side}>{cell}</td>" for side, cell in zip(sides, row, strict=True)) + "</tr>" for row in rows)
     title = f"<caption>{caption}</caption>" if caption else ""
-    return f'<div class="wide"><table>{title}<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    kind = "wide dense" if len(head) > DENSE else "wide"
+    return f'<div class="{kind}"><table>{title}<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def figure(drawing: str, caption: str) -> str:

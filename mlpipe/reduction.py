@@ -337,6 +337,26 @@ class _chunks:
         return BlockChunk(self._S(clusters.mean()), clusters.count, self._C(rows.T), owner)
 
 
+def check_levels(group: str, column: str, levels: int) -> None:
+    """Raises DataError (code "one_level") where a grouping factor has fewer than two levels."""
+    if levels < 2:
+        raise DataError(f"the grouping factor {group} has fewer than two levels", code="one_level", column=column)
+
+
+def check_separable(group: str, column: str, levels: int, coefficients: int, rows: float) -> None:
+    """Raises DataError (code "unidentified") where the random effects of a term are as many as the rows, as lme4 does."""
+    if levels * coefficients < rows:
+        return
+    what = (
+        f"the grouping factor {group} has as many levels as there are rows ({rows:,.0f}): its variance and the residual one"
+        if levels >= rows
+        else f"a term of {coefficients} coefficients over {levels:,} levels of {group} has as many random effects as there are rows "
+        f"({rows:,.0f}): their covariance and the residual variance"
+    )
+    hint = None if levels >= rows else "leave out coefficients, or their correlations by ||"
+    raise DataError(f"{what} are not separable", code="unidentified", column=column, hint=hint)
+
+
 def start_factors(theta: Sequence[float], sizes: Sequence[int]) -> list[np.ndarray]:
     """The lower triangular factors (k, k), by column in `theta`, of terms of these sizes. Raises ConfigError for anything else."""
     wanted = sum(k * (k + 1) // 2 for k in sizes)

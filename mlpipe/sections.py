@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import display, page, variance
 from .covariates import random_terms
 from .drawing import svg
-from .effects import coefficient_names
+from .effects import KEPT, coefficient_names
 from .errors import DataError
 from .estimating_result import GEEFit
 from .layout import coefficients, formatted, one_line, p_value, ratio, to_decimals
@@ -174,6 +174,8 @@ def _caterpillars(fit: MixedFit, group: str) -> str:
     names = coefficient_names([term for term in fit.terms if term.group == group])
     title = f"<h3>Levels of {page.code(group)}</h3>"
     try:
+        if not fit.recipe.factors and fit.levels[group] <= KEPT:
+            fit.ranef(group, wide=True)  # stays with the fit, and is not computed from the rows for each figure
         plots = [fit.plot.caterpillar(group, name) for name in names[:MOST_FIGURES]]
     except DataError as error:
         if error.code not in NO_MODES:

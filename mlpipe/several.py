@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arrays import arrow
-from .errors import DataError, ResourceError
+from .errors import ResourceError
 from .formula import Formula
 from .held import Held
 from .progress import stage
-from .reduction import Coded, coded, stacked_inverse
+from .reduction import Coded, check_levels, coded, stacked_inverse
 from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
 from .solve.folding import folded
@@ -220,17 +220,12 @@ def fitted(
     """The fit from statistics of several factors."""
     assert stats.crossed is not None
     for factor in stats.crossed.factors:
-        if len(factor.levels) < 2:
-            group = factor.levels.group
-            raise DataError(f"the grouping factor {group} has fewer than two levels", code="one_level", column=factor.levels.columns[0])
-        if len(factor.levels) >= stats.n and stats.recipe.weights is None:
-            raise DataError(
-                f"the grouping factor {factor.levels.group} has as many levels as there are rows ({stats.rows:,}): "
-                "its variance and the residual one are not separable", code="unidentified", column=factor.levels.columns[0],
-            )  # fmt: skip
+        check_levels(factor.levels.group, factor.levels.columns[0], len(factor.levels))
     coding = coding or {}
     parts = coded(stats, formula, coding.get("contrasts"), coding.get("levels"))
     model = Several(stats, formula, parts, reml)
+    if stats.recipe.weights is None:
+        model.terms.check_separable(stats.n)
     with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
         solved = model.solved(None if start is None else model.terms.theta_star(start), options, method)
         fields |= {"evaluations": solved.solution.evaluations, "score": solved.solution.score}

@@ -13,10 +13,10 @@ import numpy as np
 from .arrays import arrow
 from .errors import DataError, ResourceError
 from .generalized_result import GLMMFit, common, joint_covariance
-from .levels import Levels, levels_of
+from .levels import levels_of
 from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Model, plain, tau_bound
 from .progress import stage
-from .reduction import stacked_inverse
+from .reduction import check_levels, stacked_inverse
 from .result import RandomTerm
 from .solve.coded_rows import Exactly, JointProblem, Part
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
@@ -51,25 +51,15 @@ class JointModel:
         coded = [levels_of(columns, keys) for columns in recipe.factors]
         self.terms = TermOrder.of([levels for levels, _ in coded], recipe.factors, recipe.formula, model.random)
         for levels in self.terms.levels:
-            if len(levels) < 2:
-                raise DataError(f"the grouping factor {levels.group} has fewer than two levels", code="one_level", column=levels.columns[0])
-            self._check_separable(levels)
+            check_levels(levels.group, levels.columns[0], len(levels))
+        if (model.density.family.name, model.density.link.name) == ("gaussian", "identity") and recipe.weights is None:
+            self.terms.check_separable(model.rows.rows)
         self._check_memory()
         self.codes = [coded[k][1] for k in self.terms.order]
         sizes = [len(self.terms.levels[k]) for k in self.terms.order]
         kernels = tuple(Kernel(model.density, recipe.z, Z, ()) for Z in self.terms.maps())
         pairs, self.cells = self._cells(sizes, [kernel.q for kernel in kernels])
         self.problem = JointProblem(model.density, model.Q, kernels, tuple(sizes), self.terms.sizes, pairs, self.scan)
-
-    def _check_separable(self, levels: Levels) -> None:
-        rows, density = self.model.rows.rows, self.model.density
-        if (density.family.name, density.link.name) != ("gaussian", "identity") or self.model.plan.recipe.weights is not None:
-            return
-        if len(levels) >= rows:
-            raise DataError(
-                f"the grouping factor {levels.group} has as many levels as there are rows ({rows:,}): "
-                "its variance and the residual one are not separable", code="unidentified", column=levels.columns[0],
-            )  # fmt: skip
 
     def _check_memory(self) -> None:
         factors, limit = len(self.terms.levels), self.model.plan.request.options.memory_bytes

@@ -9,7 +9,7 @@ import numpy as np
 
 from .formula import Formula
 from .levels import Levels
-from .reduction import Random, lower_factor, start_factors
+from .reduction import Random, check_separable, lower_factor, start_factors
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ class TermOrder:
         lowers = start_factors(theta, [len(self.random[i].names) for i in self.sequence])
         stars = {i: lower_factor(self.random[i].R @ lower) for i, lower in zip(self.sequence, lowers, strict=True)}
         return np.concatenate([stars[i].T[np.triu_indices(len(stars[i]))] for i in self.solver])
+
+    def check_separable(self, rows: float) -> None:
+        """Raises DataError (code "unidentified") where a term has as many random effects as there are rows."""
+        for k, sizes in zip(self.order, self.sizes, strict=True):
+            levels = self.levels[k]
+            check_separable(levels.group, levels.columns[0], len(levels), max(sizes), rows)
 
     def nested(self, cells: dict[tuple[int, int], int]) -> list[str]:
         """Which factors lie within which, from how many pairs of levels occur of two factors in the solver's order: as many as levels."""

@@ -1,6 +1,7 @@
 """The same frame through every entry: `as_engine(frame, kind, tmp_path)` and the fixture `engine_kind`."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,21 @@ from mlpipe.sources import open_source, table
 
 KINDS = ("polars", "lazy", "arrow", "pandas", "reader", "duckdb", "table", "path", "csv")
 TYPED_KINDS = KINDS[:-1]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked `thinned(n)` every n-th case; all of them where .ci/long has loaded `long_run`."""
+    if config.pluginmanager.hasplugin("long_run"):
+        return
+    seen: Counter[str] = Counter()
+    kept, left = [], []
+    for item in items:
+        every = item.get_closest_marker("thinned")
+        test = item.nodeid.partition("[")[0]
+        (kept if every is None or seen[test] % every.args[0] == 0 else left).append(item)
+        seen[test] += 1
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
 
 
 def as_data(frame: pl.DataFrame, kind: str, tmp_path: Path) -> Any:

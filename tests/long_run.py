@@ -1,4 +1,5 @@
-"""A pytest plugin for .ci/long: every property test draws 50 times its usual number of examples, from a new seed."""
+"""A pytest plugin for .ci/long: every property test draws 50 times its usual number of examples, from a new seed, and all cases of
+tests that are else thinned run (see conftest)."""
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -131,6 +131,7 @@ def test_the_likelihood_and_what_it_is_made_of(name: str, kind: str, reml: bool,
     assert at.M.logdet == pytest.approx(np.linalg.slogdet(truth.M(lambda_))[1], abs=1e-9)
 
 
+@pytest.mark.thinned(3)
 @every_design
 @every_lambda
 @either
@@ -260,6 +261,7 @@ def test_a_lambda_beyond_reason_is_refused_not_raised() -> None:
     assert not np.isfinite(look.loglik)
 
 
+@pytest.mark.thinned(3)
 @every_design
 @either
 def test_the_search_ends_where_no_dense_search_does_better(name: str, reml: bool) -> None:

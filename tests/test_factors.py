@@ -65,6 +65,7 @@ def test_levels_without_cells_are_left_out() -> None:
     check_cells(adder.finish().only(np.array([0, 2, 5]), np.array([0, 2, 4])), {(0, 1): [1], (1, 0): [1], (1, 2): [1], (2, 2): [1]})  # type: ignore[dict-item]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("formula", [SIMPLE, THREE, "y ~ x + (1 + z || b) + (x | a)"])
 def test_spilled_cells_give_the_same_fit(formula: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlpipe.pairs.LEAST_ROOM", 16)
@@ -175,6 +176,7 @@ def test_update_keeps_shape_and_bases() -> None:
     same(mp.lmm(SIMPLE, shifted), fit())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("formula", [SIMPLE, THREE])
 def test_saved_and_loaded(formula: str, tmp_path: Path) -> None:
     first, second = split(7, 2)

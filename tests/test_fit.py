@@ -74,6 +74,7 @@ def psi_of(fit: mp.LMMFit) -> np.ndarray:
     return out
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
 @pytest.mark.parametrize("weights", [None, "w"])
 @pytest.mark.parametrize("reml", [True, False])
@@ -115,6 +116,7 @@ def test_no_better_optimum_is_found(random: str, seed: int) -> None:
     assert -2 * fit.loglik <= truth.optimum(starts) + 1e-7
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
 @pytest.mark.parametrize("random", ["(1 | g)", "(x | g)", "(0 + f | g)"])
 @pytest.mark.parametrize(("shift", "scale"), [(1e6, 1.0), (-2e9, 1e3), (0.0, 1e-12), (0.0, 1e14), (5e3, 1e-4)])
@@ -478,6 +480,7 @@ def many(keys: dict[str, Any], g: np.ndarray) -> pl.DataFrame:
     return pl.DataFrame({"y": 1 + 0.5 * x + b[0, g] + b[1, g] * x + rng.normal(size=len(g)), "x": x, **keys})
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("random", ["1", "x"])
 @pytest.mark.parametrize("entry", ["path", "arrow", "duckdb"])
 @pytest.mark.parametrize("kind", PARTS)

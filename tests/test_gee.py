@@ -50,6 +50,7 @@ def dense(frame: pl.DataFrame, family: str, corr: str) -> Dense:
     return made.fit(np.array([0.3, 0.4]))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("corr", ["independence", "exchangeable", "ar1", "unstructured"])
 @pytest.mark.parametrize("family", ["gaussian", "binomial", "poisson", "gamma"])
 def test_against_whole_matrices(family: str, corr: str) -> None:

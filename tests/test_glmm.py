@@ -133,6 +133,7 @@ def same(fit: Any, true: Any, tolerance: float = 1e-7) -> None:
     assert (fit.nobs, fit.rows, fit.n_blocks) == (true.nobs, true.rows, true.n_blocks)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("family", "link"), PAIRS)
 def test_families_and_links(family: str, link: str) -> None:
     frame = simulated(family, link, blocks=15, rows=10)
@@ -215,6 +216,7 @@ def test_one_thread_is_bit_identical(rows: pl.DataFrame) -> None:
     assert (one.vcov() == two.vcov()).all() and one.ranef().equals(two.ranef())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("chunk", "piece"), [(16, 16), (100, 16), (100, 200)])
 def test_chunks(chunk: int, piece: int, rows: pl.DataFrame, true: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spool, "CHUNK_ROWS", chunk)
@@ -266,6 +268,7 @@ def test_a_mapped_spool(kind: str, rows: pl.DataFrame, true: Any, monkeypatch: p
     assert not temporary(tmp_path / "temp")
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("freq", "nagq"), [(False, 1), (False, 5), (True, 3)])
 @pytest.mark.parametrize("family", ["binomial", "poisson", *TAU])
 def test_compressed_or_not(family: str, freq: bool, nagq: int, monkeypatch: pytest.MonkeyPatch) -> None:

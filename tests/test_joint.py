@@ -67,6 +67,7 @@ def along(joint: Joint, point: Point, directions: int = 2) -> tuple[Array, Array
     return steps @ score, np.array(slopes)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("family", "link", "expected"), CASES)
 def test_value_and_score(family: str, link: str, expected: bool) -> None:
     model, point, joint = made("slopes", family, link, expected=expected)

@@ -100,6 +100,7 @@ def test_integral_of_three_effects() -> None:
     np.testing.assert_allclose(look(model, 9).loglik, model.integral(41), rtol=1e-7)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("family", "link", "expected"), CASES)
 @pytest.mark.parametrize("q", [1, 2])
 def test_laplace(family: str, link: str, expected: bool, q: int) -> None:
@@ -132,6 +133,7 @@ def test_no_random_effect_is_the_plain_likelihood(family: str, link: str, nagq: 
 # ---- score
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(("family", "link", "expected", "q", "nagq"), SCORES)
 def test_score(family: str, link: str, expected: bool, q: int, nagq: int) -> None:
     model = simulate(family, link, q, seed=20 + q, expected=expected)
@@ -308,6 +310,7 @@ def test_posterior(family: str, link: str, expected: bool, q: int) -> None:
         np.testing.assert_allclose(P[:, :, k] @ P[:, :, k].T, true, rtol=1e-6, atol=1e-8 * np.abs(true).max())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("family", "link", "start"), STARTS)
 def test_modes_from_a_bad_start(family: str, link: str, start: float) -> None:
     model = simulate(family, link, 2, seed=100)

@@ -200,3 +200,15 @@ def test_a_value_that_goes_missing_between_the_passes_is_noticed(column: str, va
     with pytest.raises(mp.DataError) as caught:
         mp.lmm(FORMULA, mp.table("t", con))
     assert caught.value.code == "source_changed"
+
+
+@pytest.mark.parametrize("random", ["(1 + sample | plate)", "(1 + sample | plate) + (1 | sample)"])
+def test_as_many_random_effects_as_rows_are_refused(random: str) -> None:
+    """A likelihood without a maximum; fewer effects over the same levels can be fitted."""
+    data = pl.read_parquet(mp.datasets.path("penicillin"))
+    message = "6 coefficients over 24 levels of plate has as many random effects as there are rows .144."
+    with pytest.raises(mp.DataError, match=message) as caught:
+        mp.lmm(f"diameter ~ 1 + {random}", data)
+    assert caught.value.code == "unidentified" and caught.value.column == "plate"
+    held = mp.lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", data)
+    assert held.converged

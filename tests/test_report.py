@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import scipy.stats as st
 
 import mlpipe as mp
-from mlpipe import cli, datasets, drawing, page, reporting
+from mlpipe import cli, datasets, drawing, history, page, reporting
 from mlpipe.reading import number, sentences
 
 SLEEP = datasets.path("sleepstudy")
@@ -300,6 +301,23 @@ def test_drift_over_runs(written: Path, tmp_path: Path, kind: str) -> None:
     assert "in the last 3 runs" in found.text("figcaption") and "Drift over runs" in found.text("h2")
     assert "look at what arrived" in found.text() and "run2" in found.text()
     check_alone(found)
+
+
+def test_runs_are_told_apart_by_as_little_as_it_takes() -> None:
+    def shown(*times: str) -> list[str]:
+        return history._times([history.Run("", datetime.fromisoformat(time), {}, {}, {}) for time in times])
+
+    assert shown("2026-03-01T02:00", "2026-03-02T02:00") == ["01 Mar", "02 Mar"]
+    assert shown("2025-03-01T02:00", "2026-03-01T02:00") == ["01 Mar 2025", "01 Mar 2026"]
+    assert shown("2026-03-01T02:00", "2026-03-01T03:00") == ["01 Mar 02:00", "01 Mar 03:00"]
+    assert shown("2026-03-01T02:00", "2026-03-01T02:00") == ["01 Mar 02:00:00 (1)", "01 Mar 02:00:00 (2)"]
+
+
+def test_modes_are_computed_once(tmp_path: Path) -> None:
+    fit = mp.lmm(FORMULA, SLEEP)
+    assert fit.effects_table is None
+    mp.report(fit, tmp_path / "r.html")
+    assert fit.effects_table is not None and len(fit.effects_table) == 18
 
 
 def test_without_rows_the_page_says_how_to_get_residuals(written: Path, tmp_path: Path) -> None:

@@ -310,6 +310,7 @@ def test_inverse_links(link: str) -> None:
     np.testing.assert_allclose(evaluated(mean_sql.mean(link), eta), want, rtol=2e-13, atol=1e-200)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("link", ["logit", "cloglog"])
 @pytest.mark.parametrize("sd", [0.0, 0.3, 1.0, 1.99, 2.01, 5.0, 40.0])
 def test_means_over_normal_effects(link: str, sd: float) -> None:

@@ -121,6 +121,7 @@ def check(fitted: mp.LMMFit, truth: DenseSeveral, random: str, frame: pl.DataFra
     np.testing.assert_allclose(augmented["resid"], frame["y"].to_numpy() - augmented["fitted"].to_numpy(), atol=1e-8)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("reml", "weights", "offset"), [(True, None, None), (False, "w", None), (True, "w", "o")])
 @pytest.mark.parametrize("random", RANDOM)
 def test_the_naive_truth(random: str, reml: bool, weights: str | None, offset: str | None) -> None:
@@ -180,6 +181,7 @@ def _estimates(fitted: mp.LMMFit, group: str) -> np.ndarray:
     return table.sort(*group.split(":"), "term")["estimate"].to_numpy()
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("formula", [SIMPLE, "y ~ x + (x | a/c) + (1 | b)"])
 def test_every_engine_gives_the_same(engine_kind: str, formula: str, tmp_path: Path) -> None:
     frame = FRAME.with_columns(pl.col("b").replace("", "none"))  # an empty field of a CSV file is missing
@@ -206,6 +208,7 @@ def test_neither_order_nor_threads_matter(formula: str) -> None:
         same(mp.lmm(formula, FRAME.to_arrow(), options=mp.Options(threads=threads)), fit(formula))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("formula", "more", "duckdb_"),
     [

@@ -31,6 +31,7 @@ CG_SINGLE, CG_HESSIAN = 1e-6, 1e-4  # the same of probes, and of the average inf
 NEWTON = 1.0  # scaled score from which the scores' own changes correct the average information
 ENOUGH = 1e-3  # scaled score that ends the search: far below the Monte Carlo error
 ROUNDING = 1e-2  # scaled score that will do where it falls no further: probes are solved in single precision
+NEGLIGIBLE, DIFFERENCE = 0.01, 0.2  # Monte Carlo error that moves no other θ; step of a difference of scores, in standard errors
 SAMPLES, MOST_SAMPLES = 8, 64  # of conditional variances, drawn in batches
 SD_ERROR = 0.02  # Monte Carlo error of a conditional standard deviation, in root mean square over levels, that is good enough
 ROUGH_PROBES, CG_ROUGH = 4, 1e-5  # far from the root the direction is all that matters: fewer probes, everything in singles
@@ -208,9 +209,8 @@ def solve_iterative(
         np.array([final[i, j] for i, j in problem.entries]), final, loglik, *_covariance(root), root.converged,
         bool(root.held.any()) or _rank_deficient(problem, final), root.score, root.evaluations, root.message,
     )  # fmt: skip
-    error = np.hypot(_error(root.AI, root.each, root.held), _remaining(root))
     return IterativeSolution(
-        solution, replace(at, u=u), solver.along(lambda_, at), inverses, samples, sd_error, error, loglik_error, solver.probes.shape[1]
+        solution, replace(at, u=u), solver.along(lambda_, at), inverses, samples, sd_error, root.error, loglik_error, solver.probes.shape[1]
     )
 
 
@@ -220,12 +220,14 @@ class _Root:
 
     theta: Array
     at: Evaluation
+    s: Array
     AI: Array
     each: Array
     held: np.ndarray
     step: Array
     score: float
     evaluations: int
+    error: Array
     converged: bool
     message: str
 
@@ -246,13 +248,14 @@ def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int) 
         step = np.where(held, 0.0, _free_step(_corrected(AI, pairs, held), s, held))
         score = math.sqrt(max(float(step @ s), 0.0))
         best, since = (score, 0) if score < best / 2.0 else (best, since + 1)
-        found = _Root(theta, at, AI, each, held, step, score, evaluation, False, "out of evaluations")
+        error = _error(AI, AI, each, held)
+        found = _Root(theta, at, s, AI, each, held, step, score, evaluation, error, False, "out of evaluations")
         if rough and (score < NEWTON or since >= 3):
             rough, previous, best, since = False, None, math.inf, 0
             theta = _stepped(problem, theta, shorter * step, floor)
             continue
         if score < enough or (score < ROUNDING and since >= 3):
-            error = _error(AI, each, held)
+            found.error = error = np.hypot(_error(AI, _derivative(solver, found), each, held), _remaining(found))
             if error.max(initial=0.0) <= ERROR or solver.probes.shape[1] >= MOST_PROBES:
                 found.converged, found.message = True, "the scaled score is small"
                 return found
@@ -335,14 +338,35 @@ def _above(problem: CrossedProblem, theta: Array, floor: Array) -> Array:
     return np.asarray(np.maximum(theta, low))
 
 
-def _error(AI: Array, each: Array, held: np.ndarray) -> Array:
-    """Monte Carlo error of each θ over its standard error."""
-    free = np.flatnonzero(~held)
-    out = np.zeros(len(AI))
+def _derivative(solver: Iterative, root: _Root) -> Array:
+    """Minus the score's derivative: the average information, corrected along the direction of the largest Monte Carlo error by the score
+    there. Where levels are few the two differ, and a large error of one θ then moves the others by more than the information tells."""
+    spread = _spread(root.AI, root.each, root.held)
+    worst = int(np.argmax(np.diag(spread) * np.diag(root.AI)))
+    if root.held[worst] or root.error[worst] < NEGLIGIBLE:
+        return root.AI
+    along = spread[:, worst] * DIFFERENCE / math.sqrt(max(float(spread[:, worst] @ root.AI @ spread[:, worst]), 1e-300))
+    along *= -1.0 if along[worst] < 0.0 else 1.0  # away from the boundary
+    _, s, _, _ = solver.newton(_lambda(solver.problem, root.theta + along))
+    return _corrected(root.AI, [(along, root.s - s)], root.held)
+
+
+def _spread(H: Array, each: Array, held: np.ndarray) -> Array:
+    """The covariance (entries, entries) of the root that the probes' scores leave, H standing for minus the score's derivative."""
+    free, out = np.flatnonzero(~held), np.zeros_like(H)
     if len(free) and each.shape[1] > 1:
-        V = np.linalg.pinv(AI[np.ix_(free, free)], hermitian=True)
-        spread = V @ np.cov(each[free]).reshape(len(free), len(free)) @ V / each.shape[1]
-        out[free] = np.sqrt(np.maximum(np.diag(spread), 0.0) / np.maximum(np.diag(V), 1e-300))
+        V = np.linalg.pinv(H[np.ix_(free, free)], hermitian=True)
+        out[np.ix_(free, free)] = V @ np.cov(each[free]).reshape(len(free), len(free)) @ V / each.shape[1]
+    return out
+
+
+def _error(AI: Array, H: Array, each: Array, held: np.ndarray) -> Array:
+    """Monte Carlo error of each θ over its standard error (AI's), from H as in `_spread`; with its own standard error on top."""
+    free, out = np.flatnonzero(~held), np.zeros(len(AI))
+    if len(free) and each.shape[1] > 1:
+        variance = np.diag(np.linalg.pinv(AI[np.ix_(free, free)], hermitian=True))
+        out[free] = np.sqrt(np.maximum(np.diag(_spread(H, each, held))[free], 0.0) / np.maximum(variance, 1e-300))
+        out *= 1.0 + 1.0 / math.sqrt(2.0 * (each.shape[1] - 1))
     return out
 
 
