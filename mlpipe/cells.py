@@ -64,9 +64,14 @@ def columns(recipe: Recipe, *, compressed: bool) -> list[str]:
 
 def arranged(recipe: Recipe, keys: Sequence[str], *, compressed: bool) -> exp.Select:
     """The cells, over the table `used`, ordered by the key columns `keys`."""
-    statement = _cells(recipe, keys) if compressed else _rows(recipe, keys)
+    statement = unordered(recipe, keys, compressed=compressed)
     order = [exp.column(key) for key in keys] + ([exp.column("time")] if Parts(recipe).time is not None else [])
     return statement.order_by(*order, copy=False) if keys else statement
+
+
+def unordered(recipe: Recipe, keys: Sequence[str], *, compressed: bool) -> exp.Select:
+    """The cells, or the rows, over the table `used`, with their keys."""
+    return _cells(recipe, keys) if compressed else _rows(recipe, keys)
 
 
 def _rows(recipe: Recipe, keys: Sequence[str]) -> exp.Select:
@@ -120,6 +125,37 @@ def _cells(recipe: Recipe, keys: Sequence[str]) -> exp.Select:
     shared_columns: list[Expression] = [exp.column(name) for name in shared]
     shared_columns += [c.copy() for c in (parts.weight, parts.offset, response if family.keyed else None) if c is not None]
     return _selected(recipe, keys, found, compressed=True).group_by(*shared_columns, copy=False)
+
+
+def merged(recipe: Recipe, keys: Sequence[str]) -> exp.Select:
+    """Cells of the table `used`, which holds some of equal key and design row, as cells of the union of their rows."""
+    names = [name for name in columns(recipe, compressed=True) if name != "constant"]
+    size = exp.column("size")
+    rows = exp.Sum(this=size)
+
+    def mean(value: Expression, empty: Expression) -> Expression:
+        found = ratio(exp.Sum(this=times(size.copy(), value)), rows.copy())
+        return case([(exp.GT(this=rows.copy(), expression=number(0)), found)], empty)
+
+    own = {*covariates(recipe), "w", "offset", *(["y"] if family_of(recipe).keyed else [])}
+    shared = [*keys, *(name for name in names if name in own)]
+    y = exp.column("y")
+    found: dict[str, Expression] = {"size": rows.copy(), "y": mean(y.copy(), number(0.5))}
+    for k, name in enumerate(family_of(recipe).statistics):
+        found[f"t{k}"] = mean(exp.column(f"t{k}"), number(0))
+        if name == "square":  # the variance within cells, and that of their means
+            square = mean(times(y.copy(), y.copy()), number(0))
+            between = minus(square, times(found["y"].copy(), found["y"].copy()))
+            found[f"t{k}"] = plus(found[f"t{k}"], exp.Greatest(this=between, expressions=[number(0)]))
+    out = [exp.column(name) if name in shared else named(found[name], name) for name in (*keys, *names)]
+    return skeleton("merged_cells").select(*out, append=False, copy=False).group_by(*map(exp.column, shared), copy=False)
+
+
+def ordered(recipe: Recipe, keys: Sequence[str], *, compressed: bool) -> exp.Select:
+    """The rows, or merged cells, of the table `used` in the order of their blocks."""
+    names = [name for name in columns(recipe, compressed=compressed) if name != "constant"]
+    every = [exp.column(name) for name in (*keys, *names)]
+    return skeleton("cells").select(*every, append=False, copy=False).order_by(*map(exp.column, keys), copy=False)
 
 
 def _function(name: str, response: Expression) -> Expression:

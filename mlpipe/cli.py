@@ -12,11 +12,9 @@ import click
 from . import __version__
 from .console import Console, warnings_to
 from .deadline import within
-from .errors import ConfigError, DataError, ResourceError, exit_code
+from .errors import ConfigError, exit_code
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from .job import Job
     from .options import Options
     from .result import MixedFit
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 NOT_CONVERGED = 4
 TERMINATED = 143
-ROW_GROUP = 122_880  # least rows of a Parquet row group, as DuckDB writes them
 
 
 def _options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -224,7 +221,10 @@ def report(
 @cli.command()
 @click.argument("fit_directory", metavar="FIT", type=click.Path())
 @rows
-@click.option("--out", required=True, type=click.Path(), help="A Parquet file; one that exists is replaced when the new one is complete.")
+@click.option(
+    "--out", required=True, type=click.Path(),
+    help="A Parquet file, or, for DATA of several files, a directory with one for each; what is there stays until the new is complete.",
+)
 @click.option("--effects", type=click.Choice(["conditional", "population", "marginal"]), default="conditional", show_default=True)
 @click.option("--kind", type=click.Choice(["response", "link"]), default="response", show_default=True)
 @click.option("--new-levels", type=click.Choice(["population", "null", "raise"]), default="population", show_default=True)
@@ -236,57 +236,26 @@ def predict(
     console: Console, /, fit_directory: str, out: str, effects: str, kind: str, new_levels: str, prefix: str, log: str | None,
     **settings: Any
 ) -> None:
-    """Write the rows of DATA with predictions of FIT to a Parquet file."""
+    """Write the rows of DATA with predictions of FIT to a Parquet file, or to a directory with a file for each of DATA."""
     from .progress import stage
     from .result import load
+    from .scored import pieces, write_file, write_pieces
 
     console.log_to(log)
     options = _limits(settings)
     result = load(fit_directory)
+    parts = pieces(settings["data"], out, options) if settings["table"] is None else None
     with within(settings["timeout"]), stage("predict", {}, options=options) as fields:
         reader = result.predict(_data(settings), effects=effects, kind=kind, new_levels=new_levels, prefix=prefix, options=options)
-        _write_parquet(reader, out)
+        if parts is None:
+            write_file(reader, out)
+        else:
+            out = write_pieces(reader, parts, out, lambda: result.info["scored"])
         counts = result.info["scored"]
         fields |= counts
     if log != "json":
-        console.say(f"{counts['rows']} rows, {counts['unseen_levels']} of unseen levels, {counts['null_predictions']} without prediction")
-
-
-def _write_parquet(reader: pa.RecordBatchReader, out: str) -> None:
-    """All or nothing: a file of its own beside the target takes its name at the end.
-
-    Raises ResourceError where the target cannot be written, DataError for types that Parquet has not.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from .atomic import regular, replacing
-
-    target = regular(out)
-    try:
-        # dictionaries of numbers cost half the time of writing them, and save nothing that zstd does not
-        texts = [field.name for field in reader.schema if not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type))]
-        with replacing(target) as file, pq.ParquetWriter(file, reader.schema, compression="zstd", use_dictionary=texts or False) as writer:
-            for table in _row_groups(reader):
-                writer.write_table(table)
-    except OSError as error:
-        raise ResourceError(f"cannot write {out}: {error.strerror or error}", code="not_writable") from error
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise DataError(f"cannot write {out}: {error}", code="column_type") from error
-
-
-def _row_groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """Tables of at least ROW_GROUP rows, the last one fewer."""
-    import pyarrow as pa
-
-    held: list[pa.RecordBatch] = []
-    for batch in reader:
-        held.append(batch)
-        if sum(part.num_rows for part in held) >= ROW_GROUP:
-            yield pa.Table.from_batches(held)
-            held = []
-    if held:
-        yield pa.Table.from_batches(held)
+        said = f"{counts['rows']} rows, {counts['unseen_levels']} of unseen levels, {counts['null_predictions']} without prediction"
+        console.say(said if parts is None else f"{said}, {len(parts)} files in {out}")
 
 
 def _limits(settings: dict[str, Any]) -> Options:

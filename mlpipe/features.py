@@ -92,7 +92,8 @@ class Recipe:
     `features`: covariate features, then one per response. `z`: positions of the features of the random part.
     `responses`: the variable labels of the responses, in the order of their features; `extra_responses`: the texts of those
     that are not the formula's own. `family`: of a generalized model, whose `responses` are the parts of its outcome (response or
-    successes, trials, offset); `trials`: as the user wrote them; `success`: the level of a two-level response that is modelled.
+    successes, trials, offset); `trials`: as the user wrote them; `success`: the level of a two-level response that is modelled, `failure`
+    the other.
     `factors`: the key columns of each of several grouping factors; `groups` are then all of them. `clusters`: key columns of robust
     standard errors, which must not be missing. `time` orders the rows of a block, `waves` are its levels where it is text, `by_row` says
     that the source's own order does.
@@ -114,6 +115,7 @@ class Recipe:
     family: str | None = None
     trials: str | None = None
     success: str | None = None
+    failure: str | None = None
     factors: tuple[tuple[str, ...], ...] = ()
     clusters: tuple[str, ...] = ()
     time: str | None = None
@@ -208,6 +210,7 @@ class Recipe:
             "family": self.family,
             "trials": self.trials,
             "success": self.success,
+            "failure": self.failure,
             "factors": [list(groups) for groups in self.factors],
             "clusters": list(self.clusters),
             "time": self.time,
@@ -256,6 +259,7 @@ class Recipe:
             family=family,
             trials=trials,
             success=success,
+            failure=record.get("failure"),
             factors=tuple(tuple(groups) for groups in record.get("factors", ())),
             clusters=tuple(record.get("clusters", ())),
             time=time,

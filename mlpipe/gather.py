@@ -11,18 +11,22 @@ import numpy as np
 from . import cells, expr, statements
 from .arrays import column
 from .collect import dropped_rows, not_finite, row_count
+from .compressed import columns_of
 from .design import code
 from .engines.base import Columns
 from .errors import DataError
+from .features import Recipe
 from .options import Options
 from .outcome import TRIALS
 from .planning import Expected, Joint, Plan
 from .progress import stage
 from .solve.kernel import Chunk
 from .spool import Layout, Spool, build
+from .sql import over
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from sqlglot import exp
 
 WORTHWHILE = 1.3  # rows per cell from which cells are held instead of rows
 REPEATING = 0.5  # distinct design rows per row of a sample, above which they are not looked at further
@@ -56,21 +60,41 @@ def gather(plan: Plan, *, compress: bool) -> Gathered:
     seconds: dict[str, float] = {}
     engine, options = plan.engine, plan.request.options
     total = row_count(plan)
-    ratio = _compression(plan, total) if compress else 1.0
+    ratio = compression(plan, total) if compress else 1.0
     with stage("spool", seconds, engine, options) as fields:
         spool = _spooled(plan, compressed=ratio >= WORTHWHILE)
         fields |= {"cells": spool.n_rows, "blocks": spool.n_blocks}
     engine.check_unchanged()
     try:
-        found = _survey(plan, spool)
-        rows, nobs = _counts(plan, spool, found, compressed=ratio >= WORTHWHILE)
+        found = _survey(plan.recipe, spool)
+        rows, nobs = counts(plan, spool.n_rows, found.size, compressed=ratio >= WORTHWHILE)
         dropped = dropped_rows(plan, total, rows)
-        _check(plan, found, total, rows)
+        if not rows:
+            what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used"
+            raise DataError(what, code="no_rows")
+        terms = bool(np.isfinite(found.gram).all()) and math.isfinite(found.offset)
+        check_finite(plan, found.size == 0.0 or math.isfinite(found.mean), terms)
+        _check(plan.recipe, found)
     except BaseException:
         spool.close()
         raise
     sums = ",".join(f"{value:.9g}" for value in (rows, found.size, found.mean, found.variance, *np.diag(found.gram)))
     info = _info(plan, total, rows, dropped, seconds, spool, ratio, sums)
+    return _gathered(spool, found, rows, nobs, info)
+
+
+def surveyed(recipe: Recipe, spool: Spool, rows: int, nobs: float, info: dict[str, Any]) -> Gathered:
+    """The rows of a spool that were checked when they were read; closes it where they cannot be fitted. Raises DataError."""
+    try:
+        found = _survey(recipe, spool)
+        _check(recipe, found)
+    except BaseException:
+        spool.close()
+        raise
+    return _gathered(spool, found, rows, nobs, info)
+
+
+def _gathered(spool: Spool, found: _Survey, rows: int, nobs: float, info: dict[str, Any]) -> Gathered:
     return Gathered(
         spool, rows, nobs, found.size, found.mean, found.variance, found.offset / found.size, found.gram, found.sums, found.flat, info,
     )
@@ -79,9 +103,9 @@ def gather(plan: Plan, *, compress: bool) -> Gathered:
 def expected(plan: Plan, *, compress: bool) -> Expected:
     """What `gather` would keep, from the number of rows and a sample."""
     rows = row_count(plan)
-    ratio = _compression(plan, rows) if compress else 1.0
+    ratio = compression(plan, rows) if compress else 1.0
     ratio = ratio if ratio >= WORTHWHILE else 1.0
-    stored = _stored(plan, compressed=ratio > 1.0)
+    stored = columns_of(plan.recipe, merges=ratio > 1.0)
     joint = _joint(plan, rows) if plan.recipe.factors and compress else None
     return Expected(rows, ratio, round(rows / ratio) * len(stored) * 8, joint)
 
@@ -113,11 +137,6 @@ def _distinct(plan: Plan, columns: tuple[str, ...]) -> int:
     return max(int(plan.engine.query(statement, keys).read_all().column("blocks")[0].as_py()), 1)
 
 
-def _stored(plan: Plan, *, compressed: bool) -> tuple[str, ...]:
-    """The numeric columns of the spool."""
-    return tuple(name for name in cells.columns(plan.recipe, compressed=compressed) if name != "constant")
-
-
 def _info(
     plan: Plan, total: int, rows: int, dropped: dict[str, int], seconds: dict[str, float], spool: Spool, ratio: float, sums: str
 ) -> dict[str, Any]:
@@ -133,14 +152,14 @@ def _info(
     }  # fmt: skip
 
 
-def _counts(plan: Plan, spool: Spool, found: _Survey, *, compressed: bool) -> tuple[int, float]:
+def counts(plan: Plan, n_cells: int, size: float, *, compressed: bool) -> tuple[int, float]:
     """Rows, and rows with frequencies: from the cells' sizes where these are nothing else, else counted apart."""
     recipe = plan.recipe
     trials = TRIALS in recipe.responses
     if not compressed and not (recipe.freq and trials):
-        return spool.n_rows, found.size if recipe.freq else float(spool.n_rows)
-    if compressed and not recipe.freq and not trials:
-        return round(found.size), float(round(found.size))
+        return n_cells, size if recipe.freq else float(n_cells)
+    if compressed and not recipe.freq and not trials and math.isfinite(size):
+        return round(size), float(round(size))
     row = _outcome(plan)
     return int(row["row_count"]), float(row["n"] or 0.0)
 
@@ -149,19 +168,20 @@ def _outcome(plan: Plan) -> dict[str, Any]:
     return dict(plan.engine.query(cells.outcome(plan.recipe, plan.names), plan.columns).read_all().to_pylist()[0])
 
 
-def _check(plan: Plan, found: _Survey, total: int, rows: int) -> None:
-    """Raises where there are no rows, the family cannot give a response, a term is not finite, or the response does not vary."""
-    if not rows:
-        what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used"
-        raise DataError(what, code="no_rows")
-    if found.size == 0.0:
-        raise DataError("there are no trials in any row", code="no_rows")
-    if not np.isfinite(found.gram).all() or not math.isfinite(found.offset):
+def check_finite(plan: Plan, response: bool, terms: bool) -> None:
+    """Raises DataError for a term, or a response, that is not finite in some row although all raw values are."""
+    if not terms:
         raise not_finite(plan)
-    if not math.isfinite(found.mean):
+    if not response:
         bad = _outcome(plan)["bad"]
         raise _outside(plan, int(bad)) if bad else not_finite(plan)
-    family = cells.family_of(plan.recipe)
+
+
+def _check(recipe: Recipe, found: _Survey) -> None:
+    """Raises where there are no trials, the response does not vary, or its variance cannot be computed."""
+    if found.size == 0.0:
+        raise DataError("there are no trials in any row", code="no_rows")
+    family = cells.family_of(recipe)
     if family.shape and (not math.isfinite(found.variance) or found.variance == 0.0 < found.high - found.low):
         size = "large" if found.variance else "small"
         raise DataError(f"the response is too {size} for its variance to be computed", code="response_scale", hint="scale it")
@@ -191,7 +211,7 @@ def _outside(plan: Plan, count: int) -> DataError:
     )  # fmt: skip
 
 
-def _compression(plan: Plan, rows: int) -> float:
+def compression(plan: Plan, rows: int) -> float:
     """Expected rows per cell: from the design rows of a sample and the number of blocks (1 where a sample's hardly repeat)."""
     recipe, names = plan.recipe, plan.names
     sample = plan.engine.query(cells.design_rows(recipe, names), plan.columns, sample=True).read_all()
@@ -204,11 +224,16 @@ def _compression(plan: Plan, rows: int) -> float:
     return float(per_block / max(distinct, 1e-300)) if per_block > 1 else 1.0
 
 
-def _spooled(plan: Plan, *, compressed: bool) -> Spool:
-    recipe, options = plan.recipe, plan.request.options
+def layout_of(recipe: Recipe, *, merges: bool) -> Layout:
+    """What the columns of the spool are."""
     constant = next((i for i, f in enumerate(recipe.features[: recipe.n_covariates]) if not f), None)
     places = tuple(i for i in range(recipe.n_covariates) if i != constant)
-    layout = Layout(_stored(plan, compressed=compressed), places, recipe.n_covariates, len(cells.family_of(recipe).statistics))
+    return Layout(columns_of(recipe, merges=merges), places, recipe.n_covariates, len(cells.family_of(recipe).statistics))
+
+
+def _spooled(plan: Plan, *, compressed: bool) -> Spool:
+    recipe, options = plan.recipe, plan.request.options
+    layout = layout_of(recipe, merges=compressed)
     keys = [plan.names.key(group).name for group in recipe.groups]
     batches = _arranged(plan, keys, options, compressed=compressed)
     return build(batches, layout, keys, budget=options.memory_bytes // 4, parent=options.temp_directory, threads=options.threads)
@@ -216,13 +241,18 @@ def _spooled(plan: Plan, *, compressed: bool) -> Spool:
 
 def _arranged(plan: Plan, keys: list[str], options: Options, *, compressed: bool) -> Iterator[pa.RecordBatch]:
     """The cells in the order of their blocks: by the engine itself where it is DuckDB, else by one of ours over its rows."""
+    yield from made(plan, cells.arranged(plan.recipe, keys, compressed=compressed), options)
+
+
+def made(plan: Plan, statement: exp.Select, options: Options) -> Iterator[pa.RecordBatch]:
+    """The batches of a statement over the table `used`, the plan's rows."""
+    rows = statements.used_rows(plan.recipe, plan.names, keys=True)
     if plan.engine.dialect == "duckdb":
-        yield from plan.engine.query(plan.cells(compressed=compressed), plan.columns)
+        yield from plan.engine.query(over(statement, rows, "used"), plan.columns)
         return
     from .engines.arrange import arranged
 
-    rows = plan.engine.query(statements.used_rows(plan.recipe, plan.names, keys=True), plan.columns)
-    yield from arranged(rows, cells.arranged(plan.recipe, keys, compressed=compressed), options)
+    yield from arranged(plan.engine.query(rows, plan.columns), statement, options)
 
 
 @dataclass
@@ -253,9 +283,9 @@ class _Survey:
         return max(self.y2 / self.size - mean * mean, 0.0)
 
 
-def _survey(plan: Plan, spool: Spool) -> _Survey:
+def _survey(recipe: Recipe, spool: Spool) -> _Survey:
     """One look at the spool before the fit; the blocks whose responses do not vary are counted for a binomial family."""
-    family, m = cells.family_of(plan.recipe), plan.recipe.n_covariates
+    family, m = cells.family_of(recipe), recipe.n_covariates
     binary, square = family.name == "binomial", family.statistics.index("square") if "square" in family.statistics else None
     about = float(spool.chunk(0).pieces[0].cells.y[0]) if spool.parts else 0.0
 

@@ -15,7 +15,7 @@ from .families import check_mixed, check_plain, check_weights, checked_family
 from .findings import noted, report
 from .formula import Formula, parse
 from .options import METHODS, Options
-from .passes import Model, block_sandwich, built, plain, solved
+from .passes import Estimates, Model, Settled, block_sandwich, built, plain, solved
 from .planning import Plan, Request, prepare
 from .progress import stage
 from .robust import checked, names_of
@@ -23,8 +23,10 @@ from .solve.density import Density, density
 from .solve.sandwich import cluster_factor
 
 if TYPE_CHECKING:
+    from .compressed import Compressed
     from .gather import Gathered
     from .generalized_result import GLMFit, GLMMFit
+    from .solve.glmm import GLMMSolution
 
 
 def glmm(
@@ -72,40 +74,81 @@ def glmm(
     Raises FormulaError, ConfigError, DataError, ResourceError; warns by SingularFitWarning, RankWarning, SeparationWarning,
     ConvergenceWarning.
     """
-    from .generalized_result import GLMMFit
-
     began = time.perf_counter()
     options = options or Options()
-    family, link = checked_family(family, link)
-    made = _density(family, link, options)
-    parsed = _checked(formula, family, weights, nagq, method)
+    request = request_of(
+        formula, family=family, link=link, nagq=nagq, trials=trials, weights=weights, freq=freq, offset=offset, levels=levels,
+        contrasts=contrasts, na=na, options=options,
+    )  # fmt: skip
+    parsed, made = _checked(formula, method), _density(request, options)
     clusters, kind = robust_mixed.checked(cluster, vcov, ("CR0", "CR1"))
     if clusters and any(bar.groups != clusters for bar in parsed.random):
         raise ConfigError(f"cluster = {clusters[0]!r} is not the grouping factor", code="cluster", hint="a GLMM's blocks are its clusters")
-    request = Request(
-        formula, weights=weights, freq=freq, offset=offset, levels=levels, contrasts=contrasts, na=na, family=family, link=link,
-        trials=trials, nagq=nagq, options=options,
-    )  # fmt: skip
     plan, rows = gathered(data, request, options, compress=True)
     with rows.spool:
         model = built(parsed, plan, rows, made, nagq)
-        settings = (family, link, nagq, options.curvature)
+        settings = (request.family, request.link, nagq, options.curvature)
         state = Checkpoint(checkpoint, plan, rows.info, settings) if checkpoint is not None else None
-        if plan.recipe.factors:
-            from . import several_generalized
+        fit, solution = _mixed(formula, model, data, start, options, state, method)
+        if kind is not None and solution is not None:
+            meat = block_sandwich(model, solution)
+            fit.covariance = _raw(model, meat * cluster_factor(kind, rows.spool.n_blocks, rows.nobs, len(fit.names)))
+            robust_mixed.noted(fit, kind, clusters, rows.spool.n_blocks)
+    return _told(fit, model, began, options)
 
-            fit = several_generalized.fitted(formula, model, data, start, options, state, method)
-        else:
-            solution = solved(model, start, options, state)
-            fit = GLMMFit.from_solution(formula, model, solution, data, options)
-            if kind is not None:
-                meat = block_sandwich(model, solution)
-                fit.covariance = _raw(model, meat * cluster_factor(kind, rows.spool.n_blocks, rows.nobs, len(fit.names)))
-                robust_mixed.noted(fit, kind, clusters, rows.spool.n_blocks)
-    noted(fit, model, nagq)
+
+def refitted(kept: Compressed, request: Request, before: Estimates | None, info: dict[str, Any]) -> GLMMFit:
+    """The mixed model of rows that a store kept, from where another fit of it ended, if it is given; `info` goes on in the fit's.
+
+    Errors and warnings as in `glmm`.
+    """
+    from .keeping import spooled
+
+    began, options = time.perf_counter(), request.options
+    parsed, made = _checked(request.formula, "auto"), _density(request, options)
+    rows = spooled(kept, options, info)
+    with rows.spool:
+        model = built(parsed, Settled(kept.recipe, request), rows, made, request.nagq)
+        fit, _ = _mixed(request.formula, model, None, None, options, None, "auto", before)
+    return _told(fit, model, began, options)
+
+
+def _mixed(
+    formula: str, model: Model, data: Any, start: Sequence[float] | None, options: Options, state: Checkpoint | None, method: str,
+    before: Estimates | None = None,
+) -> tuple[GLMMFit, GLMMSolution | None]:  # fmt: skip
+    """The fit over gathered rows, and the solution that it is made of where there is one grouping factor."""
+    if model.plan.recipe.factors:
+        from . import several_generalized
+
+        start = before.theta if before is not None else start
+        return several_generalized.fitted(formula, model, data, start, options, state, method), None
+    from .generalized_result import GLMMFit
+
+    solution = solved(model, start, options, state, before)
+    return GLMMFit.from_solution(formula, model, solution, data, options), solution
+
+
+def _told(fit: GLMMFit, model: Model, began: float, options: Options) -> GLMMFit:
+    noted(fit, model, fit.nagq)
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     report(fit, options)
     return fit
+
+
+def request_of(
+    formula: str, *, family: str, link: str | None = None, nagq: int = 1, trials: str | None = None, weights: str | None = None,
+    freq: str | None = None, offset: str | None = None, levels: Mapping[str, Sequence[Any]] | None = None,
+    contrasts: Mapping[str, str] | None = None, na: str = "drop", collect: str = "fit", options: Options,
+) -> Request:  # fmt: skip
+    """What is read of the rows of a mixed model. Raises ConfigError for a family, link or weights that it has not."""
+    family, link = checked_family(family, link)
+    check_mixed(parse(formula), nagq)
+    check_weights(family, weights)
+    return Request(
+        formula, weights=weights, freq=freq, offset=offset, levels=levels, contrasts=contrasts, na=na, collect=collect, family=family,
+        link=link, trials=trials, nagq=nagq, options=options,
+    )  # fmt: skip
 
 
 def glm(
@@ -140,7 +183,6 @@ def glm(
     began = time.perf_counter()
     options = options or Options()
     base, link = checked_family(family, link, quasi=True)
-    made = _density(base, link, options)
     parsed = parse(formula)
     check_plain(parsed)
     check_weights(base, weights)
@@ -150,6 +192,7 @@ def glm(
         formula, weights=weights, freq=freq, offset=offset, levels=levels, contrasts=contrasts, na=na, family=base, link=link,
         trials=trials, groups=clusters, options=options,
     )  # fmt: skip
+    made = _density(request, options)
     plan, rows = gathered(data, request, options, compress=False)
     with rows.spool:
         model = built(parsed, plan, rows, made, 1)
@@ -169,21 +212,20 @@ def _raw(model: Model, covariance: np.ndarray) -> np.ndarray:
     return np.asarray((out + out.T) / 2.0)
 
 
-def _density(family: str, link: str, options: Options) -> Density:
-    made = density(family, link, expected=options.curvature == "expected")
+def _density(request: Request, options: Options) -> Density:
+    assert request.family is not None and request.link is not None
+    made = density(request.family, request.link, expected=options.curvature == "expected")
     if made.expected and not made.family.expected:
-        raise ConfigError(f"the expected curvature of family {family!r} has no closed form", hint='curvature="observed"')
+        raise ConfigError(f"the expected curvature of family {request.family!r} has no closed form", hint='curvature="observed"')
     return made
 
 
-def _checked(formula: str, family: str, weights: str | None, nagq: int, method: str) -> Formula:
+def _checked(formula: str, method: str) -> Formula:
     parsed = parse(formula)
-    check_mixed(parsed, nagq)
     if method not in METHODS:
         raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
     if method == "iterative" and len({bar.groups for bar in parsed.random}) == 1:
         raise ConfigError("one grouping factor is solved exactly", hint='method="auto"')
-    check_weights(family, weights)
     return parsed
 
 

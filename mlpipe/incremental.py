@@ -1,4 +1,5 @@
-"""Incremental fits: statistics of each partition are kept in a store, so that a run reads only partitions that are new or changed.
+"""Incremental fits: statistics of each partition, or a generalized model's rows in compressed form, are kept in a store, so that a run
+reads only partitions that are new or changed.
 
 Nothing is ever subtracted: what leaves is left out of the next merge (see `trees`). Levels, bases, shifts and scales are fixed when the
 store is made; levels that appear later are added. The record holds, per partition, its name, mark, state and counts, and the last fits.
@@ -17,13 +18,19 @@ import numpy as np
 
 from . import expr, statements
 from .collect import changed, collect, row_count
+from .compressed import Compressed
 from .design import bases, code
+from .engines.arrange import Arranger
 from .engines.base import Engine, fingerprint
 from .errors import ConfigError, DataError, MlpipeError
 from .features import Recipe
 from .formula import parse
+from .generalized_result import GeneralizedFit
+from .keeping import kept, worthwhile
 from .partitions import Partition, partitions, together, unchanged
+from .passes import Estimates
 from .planning import Plan, Request, prepare, used_names
+from .present import over_present
 from .progress import stage
 from .shelf import FORMAT, Shelf, named
 from .sources import open_source
@@ -32,6 +39,8 @@ from .trees import Node, statistics, tree
 
 if TYPE_CHECKING:
     from .result import MixedFit
+
+    State = SuffStats | Compressed
 
 VANISHED = ("error", "drop", "keep")
 REBASE = "mlpipe run --rebase makes the store anew"
@@ -49,13 +58,15 @@ class Settings:
 
 @dataclass
 class Update:
-    """A store brought up to date: the statistics of all its partitions, where the last fit ended, and the record to go on with."""
+    """A store brought up to date: the statistics of all its partitions, what a fit notes of them, where the last fit ended (None where
+    that is no place to start), and the record to go on with."""
 
     shelf: Shelf
     record: dict[str, Any]
-    stats: SuffStats
+    stats: State
+    info: dict[str, Any]
     tree: Node
-    start: list[float] | None
+    before: Estimates | None
 
 
 def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settings: Settings, rebase: bool = False) -> Update:
@@ -72,19 +83,19 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     found = partitions(data, settings.by, columns, request.options)
     before = {part["name"]: part for part in held["partitions"]} if held is not None else {}
     wanted, gone = _wanted(found, list(before), settings)
-    record = held or _made(model, [part for part in found if part.name in wanted], request)
+    record = held or _made(model, [part for part in found if part.name in wanted], request, settings.window)
     base = Recipe.from_json(record["recipe"])
-    new, seconds, kept, ran = [], dict[str, float](), dict[str, dict[str, Any]](), list[str]()
+    new, seconds, stay, ran = [], dict[str, float](), dict[str, dict[str, Any]](), list[str]()
     listed = {part.name: part for part in found}
     for name in wanted:
         part = listed.get(name)
         if part is None or (name in before and before[name]["mark"] == part.mark):
-            kept[name] = before[name]
+            stay[name] = before[name]
         else:
-            kept[name] = _collected(shelf, part, request, base, record, seconds, ran)
-            new.append(kept[name])
-    dropped = [name for name in before if name not in kept]
-    record = {**record, "partitions": list(kept.values())}
+            stay[name] = _collected(shelf, part, request, base, record, seconds, ran)
+            new.append(stay[name])
+    dropped = [name for name in before if name not in stay]
+    record = {**record, "partitions": list(stay.values())}
     record["inputs"] = record["inputs"] or _pooled(record["partitions"])
     leaves = [(part["name"], part["state"]) for part in record["partitions"] if part["state"] is not None]
     if not leaves:
@@ -94,18 +105,22 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     if new or dropped or held is None:
         _commit(shelf, record)
     stats = _merged(shelf, record, root, seconds, request)
-    facts = {"total": len(kept), "read": [part["name"] for part in new], "dropped": dropped, "vanished": gone}
+    facts = {"total": len(stay), "read": [part["name"] for part in new], "dropped": dropped, "vanished": gone}
     facts["replaced"] = [part["name"] for part in new if part["name"] in before]
-    info = _info(record, new, facts, seconds, stats) | {"sql": ran}
-    return Update(shelf, record, replace(stats, info=info), root, _start(record, request, stats))
+    info = _info(record, new, facts, seconds) | {"sql": ran}
+    if isinstance(stats, SuffStats):
+        info |= {"path": "blocks", "blocks": stats.blocks.n_blocks if stats.blocks is not None else 0}
+    return Update(shelf, record, replace(stats, info=info), info, root, _before(record, request, stats, root.state))
 
 
 def finished(update: Update, fit: MixedFit) -> None:
     """Notes the drift in `fit.info`, and commits the fit as the next one's start. A fit of the same partitions again has the same drift."""
     record, se = update.record, np.sqrt(np.diag(fit.covariance)).tolist()
+    kind = (fit.nagq,) if isinstance(fit, GeneralizedFit) else ()
     here = {
-        "set": fingerprint(update.tree.state, fit.formula, fit.reml), "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "set": fingerprint(update.tree.state, fit.formula, fit.reml, *kind), "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "names": list(fit.names), "beta": fit.beta.tolist(), "se": se, "theta": fit.theta.tolist(), "singular": fit.singular,
+        "state": update.tree.state, "tau": fit.tau if isinstance(fit, GeneralizedFit) else 0.0,
     }  # fmt: skip
     earlier = [one for one in record["fits"] if one["set"] != here["set"]]
     if earlier:
@@ -149,7 +164,8 @@ def told(fit: MixedFit) -> str:
 
 
 def _model(request: Request, where: str | None, settings: Settings) -> dict[str, Any]:
-    out = {name: getattr(request, name) for name in ("formula", "weights", "freq", "offset", "levels", "contrasts", "na")}
+    names = ("formula", "weights", "freq", "offset", "levels", "contrasts", "na", "family", "link", "trials")
+    out = {name: getattr(request, name) for name in names}
     plain: dict[str, Any] = json.loads(json.dumps({**out, "where": where, "partition_by": settings.by}, default=str))
     return plain
 
@@ -178,16 +194,17 @@ def _wanted(found: Sequence[Partition], before: list[str], settings: Settings) -
     return names, gone
 
 
-def _made(model: dict[str, Any], parts: Sequence[Partition], request: Request) -> dict[str, Any]:
-    """The record of a new store: bases, shifts and scales from all partitions that are there."""
+def _made(model: dict[str, Any], parts: Sequence[Partition], request: Request, window: int | None) -> dict[str, Any]:
+    """The record of a new store: bases, shifts and scales, and whether rows are kept as cells, from all partitions that are there."""
     with closing(open_source(together(parts), options=request.options)) as engine:
         plan = prepare(engine, request)
         types = {name: engine.schema()[name].name for name in plan.recipe.kinds}
+        merges = request.family is None or worthwhile(plan, len(parts), window)
     recipe = plan.recipe.to_json()
     made = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "format": FORMAT, "made": made, "model": model, "recipe": recipe, "types": types, "inputs": {}, "partitions": [], "merged": [],
-        "fits": [],
+        "fits": [], "merges": merges,
     }  # fmt: skip
 
 
@@ -198,11 +215,13 @@ def _collected(
     shelf: Shelf, part: Partition, request: Request, base: Recipe, record: dict[str, Any], seconds: dict[str, float], ran: list[str]
 ) -> dict[str, Any]:
     """Reads one partition in the shape of the store and saves its state; `ran` becomes its statements. Errors name the partition."""
-    state = fingerprint(json.dumps(record["recipe"], sort_keys=True, default=str), json.dumps(record["model"]), part.name, part.mark)
+    kind = () if record.get("merges", True) else ("rows",)
+    recipe = json.dumps(record["recipe"], sort_keys=True, default=str)
+    state = fingerprint(recipe, json.dumps(record["model"]), part.name, part.mark, *kind)
     try:
         with closing(open_source(part.data, options=request.options)) as engine:
             _check_schema(engine, base, record["types"])
-            stats, facts = _read(engine, request, base)
+            stats, facts = _read(engine, request, base, merges=record.get("merges", True))
             ran[:] = engine.ran
         if not unchanged(part) or (part.rows is not None and facts["rows_read"] != part.rows):
             raise changed()
@@ -218,21 +237,19 @@ def _collected(
     return {**head, **facts}
 
 
-def _read(engine: Engine, request: Request, base: Recipe) -> tuple[SuffStats | None, dict[str, Any]]:
+def _read(engine: Engine, request: Request, base: Recipe, *, merges: bool) -> tuple[State | None, dict[str, Any]]:
     """The statistics of one partition, None where it has no usable row, and what is noted of it."""
     counts = {"rows": 0, "rows_read": 0, "rows_dropped": 0, "dropped": {}, "passes": 0}
     nothing = {**counts, "notes": [], "engine": engine.dialect, "inputs": {}}
+    plan = None
     try:
         plan = prepare(engine, request, like=base)
+        stats = collect(plan) if request.family is None else kept(plan, merges=merges)
     except DataError as error:
-        if error.code != "empty":
+        if error.code not in ("empty", "no_rows") or (error.code == "no_rows" and request.na == "raise"):
             raise
-        return None, nothing
-    try:
-        stats = collect(plan)
-    except DataError as error:
-        if error.code != "no_rows" or request.na == "raise":
-            raise
+        if plan is None:
+            return None, nothing
         total = row_count(plan)
         return None, {**nothing, "rows_read": total, "rows_dropped": total, "passes": 1}
     facts = {name: stats.info[name] for name in ("rows_read", "rows_dropped", "dropped", "passes", "notes", "engine")}
@@ -286,24 +303,34 @@ def _union(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 # -- all partitions -----------------------------------------------------------------------------------------------------
 
 
-def _merged(shelf: Shelf, record: dict[str, Any], root: Node, seconds: dict[str, float], request: Request) -> SuffStats:
-    """The statistics of all partitions; merged states that are new are named in the record."""
+def _merged(shelf: Shelf, record: dict[str, Any], root: Node, seconds: dict[str, float], request: Request) -> State:
+    """The statistics of all partitions; merged states that are new are named in the record.
+
+    Rows that are kept as they are only stand side by side: no state but the partitions' own is kept of these.
+    """
     merged = set(record["merged"])
 
-    def save(state: str, stats: SuffStats) -> None:
-        shelf.save(state, stats)
-        merged.add(state)
+    def save(state: str, stats: State) -> None:
+        if record.get("merges", True):
+            shelf.save(state, stats)
+            merged.add(state)
 
-    with stage("merge", seconds, None, request.options) as fields:
+    def both(left: State, right: State) -> State:
+        if isinstance(left, SuffStats) and isinstance(right, SuffStats):
+            return left + right
+        assert isinstance(left, Compressed) and isinstance(right, Compressed)
+        return left.merged(right, arrange)
+
+    with stage("merge", seconds, None, request.options) as fields, Arranger(request.options) as arrange:
         before = len(merged)
-        stats = statistics(root, merged.__contains__, shelf.load, save)
+        stats = statistics(root, merged.__contains__, shelf.load, save, both)
         fields |= {"merges": len(merged) - before}
     record["merged"] = sorted(merged)
-    return stats
+    return stats.present() if isinstance(stats, Compressed) else over_present(stats)
 
 
 def _info(
-    record: dict[str, Any], new: Sequence[dict[str, Any]], facts: dict[str, Any], seconds: dict[str, float], stats: SuffStats
+    record: dict[str, Any], new: Sequence[dict[str, Any]], facts: dict[str, Any], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """What a fit notes about the statistics it came from; `passes`: rows read by this run over the rows of all partitions."""
     parts = record["partitions"]
@@ -314,7 +341,7 @@ def _info(
     sizes = [part["bytes"] for part in new]
     info = {
         "rows_read": total, "rows_dropped": sum(part["rows_dropped"] for part in parts), "dropped": dropped,
-        "blocks": stats.blocks.n_blocks if stats.blocks is not None else 0, "seconds": seconds, "path": "blocks",
+        "seconds": seconds,
         "passes": sum(part["passes"] * part["rows_read"] for part in new) / total if total else 0.0,
         "notes": list(dict.fromkeys(f"{part['name']}: {note}" for part in new for note in part["notes"])),
         "engine": parts[-1]["engine"], "fingerprint": fingerprint(*((part["name"], part["mark"]) for part in parts)),
@@ -337,13 +364,20 @@ def _input_drift(made: dict[str, dict[str, float]], now: dict[str, dict[str, flo
     return out
 
 
-def _start(record: dict[str, Any], request: Request, stats: SuffStats) -> list[float] | None:
-    """theta of the last fit, where the model still has as many parameters and no boundary holds it."""
-    if not record["fits"] or record["fits"][-1]["singular"]:
+def _before(record: dict[str, Any], request: Request, stats: State, state: str) -> Estimates | None:
+    """Where the last fit ended, if the model still has the same variance parameters and no boundary holds them.
+
+    In their last digits a generalized model's estimates depend on where the search began: that of the same partitions begins where it
+    began before, so that a run that is made again ends as the first one did.
+    """
+    fits = [one for one in record["fits"] if request.family is None or one.get("state") != state]
+    if not fits or fits[-1]["singular"]:
         return None
+    last = fits[-1]
     sizes = [len(code(bar.terms, stats.recipe.variables)) for bar in parse(request.formula).random]
-    theta: list[float] = record["fits"][-1]["theta"]
-    return theta if len(theta) == sum(q * (q + 1) // 2 for q in sizes) else None
+    if len(last["theta"]) != sum(q * (q + 1) // 2 for q in sizes):
+        return None
+    return Estimates(tuple(last["names"]), np.array(last["beta"]), last["theta"], last.get("tau", 0.0))
 
 
 def _commit(shelf: Shelf, record: dict[str, Any]) -> None:

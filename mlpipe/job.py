@@ -5,7 +5,6 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -237,8 +236,14 @@ def _check_store(job: Job, path: str) -> None:
         if job.policy.max_drift is not None:
             raise ConfigError(f"{path}: policy.max_drift needs a [store]", code="job_value")
         return
-    if job.model is None or job.model.by or job.model.kind != "lmm":
-        raise ConfigError(f"{path}: [store] is for one linear mixed model without by", code="not_available")
+    if job.model is None or job.model.by:
+        raise ConfigError(f"{path}: [store] is for one model without by", code="not_available")
+    if job.model.kind not in ("lmm", "glmm", "ols"):
+        what = f"{path}: [store] keeps nothing that kind = {job.model.kind!r} could be fitted from"
+        raise ConfigError(what, code="not_available", hint='kind = "lmm", "glmm" or "ols"')
+    if job.model.cluster is not None or job.model.vcov is not None:
+        hint = "robust errors need the rows: leave out [store]"
+        raise ConfigError(f"{path}: [store] keeps no rows for cluster and vcov", code="not_available", hint=hint)
     roles = {"source.database": job.source.database, "output.target": job.output.target if job.output is not None else None}
     for role, other in roles.items():
         if other is not None and os.path.realpath(other) == os.path.realpath(job.store.path):
@@ -276,7 +281,9 @@ def fit_job(job: Job, limits: Mapping[str, Any], *, rebase: bool = False) -> Mix
     if model.where is not None:
         data = Subset(data, model.where)
     if job.store is not None:
-        return _fit_from_store(job, job.store, data, options, rebase)
+        from .stored import fit_from_store
+
+        return fit_from_store(model, job.store, data, options, rebase)
     if rebase:
         raise ConfigError("--rebase is for jobs with a [store]", code="usage")
     return fitted(model.kind, model.formula, data, options, _settings(model))
@@ -323,26 +330,6 @@ def write_outputs(fits: Fits, output: OutputSection | None) -> None:
         write_all(
             entries, fits.by, output.target, prefix=output.prefix, mode=output.mode, run_id=None, ranef=output.ranef
         )
-
-
-def _fit_from_store(job: Job, store: StoreSection, data: Any, options: Options, rebase: bool) -> MixedFit:
-    """Collects what is new, merges, fits from where the last fit ended, and notes the drift."""
-    from . import shelf
-    from .fit import lmm
-    from .incremental import Settings, finished, updated
-    from .planning import Request
-
-    model = job.model
-    assert model is not None
-    names = ("weights", "freq", "offset", "levels", "contrasts", "na")
-    request = Request(model.formula, collect="blocks", options=options, **{name: getattr(model, name) for name in names})
-    settings = Settings(store.partition_by, store.window, store.vanished)
-    with shelf.opened(store.path, options) as held:
-        update = updated(held, data, request, model.where, settings, rebase)
-        # one Newton step more: from a start close by the search stops sooner, and must end where one from afar does
-        fit = lmm(model.formula, update.stats, reml=model.reml, start=update.start, options=replace(options, tol=options.tol / 100))
-        finished(update, fit)
-    return fit
 
 
 def told(fit: MixedFit) -> str:

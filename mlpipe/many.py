@@ -5,7 +5,6 @@ and data-dependent bases are those of all rows; the levels of a factor are those
 """
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,17 +19,17 @@ from . import statements
 from .arrays import column
 from .blocks import Blocks, Collector
 from .collect import changed, not_finite, parts_of
-from .design import Atom, with_levels
 from .errors import ConfigError, DataError, FormulaError, MlpipeError, MlpipeWarning
 from .expr import Column, label
-from .features import Recipe, level_labels
+from .features import Recipe
 from .fit import lmm
 from .formula import Formula, parse
 from .options import Options
-from .planning import Plan, Request, prepare, settle
+from .planning import Plan, Request, prepare
+from .present import over_present
 from .progress import stage
 from .sources import open_source
-from .stats import SuffStats, transformed
+from .stats import SuffStats
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from .result import LMMFit
 
 FEW = 8  # fits that are printed whole, and failures that are named
-SHARE = 1e-12  # of a value's weight, below which a level does not occur with it: rounding of a difference of sums
 
 
 @dataclass(frozen=True)
@@ -275,30 +273,6 @@ def _statistics(
     own = Blocks(blocks.names, len(table), table, directory=blocks.directory, largest=float(counts.max()), smallest=float(counts.min()))
     stats = SuffStats(recipe, rows, float(row.get("n", rows)), float(row.get("sum_log_w", 0.0)), gram, own, "blocks")
     try:
-        return transformed(stats, _present(recipe, gram))
+        return over_present(stats)
     except (DataError, FormulaError) as error:
         return error
-
-
-def _present(recipe: Recipe, gram: np.ndarray) -> Recipe:
-    """The recipe over the levels that have weight in these sums; itself where all have."""
-    place = {feature: i for i, feature in enumerate(recipe.features)}
-    variables, omitted = dict(recipe.variables), dict(recipe.coordinates.omitted)
-    total = gram[place[()], place[()]]
-    for name, labels in recipe.coordinates.levels.items():
-        weight = {text: gram[place[()], place[(Atom(name, text),)]] for text in labels if text != omitted[name]}
-        weight[omitted[name]] = total - math.fsum(weight.values())
-        kept = [text for text in labels if weight[text] > SHARE * total]
-        if len(kept) == len(labels):
-            continue
-        variable = variables[name]
-        levels = [level for level, text in zip(variable.levels, labels, strict=True) if text in kept]
-        variables[name] = with_levels(variable, levels)
-        if omitted[name] not in kept:
-            omitted[name] = max(kept, key=lambda text: weight[text])
-    if variables == recipe.variables:
-        return recipe
-    responses = {name: variables.pop(name) for name in recipe.responses}
-    coordinates = replace(recipe.coordinates, omitted=omitted, levels=level_labels(variables.values()))
-    return settle(recipe, variables, responses, coordinates, "blocks")
-

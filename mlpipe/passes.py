@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from .errors import ConfigError, DataError
 from .features import Recipe
 from .formula import Formula
 from .options import Options
-from .planning import Plan
+from .planning import Request
 from .progress import stage
 from .reduction import Coding, Fixed, Random, fixed_part, lower_factor, random_part
 from .solve.density import Density
@@ -30,11 +30,30 @@ CENTRAL_ROWS = 200_000  # cells up to which the information takes two looks a pa
 START_TOLERANCE = 1e-3
 
 
+class Planned(Protocol):
+    """What a model needs of the plan by which its rows were gathered."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the rows hold."""
+
+    @property
+    def request(self) -> Request:
+        """What was asked for."""
+
+
+class Settled(NamedTuple):
+    """The same of rows that a store kept."""
+
+    recipe: Recipe
+    request: Request
+
+
 @dataclass(frozen=True)
 class Model:
     """A model over a spool: the maps between the user's coordinates and the solver's, and the kernel."""
 
-    plan: Plan
+    plan: Planned
     rows: Gathered
     density: Density
     fixed: Fixed
@@ -47,7 +66,7 @@ class Model:
         return self.fixed.Q[: self.plan.recipe.n_covariates]
 
 
-def built(parsed: Formula, plan: Plan, rows: Gathered, made: Density, nagq: int) -> Model:
+def built(parsed: Formula, plan: Planned, rows: Gathered, made: Density, nagq: int) -> Model:
     """The model of a formula over gathered rows. Raises ConfigError for too many nodes, DataError for fewer than two blocks."""
     recipe = plan.recipe
     coding = Coding(recipe, parsed, None, {})
@@ -88,7 +107,7 @@ def _sign(term: Random) -> Random:
     return replace(term, Q=term.Q * signs, R=term.R * signs[:, None])
 
 
-def _check_blocks(plan: Plan, rows: Gathered) -> None:
+def _check_blocks(plan: Planned, rows: Gathered) -> None:
     if rows.spool.n_blocks < 2:
         group = ":".join(plan.recipe.groups)
         raise DataError(f"the grouping factor {group} has fewer than two levels", code="one_level", column=plan.recipe.groups[0])
@@ -207,13 +226,26 @@ class _Passes:
         return np.asarray(sum(parts[1:], parts[0]))
 
 
-def solved(model: Model, start: Sequence[float] | None, options: Options, state: Checkpoint | None) -> GLMMSolution:
-    """The fit from a start on some chunks, or from where a checkpoint left it."""
+class Estimates(NamedTuple):
+    """Where another fit ended: names and values of the fixed effects, theta by the user, tau."""
+
+    names: tuple[str, ...]
+    beta: np.ndarray
+    theta: Sequence[float]
+    tau: float
+
+
+def solved(
+    model: Model, start: Sequence[float] | None, options: Options, state: Checkpoint | None, before: Estimates | None = None
+) -> GLMMSolution:
+    """The fit from a start on some chunks, or from where a checkpoint, or another fit of the same parameters, left it."""
     rows, spool = model.rows, model.rows.spool
     u = np.zeros((model.kernel.q, spool.n_blocks))
     some = spool.some(START_SHARE, START_CHUNKS)
     with stage("start", rows.info["seconds"], None, options):
         psi = state.psi() if state is not None else None
+        if psi is None and before is not None and before.names == model.fixed.names:
+            psi = _from(model, before)
         if psi is None:
             psi, typical = _start(model, some, options)
             if start is not None:
@@ -230,6 +262,13 @@ def solved(model: Model, start: Sequence[float] | None, options: Options, state:
         fields |= {"evaluations": solution.evaluations, "score": solution.score}
     model.rows.info["modes"] = u
     return solution
+
+
+def _from(model: Model, before: Estimates) -> np.ndarray:
+    """psi where another fit ended."""
+    shape = model.density.family.shape
+    psi = np.concatenate([model.fixed.R @ before.beta, np.zeros(len(model.kernel.entries)), [before.tau] if shape else []])
+    return _given(model, psi, before.theta)
 
 
 def block_sandwich(model: Model, solution: GLMMSolution) -> np.ndarray:

@@ -252,8 +252,9 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     names, notes = _names(engine, formula, request)
     _check_request(request)
     variables = {v.label: v for v in variables_of(formula, names.kinds, request.contrasts)}
-    responses, success, waves = _responses(engine, formula, names, request, variables)
-    shell = replace(_shell(formula, request, names, variables | responses, tuple(responses)), success=success, waves=waves)
+    responses, (failure, success), waves = _responses(engine, formula, names, request, variables, like)
+    shell = _shell(formula, request, names, variables | responses, tuple(responses))
+    shell = replace(shell, success=success, failure=failure, waves=waves)
     engine.check_columns(used_columns(shell, names))
     own = {expr.label(formula.response)} if success is not None and formula.response is not None else set()
     own |= {expr.label(parse_expression(request.time))} if waves and request.time is not None else set()
@@ -302,20 +303,24 @@ def _shows_all(engine: Engine, recipe: Recipe, names: Names) -> bool:
     return engine.without_nulls({names.positions[name] for name in (*raw, *recipe.keys)})
 
 
+Outcomes = tuple[str | None, str | None]  # the two levels of a text response, that of failure first; None of other responses
+
+
 def _responses(
-    engine: Engine, formula: Formula, names: Names, request: Request, variables: Mapping[str, Variable]
-) -> tuple[dict[str, Variable], str | None, tuple[Level, ...]]:
-    """The variables of the response, the modelled level of one that is text, and the levels of a time that is."""
+    engine: Engine, formula: Formula, names: Names, request: Request, variables: Mapping[str, Variable], like: Recipe | None
+) -> tuple[dict[str, Variable], Outcomes, tuple[Level, ...]]:
+    """The variables of the response, the levels of one that is text (those of `like` where given), and the levels of a time that is."""
     if request.family != "binomial":
         _refuse_no_values(engine, formula.response, names)
     if request.family is None:
-        return response_variables(formula, names.kinds, request.offset, request.responses or ()), None, ()
-    node, success = formula.response, None
+        return response_variables(formula, names.kinds, request.offset, request.responses or ()), (None, None), ()
+    node = formula.response
+    outcomes: Outcomes = (None, None)
     if node is not None and request.family == "binomial" and isinstance(node, expr.Column) and names.kinds[node.name] == "text":
-        success = _second_level(engine, formula, names, request, variables, node)
+        outcomes = _two_levels(engine, formula, names, request, variables, node, like)
     waves = _waves(engine, formula, names, request, variables)
-    made = outcome_variables(formula, names.kinds, request.family, request.offset, request.trials, success, request.time, waves)
-    return made, success, waves
+    made = outcome_variables(formula, names.kinds, request.family, request.offset, request.trials, outcomes[1], request.time, waves)
+    return made, outcomes, waves
 
 
 def _waves(
@@ -345,20 +350,25 @@ def _refuse_no_values(engine: Engine, node: expr.Node | None, names: Names) -> N
             raise DataError(what, code="no_rows", column=node.name if total else None)
 
 
-def _second_level(
-    engine: Engine, formula: Formula, names: Names, request: Request, variables: Mapping[str, Variable], node: expr.Column
-) -> str:
-    """The second of the two levels of a text response, the one that counts as success."""
+def _two_levels(
+    engine: Engine, formula: Formula, names: Names, request: Request, variables: Mapping[str, Variable], node: expr.Column,
+    like: Recipe | None,
+) -> Outcomes:  # fmt: skip
+    """The two levels of a text response, of which the second counts as success; rows collected `like` others may lack one of theirs."""
     outcome = Variable(label=node.name, kind="category", expression=node, columns=(), suffixes=())
     label = response_label(node.name)
     shell = _shell(formula, request, names, {**variables, label: outcome}, (label,))
-    known = {name: order for name, order in (request.levels or {}).items() if name == node.name}
+    known: dict[str, Sequence[Any]] = {name: order for name, order in (request.levels or {}).items() if name == node.name}
+    if like is not None:
+        known = {node.name: (like.failure, like.success)}
     levels = Looks(engine, names, shell, known).settled({node.name: outcome})[node.name].levels
+    if like is not None:
+        return like.failure, like.success
     if len(levels) != 2:
         raise DataError(
             f"the response {node.name!r} has {len(levels)} levels, a binomial response two", code="response_levels", column=node.name
         )
-    return level_label(levels[1])
+    return level_label(levels[0]), level_label(levels[1])
 
 
 def _check_request(request: Request) -> None:

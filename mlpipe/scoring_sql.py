@@ -20,7 +20,7 @@ from .mean_sql import ETA, VARIANCE, Mean, Stage, marginal_mean, mean
 from .predictions import fixed_part, scorable, value_names, variance_part
 from .scoring import asked
 from .sql import Expression, Names, both, case, feature, finite, named, number, plus, skeleton, summed, times
-from .tables import file_name, written
+from .tables import factor_names, written
 
 if TYPE_CHECKING:
     from .result import MixedFit
@@ -80,7 +80,7 @@ class Joined:
     def __init__(self, fit: MixedFit, group: str, alias: str) -> None:
         self.alias, self.group = alias, group
         self.columns = next((keys for keys in fit.recipe.factors if ":".join(keys) == group), fit.recipe.groups)
-        self.table = f"ranef_{file_name(group)}"
+        self.table = f"ranef_{factor_names(fit.groups)[group]}"
         self.stamps = fit.written
         terms = [term for term in fit.terms if term.group == group]
         names = [*key_names(terms, self.columns), *(name for c in coefficient_names(terms) for name in (c, f"{c}_se"))]

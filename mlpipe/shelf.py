@@ -12,14 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from . import stats
 from .atomic import replacing, synced
 from .errors import ConfigError, DataError, ResourceError
 from .scratch import Scratch
 from .stats import SuffStats
 
 if TYPE_CHECKING:
+    from .compressed import Compressed
     from .engines.target import Database
     from .options import Options
+
+    State = SuffStats | Compressed
 
 FORMAT = "mlpipe.store/1"
 DATABASES = (".duckdb", ".db")
@@ -35,10 +39,10 @@ class Shelf(Protocol):
     def record(self) -> dict[str, Any] | None:
         """The committed record, None of a new store. Raises DataError for what is no store of ours."""
 
-    def load(self, state: str) -> SuffStats:
+    def load(self, state: str) -> State:
         """A committed or saved state. Raises DataError where it cannot be read."""
 
-    def save(self, state: str, stats: SuffStats) -> None:
+    def save(self, state: str, content: State) -> None:
         """Keeps a state until a record names it, or for good. Raises ResourceError where the disk fails."""
 
     def commit(self, record: dict[str, Any], states: Set[str]) -> None:
@@ -101,15 +105,15 @@ class FolderShelf:
     def _file(self, state: str) -> Path:
         return self.folder / STATES / f"{state}.arrow"
 
-    def load(self, state: str) -> SuffStats:
+    def load(self, state: str) -> State:
         """See Shelf."""
         return _loaded(self._file(state), self.name)
 
-    def save(self, state: str, stats: SuffStats) -> None:
+    def save(self, state: str, content: State) -> None:
         """See Shelf."""
         path = self._file(state)
         with _disk(self.folder):
-            _written(stats, path)
+            _written(content, path)
             synced(path)
 
     def commit(self, record: dict[str, Any], states: Set[str]) -> None:
@@ -166,7 +170,7 @@ class DatabaseShelf:
         rows = self._run(f"select record from {RECORDS}")
         return checked(rows[0][0], self.name) if rows else None
 
-    def load(self, state: str) -> SuffStats:
+    def load(self, state: str) -> State:
         """See Shelf."""
         rows = self._run(f"select content from {BLOBS} where state = ?", state)
         if not rows:
@@ -176,11 +180,11 @@ class DatabaseShelf:
             path.write_bytes(rows[0][0])
             return _loaded(path, self.name)
 
-    def save(self, state: str, stats: SuffStats) -> None:
+    def save(self, state: str, content: State) -> None:
         """See Shelf."""
         with _disk(Path(self.name)), _scratch(self.parent) as folder:
             path = folder / "state.arrow"
-            _written(stats, path)
+            _written(content, path)
             self._run(f"create table if not exists {BLOBS} (state varchar, content blob)")
             self._run(f"delete from {BLOBS} where state = ?", state)
             self._run(f"insert into {BLOBS} values (?, ?)", state, path.read_bytes())
@@ -219,18 +223,24 @@ def checked(text: str, name: str) -> dict[str, Any]:
         raise DataError(f"{name} is no store that this version can read", code="store", hint="name another path") from error
 
 
-def _written(stats: SuffStats, path: Path) -> None:
+def _written(content: State, path: Path) -> None:
     try:
-        stats.save(path)
+        content.save(path)
     except ConfigError as error:  # what is wrong with a store's own file is no mistake of the request
         raise ResourceError(error.message, code=error.code) from error.__cause__
 
 
-def _loaded(path: Path, name: str) -> SuffStats:
+def _loaded(path: Path, name: str) -> State:
     try:
-        return SuffStats.load(path)
-    except DataError as error:
-        raise DataError(f"the store {name} has lost a state: {error.message}", code="store", hint=REBUILD) from error
+        table, head = stats.opened(path)
+        if head.get("format") == stats.FORMAT:
+            return stats.loaded(table, head)
+        from .compressed import Compressed
+
+        return Compressed.of(table, head)
+    except (KeyError, TypeError, ValueError) as error:
+        why = error.message if isinstance(error, DataError) else f"{path.name} is none that this version can read"
+        raise DataError(f"the store {name} has lost a state: {why}", code="store", hint=REBUILD) from error
 
 
 @contextmanager

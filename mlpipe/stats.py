@@ -367,20 +367,34 @@ def save(stats: SuffStats, path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}", code="not_writable") from error
 
 
-def load(path: Path) -> SuffStats:
-    """See `SuffStats.load`."""
+def opened(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The mapped table of a state's file, and what its head says. Raises DataError where it is none."""
     import pyarrow as pa
 
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        head: Mapping[str, Any] = json.loads(table.schema.metadata[b"mlpipe"])
-        if head["format"] != FORMAT:
-            raise KeyError(head["format"])
+        head = dict(json.loads(table.schema.metadata[b"mlpipe"]))
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}", code="file_not_found") from error
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} does not hold statistics that this version can read", code="not_statistics") from error
-    table = table.replace_schema_metadata(None)
+        raise _no_statistics(path) from error
+    return table.replace_schema_metadata(None), head
+
+
+def _no_statistics(path: Path) -> DataError:
+    return DataError(f"{path} does not hold statistics that this version can read", code="not_statistics")
+
+
+def load(path: Path) -> SuffStats:
+    """See `SuffStats.load`."""
+    table, head = opened(path)
+    if head.get("format") != FORMAT:
+        raise _no_statistics(path)
+    return loaded(table, head)
+
+
+def loaded(table: pa.Table, head: Mapping[str, Any]) -> SuffStats:
+    """The statistics that `save` wrote, over the mapped table."""
     blocks = None
     if head["names"] is not None:
         rows = column(table, "row_count").astype(float)

@@ -21,7 +21,7 @@ from .errors import ConfigError, DataError, ResourceError, did_you_mean
 from .features import Recipe
 from .options import Options
 from .result import LMMFit, MixedFit, RandomTerm
-from .tables import Entry, file_name, result_tables, written
+from .tables import Entry, by_columns, factor_names, result_tables, written
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 FORMAT, FORMATS = "mlpipe.fit/1", "mlpipe.fits/1"
 MODES = ("error", "overwrite", "append")
 DATABASES = (".duckdb", ".db")
-LOCK, UNFINISHED = ".lock", "fit.json.partial"
+SHOWN = 12  # fits that are named where several match
+FIT, LOCK, UNFINISHED = "fit.json", ".lock", ".partial"
 _PLAIN = (
     *("formula", "response", "reml", "sigma", "loglik", "nobs", "rows", "n_blocks"),
     *("converged", "singular", "score", "evaluations", "message", "seconds"),
@@ -51,7 +52,7 @@ def write_all(
     holds each one's. Errors as of `write`."""
     if mode not in MODES:
         raise ConfigError(f"mode = {mode!r} is not one of {', '.join(MODES)}", hint=did_you_mean(mode, list(MODES)))
-    run = run_id or _new_run_id()
+    run = run_id or new_run_id()
     if not run or Path(run).name != run:
         raise ConfigError(f"run_id {run!r} cannot be a folder's name")
     database = _is_database(target)
@@ -94,30 +95,47 @@ def _write_database(target: Any, tables: dict[str, pa.Table], prefix: str, mode:
 
 
 def _write_folder(index: dict[str, Any], folder: Path, tables: Callable[[], dict[str, pa.Table]], prefix: str, mode: str, run: str) -> None:
-    if not _is_ours(folder):
-        raise ConfigError(f"{folder} exists and is no fit", code="target_exists", hint="choose another target")
+    check_ours(folder, FIT, "fit")
     made = tables()
+
+    def fill(fresh: Path) -> dict[str, Any]:
+        _write_tables(fresh, made)
+        return {**index, "prefix": prefix}
+
+    write_run(folder, fill, index=FIT, what="fit", mode=mode, run=run)
+
+
+def write_run(folder: Path, fill: Callable[[Path], dict[str, Any]], *, index: str, what: str, mode: str, run: str) -> None:
+    """A run in a directory: `fill` writes its files, synced, into `runs/<run>`, and says what the file `index` holds, which is replaced
+    last and is the only commit point. Earlier runs go then, but with mode "append".
+
+    Raises ConfigError for a directory of other things and for a bad mode, ResourceError where the disk fails or another job writes.
+    """
+    check_ours(folder, index, what)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            _commit({**index, "prefix": prefix}, folder, made, mode, run)
+            _commit(fill, folder, index, what, mode, run)
     except OSError as error:
         raise ResourceError(f"cannot write {folder}: {error.strerror or error}", code="not_writable") from error
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a target is free, or holds a fit or what a job left that was killed before its first one was complete."""
+def check_ours(folder: Path, index: str, what: str) -> None:
+    """Raises ConfigError unless a target is free, or holds runs or what a job left that was killed before its first one was complete."""
     if not folder.is_dir():
-        return not folder.exists()
-    names = {path.name for path in folder.iterdir()}
-    return not names or "fit.json" in names or (LOCK in names and names <= {LOCK, "runs", UNFINISHED})
+        free = not folder.exists()
+    else:
+        names = {path.name for path in folder.iterdir()}
+        free = not names or index in names or (LOCK in names and names <= {LOCK, "runs", f"{index}{UNFINISHED}"})
+    if not free:
+        raise ConfigError(f"{folder} exists and is no {what}", code="target_exists", hint="choose another target")
 
 
-def _commit(record: dict[str, Any], folder: Path, tables: dict[str, pa.Table], mode: str, run: str) -> None:
-    index = folder / "fit.json"
+def _commit(fill: Callable[[Path], dict[str, Any]], folder: Path, name: str, what: str, mode: str, run: str) -> None:
+    index = folder / name
     old = json.loads(index.read_text()) if index.exists() else None
     if old is not None and mode == "error":
-        raise ConfigError(f"{folder} already holds a fit", code="target_exists", hint='mode="overwrite" or "append"')
+        raise ConfigError(f"{folder} already holds a {what}", code="target_exists", hint='mode="overwrite" or "append"')
     kept = list(old["runs"]) if old is not None and mode == "append" else []
     if run in kept:
         raise ConfigError(f"{folder} already holds the run {run!r}", code="run_exists")
@@ -125,8 +143,7 @@ def _commit(record: dict[str, Any], folder: Path, tables: dict[str, pa.Table], m
     if fresh.exists():
         shutil.rmtree(fresh)
     try:
-        _write_tables(fresh, tables)
-        _replace(index, {**record, "run_id": run, "runs": [*kept, run]})
+        _replace(index, {**fill(fresh), "run_id": run, "runs": [*kept, run]})
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -147,7 +164,7 @@ def _write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
 
 
 def _replace(path: Path, record: dict[str, Any]) -> None:
-    unfinished = path.with_name(UNFINISHED)
+    unfinished = path.with_name(f"{path.name}{UNFINISHED}")
     with unfinished.open("w") as file:
         json.dump(record, file, allow_nan=True)
         file.flush()
@@ -169,7 +186,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _new_run_id() -> str:
+def new_run_id() -> str:
+    """The time, and what tells runs of one second apart."""
     now = datetime.datetime.now(datetime.UTC)
     return f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
 
@@ -209,13 +227,17 @@ def _load_folder(folder: Path, wanted: dict[str, Any]) -> MixedFit:
         raise DataError(f"there is no fit in {folder}", code="file_not_found") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} does not hold a fit that this version can read", code="not_a_fit") from error
-    found = {path.stem: path for path in runs.glob("*_ranef_*.parquet")}
+    prefix = str(record.get("prefix"))
+
+    def modes(name: str) -> pa.Table | None:
+        path = runs / f"{prefix}_ranef_{name}.parquet"
+        return pq.ParquetFile(path).read() if path.exists() else None
+
     if record.get("format") == FORMATS:
-        manifest = pq.ParquetFile(runs / f"{record['prefix']}_manifest.parquet").read()
-        return _of_several(manifest, wanted, str(folder), list(found), lambda name: pq.ParquetFile(found[name]).read())
+        return _of_several(pq.ParquetFile(runs / f"{prefix}_manifest.parquet").read(), wanted, str(folder), modes)
     fit = _read(record, str(folder))
     fit.written = {"run_id": record["run_id"], "model": fit.formula}
-    _keep(fit, list(found), lambda name: pq.ParquetFile(found[name]).read())
+    _keep(fit, modes)
     return fit
 
 
@@ -232,31 +254,45 @@ def _load_database(target: Any, prefix: str, wanted: dict[str, Any]) -> MixedFit
         if not runs:
             raise missing
         run = runs[-1].run_id
-        found = [name for name in runs[-1].tables if name.startswith(f"{prefix}_ranef_")]
-        manifest = held.rows(f"{prefix}_manifest", run)
-        return _of_several(manifest, wanted, where, found, lambda name: held.rows(name, run))
+
+        def modes(name: str) -> pa.Table | None:
+            table = f"{prefix}_ranef_{name}"
+            return held.rows(table, run) if table in runs[-1].tables else None
+
+        return _of_several(held.rows(f"{prefix}_manifest", run), wanted, where, modes)
 
 
-def _of_several(
-    manifest: pa.Table, wanted: dict[str, Any], where: str, modes: list[str], read: Callable[[str], pa.Table]
-) -> MixedFit:
+def _of_several(manifest: pa.Table, wanted: dict[str, Any], where: str, modes: Callable[[str], pa.Table | None]) -> MixedFit:
     """The one fit of a run that is wanted. Raises ConfigError where it is not said which, DataError where it could not be fitted."""
     unknown = [name for name in wanted if name not in manifest.column_names]
     if unknown:
         raise ConfigError(f"the fits of {where} are not by {unknown[0]!r}", code="which_fit")
     rows = matching(manifest, wanted)
+    by = by_columns(manifest)
     if len(rows) != 1:
         what = f"{where} holds {len(manifest)} fits, {len(rows)} of them match" if wanted else f"{where} holds {len(manifest)} fits"
-        hint = f"name one: model= one of {sorted(set(manifest['model'].to_pylist()))[:12]}, and by= the values it is for"
-        raise ConfigError(what, code="which_fit", hint=hint)
+        raise ConfigError(what, code="which_fit", hint=f"name one: {_candidates(rows if len(rows) else manifest, by)}")
     text = rows["record"][0].as_py()
     if text is None:
         raise DataError("this model could not be fitted", code="not_a_fit", hint="the table of fits has the reason in `message`")
     fit = _read(_parsed(text, where), where)
-    stamps = {"model": rows["model"][0].as_py(), **{name: rows[name][0].as_py() for name in wanted}}
+    stamps = {name: rows[name][0].as_py() for name in ("model", *dict.fromkeys([*by, *(name for name in wanted if name != "model")]))}
     fit.written = {"run_id": rows["run_id"][0].as_py(), **stamps}
-    _keep(fit, modes, lambda name: matching(read(name), stamps), [name for name in wanted if name != "model"])
+
+    def own(name: str) -> pa.Table | None:
+        return matching(table, stamps) if (table := modes(name)) is not None else None
+
+    _keep(fit, own, [name for name in stamps if name != "model"])
     return fit
+
+
+def _candidates(rows: pa.Table, by: list[str]) -> str:
+    """The first fits of a manifest as the arguments that name them."""
+    shown = []
+    for row in rows.slice(0, SHOWN).select(["model", *by]).to_pylist():
+        model = row.pop("model")
+        shown.append(f"model={model!r}" + (f", by={row!r}" if by else ""))
+    return "; ".join(shown) + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
 
 
 def matching(table: pa.Table, wanted: Mapping[str, Any]) -> pa.Table:
@@ -341,18 +377,18 @@ def _kind(name: str) -> type[MixedFit]:
     return {kind.__name__: kind for kind in (GEEFit, GLMFit, GLMMFit, OLSFit)}[name]
 
 
-def _keep(fit: MixedFit, names: list[str], read: Callable[[str], pa.Table], by: Sequence[str] = ()) -> None:
-    """Gives the fit the BLUPs that were written with it, from the tables of these names."""
+def _keep(fit: MixedFit, modes: Callable[[str], pa.Table | None], by: Sequence[str] = ()) -> None:
+    """Gives the fit the BLUPs that were written with it, from the tables of its factors, where there are any."""
     from .effects import coefficient_names, key_names
 
-    for group in fit.groups:
-        name = next((name for name in names if name.endswith(f"_ranef_{file_name(group)}")), None)
-        if name is None:
+    for group, name in factor_names(fit.groups).items():
+        held = modes(name)
+        if held is None:
             continue
         terms = [term for term in fit.terms if term.group == group]
         keys = next((groups for groups in fit.recipe.factors if ":".join(groups) == group), fit.recipe.groups)
         wanted = [*key_names(terms, keys), *(column for name in coefficient_names(terms) for column in (name, f"{name}_se"))]
-        table = read(name).select(written(wanted, by)).rename_columns(wanted)
+        table = held.select(written(wanted, by)).rename_columns(wanted)
         if fit.recipe.factors:
             fit.effects_tables[group] = table
         else:

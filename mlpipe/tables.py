@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import platform
 import resource
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from .result import MixedFit
 
+LONGEST = 100  # characters of a factor's name in a table's
 LIBRARIES = ("numpy", "scipy", "pyarrow", "duckdb", "polars", "sqlglot")
 
 
@@ -51,8 +53,8 @@ def _tables(entry: Entry, ranef: bool) -> dict[str, pa.Table]:
     if ranef and (fit.source is not None or fit.effects_table is not None or fit.effects_tables):
         from . import effects
 
-        for group in fit.groups:
-            tables[f"ranef_{file_name(group)}"] = effects.ranef(fit, wide=True, stream=False, group=group)
+        for group, name in factor_names(fit.groups).items():
+            tables[f"ranef_{name}"] = effects.ranef(fit, wide=True, stream=False, group=group)
     return tables
 
 
@@ -147,6 +149,24 @@ def written(names: Sequence[str], by: Sequence[str] | Mapping[str, Any] = ()) ->
     return out
 
 
-def file_name(group: str) -> str:
-    """A grouping factor's name as a part of a file's."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in group)
+def factor_names(groups: Sequence[str]) -> dict[str, str]:
+    """The name of each grouping factor as a part of a table's, and of a file's; different ones for different factors.
+
+    A plain name stands for itself, the keys of an interaction joined by two underscores. Where that could be another's (other characters,
+    two underscores together), and where another differs by case alone, to which databases are blind, a digest of the true name follows.
+    """
+    out, taken = dict[str, str](), set[str]()
+    for group in groups:
+        keys = group.split(":")
+        name = "".join(c if c.isalnum() or c == "_" else "_" for c in "__".join(keys))[:LONGEST]
+        if name.split("__") != keys or name.lower() in taken:
+            name += "-" + hashlib.blake2b(group.encode(), digest_size=4).hexdigest()
+        taken.add(name.lower())
+        out[group] = name
+    return out
+
+
+def by_columns(manifest: pa.Table) -> list[str]:
+    """The columns of a run's manifest that say which values its fits are for."""
+    own = {"run_id", "model", "tables", "record", *_manifest(Entry("", None)).column_names}
+    return [name for name in manifest.column_names if name not in own and manifest.column(name).null_count < len(manifest)]

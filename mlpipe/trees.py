@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .engines.base import fingerprint
-from .stats import SuffStats
+
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,12 @@ def _joined(left: Node, right: Node) -> Node:
 
 
 def statistics(
-    node: Node, held: Callable[[str], bool], load: Callable[[str], SuffStats], save: Callable[[str, SuffStats], None]
-) -> SuffStats:
+    node: Node, held: Callable[[str], bool], load: Callable[[str], State], save: Callable[[str, State], None],
+    merge: Callable[[State, State], State],
+) -> State:  # fmt: skip
     """The statistics of a tree; merges what is not held, and saves it."""
     if node.left is None or node.right is None or held(node.state):
         return load(node.state)
-    both = statistics(node.left, held, load, save) + statistics(node.right, held, load, save)
+    both = merge(statistics(node.left, held, load, save, merge), statistics(node.right, held, load, save, merge))
     save(node.state, both)
     return both

@@ -33,7 +33,7 @@ create table mlpipe_drift (
 );
 
 -- Random effects, one row a level; one table per grouping factor, here (1 + days | subject): the key columns in the source's own types,
--- then each coefficient and its conditional standard deviation.
+-- then each coefficient and its conditional standard deviation. That of an interaction a:b is named …_ranef_a__b.
 create table mlpipe_ranef_subject (
     run_id varchar, model varchar, subject varchar, "(Intercept)" double, "(Intercept)_se" double, days double, days_se double
 );

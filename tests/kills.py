@@ -1,6 +1,6 @@
 """Kills, stops and starves a job, and looks at what is left; then runs it again and compares.
 
-    python tests/kills.py points [--points 200] [--seed 0] [--database]     SIGKILL at random moments
+    python tests/kills.py points [--points 200] [--seed 0] [--database] [--binomial]     SIGKILL at random moments
     python tests/kills.py stopped | full | vanished                          signals; a full disk; a partition that is gone
 
 Each run is a fork of this process, which has all libraries loaded and no threads: what is killed is the work, not the imports.
@@ -33,7 +33,7 @@ import scipy.linalg  # noqa: F401
 import sqlglot.dialects.duckdb  # noqa: F401
 
 import mlpipe as mp
-from mlpipe import cli, effects, fit, incremental, job, reduction, result, shelf, store  # noqa: F401
+from mlpipe import cli, effects, fit, generalized, incremental, job, reduction, result, shelf, store  # noqa: F401
 from mlpipe.engines import target  # noqa: F401
 from mlpipe.options import Options
 from tests.lakes import lake
@@ -43,7 +43,7 @@ JOB = """
 [source]
 path = "{folder}/lake/*.parquet"
 [model]
-formula = "y ~ x + f + (1 | g)"
+{model}
 [store]
 path = "{folder}/{store}"
 [output]
@@ -55,6 +55,10 @@ temp_directory = "{folder}/temp"
 """
 
 
+LINEAR = 'formula = "y ~ x + f + (1 | g)"'
+BINOMIAL = 'kind = "glmm"\nformula = "I(y > 1) ~ f + (1 | g)"\nfamily = "binomial"'
+
+
 def main() -> None:
     """Reads the command line; raises AssertionError where a job does not survive."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,21 +66,23 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--database", action="store_true", help="store and target are DuckDB files")
+    parser.add_argument("--binomial", action="store_true", help="a generalized model, whose store holds compressed rows")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp())  # no object that a fork would take along and clean up at its end
     try:
         if arguments.what == "points":
-            print(json.dumps(survived(folder, arguments.points, arguments.seed, database=arguments.database)))
+            model = BINOMIAL if arguments.binomial else LINEAR
+            print(json.dumps(survived(folder, arguments.points, arguments.seed, arguments.database, model)))
         else:
             {"stopped": stopped, "full": full_disk, "vanished": vanished}[arguments.what](folder, made(folder, ("store", "target")))
     finally:
         shutil.rmtree(folder)
 
 
-def made(folder: Path, names: tuple[str, str]) -> Path:
+def made(folder: Path, names: tuple[str, str], model: str = LINEAR) -> Path:
     """A job that has run over all days but the last."""
     path = folder / "job.toml"
-    path.write_text(JOB.format(folder=folder, store=names[0], target=names[1]))
+    path.write_text(JOB.format(folder=folder, model=model, store=names[0], target=names[1]))
     (folder / "temp").mkdir()
     days(folder, 1, DAYS - 1)
     assert ended(started(path)) == 0
@@ -146,14 +152,14 @@ def vanished(folder: Path, path: Path) -> None:
     assert left(folder, names) == before
 
 
-def survived(folder: Path, points: int, seed: int, *, database: bool = False) -> dict[str, int]:
+def survived(folder: Path, points: int, seed: int, database: bool, model: str) -> dict[str, int]:
     """Counts of what kills left: `finished` before the kill, `new` result or `old` one, `store` that had taken in the last day.
 
     Raises AssertionError where store or target are not valid, or the next run does not end as an undisturbed one.
     """
-    names = ("store.duckdb", "target.duckdb") if database else ("store", "target")
     before = folder / "before"
-    path = made(folder, names)
+    names = ("store.duckdb", "target.duckdb") if database else ("store", "target")
+    path = made(folder, names, model)
     _, old = left(folder, names)
     copied(folder, before, names)
     days(folder, DAYS, DAYS)

@@ -1,12 +1,18 @@
 """Daily partitions of a random-intercept model, for tests of incremental fits and of jobs that are stopped."""
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
+from mlpipe import job as jobs
+
 BLOCKS = 40
+Run = Callable[..., Any]
 
 
 def day(number: int, rows: int = 400) -> pl.DataFrame:
@@ -26,3 +32,23 @@ def lake(folder: Path, first: int, last: int, rows: int = 400) -> Path:
     for number in range(first, last + 1):
         day(number, rows).write_parquet(folder / f"d{number:02d}.parquet")
     return folder
+
+
+def runner(folder: Path, model: dict[str, Any]) -> Run:
+    """Runs a job of a model over `lake/*.parquet` in a folder, with a store there; keywords are sections, merged into it."""
+
+    def run(*, rebase: bool = False, **sections: dict[str, Any]) -> Any:
+        record: dict[str, dict[str, Any]] = {
+            "source": {"path": f"{folder}/lake/*.parquet"}, "model": model, "store": {"path": f"{folder}/store"},
+        }  # fmt: skip
+        for name, values in sections.items():
+            record[name] = values if name == "source" else {**record.get(name, {}), **values}
+        path = folder / "job.toml"
+        keys = {name: "".join(f"{key} = {json.dumps(value)}\n" for key, value in one.items()) for name, one in record.items()}
+        path.write_text("".join(f"[{name}]\n{text}" for name, text in keys.items()))
+        read = jobs.read_job(path)
+        fit = jobs.fit_job(read, {"threads": 1}, rebase=rebase)
+        jobs.check_policy(fit, read.policy)
+        return fit
+
+    return run

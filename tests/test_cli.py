@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import mlpipe as mp
-from mlpipe import cli, progress
+from mlpipe import cli, progress, scored
 from mlpipe.solve import lmm as solver
 
 FORMULA = "reaction ~ days + (1 + days | subject)"
@@ -471,12 +471,12 @@ def test_a_link_stays_and_its_target_is_replaced(invoke: Invoke, tmp_path: Path)
 def test_predictions_stream_in_large_row_groups(tmp_path: Path) -> None:
     """The file is written while rows come, and a type that Parquet has not is an error that leaves nothing."""
     batch = pa.record_batch({"x": list(range(50_000))})
-    cli._write_parquet(pa.RecordBatchReader.from_batches(batch.schema, iter([batch] * 7)), str(tmp_path / "p.parquet"))
+    scored.write_file(pa.RecordBatchReader.from_batches(batch.schema, iter([batch] * 7)), str(tmp_path / "p.parquet"))
     data = pq.ParquetFile(tmp_path / "p.parquet").metadata
     assert [data.row_group(i).num_rows for i in range(data.num_row_groups)] == [150_000, 150_000, 50_000]
     odd = pa.record_batch({"x": pa.array([None], pa.month_day_nano_interval())})
     with pytest.raises(mp.DataError, match="cannot write"):
-        cli._write_parquet(pa.RecordBatchReader.from_batches(odd.schema, iter([odd])), str(tmp_path / "odd.parquet"))
+        scored.write_file(pa.RecordBatchReader.from_batches(odd.schema, iter([odd])), str(tmp_path / "odd.parquet"))
     assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
 
 

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,20 @@ import polars as pl
 import pytest
 
 import mlpipe as mp
-from mlpipe import job as jobs
 from mlpipe import shelf
 from mlpipe.incremental import drift
 from mlpipe.options import Options
 from mlpipe.trees import Node, statistics, tree
 
-from .lakes import day, lake
+from .lakes import Run, day, lake, runner
 
 FORMULA = "y ~ x + f + (1 | g)"
-Run = Callable[..., mp.LMMFit]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs a job over `lake/*.parquet` in the test's folder; keywords are sections, merged into it."""
-
-    def run_(*, rebase: bool = False, **sections: dict[str, Any]) -> mp.LMMFit:
-        record: dict[str, dict[str, Any]] = {
-            "source": {"path": f"{tmp_path}/lake/*.parquet"}, "model": {"formula": FORMULA}, "store": {"path": f"{tmp_path}/store"},
-        }  # fmt: skip
-        for name, values in sections.items():
-            record[name] = values if name == "source" else {**record.get(name, {}), **values}
-        path = tmp_path / "job.toml"
-        keys = {name: "".join(f"{key} = {json.dumps(value)}\n" for key, value in one.items()) for name, one in record.items()}
-        path.write_text("".join(f"[{name}]\n{text}" for name, text in keys.items()))
-        read = jobs.read_job(path)
-        fit = jobs.fit_job(read, {"threads": 1}, rebase=rebase)
-        jobs.check_policy(fit, read.policy)
-        return fit
-
-    return run_
+    """See `lakes.runner`."""
+    return runner(tmp_path, {"formula": FORMULA})
 
 
 def same(fit: mp.LMMFit, other: mp.LMMFit) -> None:
@@ -90,6 +73,18 @@ def test_levels_that_come_later(run: Run, tmp_path: Path) -> None:
     later = run()
     assert later.info["drift"]["added"] == ["fd"]
     same(later, mp.lmm(FORMULA, tmp_path / "lake"))
+
+
+@pytest.mark.parametrize("gone", ["a", "c"])
+def test_levels_that_leave_with_the_window(gone: str, run: Run, tmp_path: Path) -> None:
+    """The base of the contrasts, or another: what is left is coded as if it had never been there."""
+    files = lake(tmp_path / "lake", 1, 3)
+    for k in (2, 3):
+        day(k).filter(pl.col("f") != gone).write_parquet(files / f"d0{k}.parquet")
+    run()
+    fit = run(store={"window": 2})
+    assert fit.dropped == () and len(fit.names) == 3 and set(fit.info["drift"]["gone"]) >= {"fc" if gone == "c" else "fb"}
+    same(fit, mp.lmm(FORMULA, [files / "d02.parquet", files / "d03.parquet"]))
 
 
 def test_a_changed_file_replaces_its_statistics(run: Run, tmp_path: Path) -> None:
@@ -220,6 +215,87 @@ def test_weights_slopes_and_missing_values(run: Run, tmp_path: Path) -> None:
     same(fit, mp.lmm("y ~ x + (1 + x | g)", files, weights="w", reml=False))
 
 
+@pytest.mark.parametrize("absorb", [None, "g"])
+def test_least_squares(absorb: str | None, run: Run, tmp_path: Path) -> None:
+    model = {"kind": "ols", "formula": "y ~ x + f"} | ({"absorb": absorb} if absorb else {})
+    files = lake(tmp_path / "lake", 1, 4)
+    first = run(model=model)
+    lake(files, 5, 5)
+    fit, full = run(model=model), mp.ols("y ~ x + f", files, absorb=absorb)
+    assert names(fit) == ["d05"] and fit.names == full.names and fit.rows == full.rows
+    np.testing.assert_allclose(fit.beta, full.beta, rtol=0, atol=1e-7 * np.sqrt(np.diag(full.covariance)).min())
+    np.testing.assert_allclose(fit.covariance, full.covariance, rtol=1e-9)
+    assert abs(fit.loglik - full.loglik) < 1e-8 + 1e-12 * abs(full.loglik)
+    moved, at = {one["term"]: one["drift"] for one in fit.info["drift"]["terms"]}, fit.names.index("x")
+    assert moved["x"] == pytest.approx((fit.fixef()["x"] - first.fixef()["x"]) / np.sqrt(fit.covariance[at, at]))
+    with pytest.raises(mp.ConfigError, match="keeps no rows for cluster"):
+        run(model=model | {"vcov": "HC1"})
+
+
+# -- several grouping factors -------------------------------------------------------------------------------------------
+
+
+def crossed(number: int, rows: int = 300) -> pl.DataFrame:
+    """One day's rows of pupils in schools, crossed with items; new schools, pupils and items come every day."""
+    rng = np.random.default_rng(number)
+    pupil, item = rng.integers(0, 30 + 3 * number, rows), rng.integers(number % 3, 12 + number, rows)
+    effects = [np.random.default_rng(k).normal(size=99) for k in range(3)]
+    x = rng.normal(50, 5, rows)
+    f = rng.choice(["a", "b"] if number < 3 else ["a", "b", "ç'\""], rows)
+    y = 0.1 * x + 0.8 * effects[0][pupil] + 0.6 * effects[1][item] + 0.7 * effects[2][pupil // 6] + rng.normal(size=rows) + (f == "b")
+    keys = {"pupil": [f"p'{k}" for k in pupil], "item": item, "school": [f"ś \"{k // 6}\"" for k in pupil]}
+    return pl.DataFrame({**keys, "x": x, "f": f, "y": y})
+
+
+def days(folder: Path, first: int, last: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number in range(first, last + 1):
+        crossed(number).write_parquet(folder / f"d{number:02d}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("formula", "path"),
+    [
+        ("y ~ x + f + (1 | pupil) + (1 | item)", "{}/store"),
+        ("y ~ x + (1 | school/pupil) + (0 + x | item)", "{}/store.duckdb"),
+    ],
+)
+def test_several_grouping_factors(formula: str, path: str, run: Run, tmp_path: Path) -> None:
+    """New levels arrive, a partition is replaced, one is left out: always the full fit of what is there."""
+    keywords = {"model": {"formula": formula}, "store": {"path": path.format(tmp_path), "window": 3}}
+    files = days(tmp_path / "lake", 1, 3)
+    run(**keywords)
+    crossed(7).write_parquet(files / "d02.parquet")
+    replaced = run(**keywords)
+    assert names(replaced) == names(replaced, "replaced") == ["d02"]
+    same(replaced, mp.lmm(formula, files))
+    days(files, 4, 4)
+    fit = run(**keywords)
+    full = mp.lmm(formula, [files / f"d0{k}.parquet" for k in (2, 3, 4)])
+    assert names(fit) == ["d04"] and names(fit, "dropped") == ["d01"] and fit.info["levels"] == full.info["levels"]
+    same(fit, full)
+    for group in full.groups:
+        ours, theirs = (pl.DataFrame(one.ranef(group, wide=True)) for one in (fit, full))
+        assert ours.columns == theirs.columns
+        keys = [name for name in ours.columns if name in ("pupil", "item", "school")]
+        values = [one.sort(keys) for one in (ours, theirs)]
+        assert values[0].select(keys).equals(values[1].select(keys))
+        np.testing.assert_allclose(*(one.drop(keys).to_numpy() for one in values), rtol=0, atol=1e-7)
+
+
+def test_factors_of_partitions_that_hold_little(run: Run, tmp_path: Path) -> None:
+    formula = "y ~ x + f + (1 | pupil) + (1 | item)"
+    files = days(tmp_path / "lake", 1, 2)
+    run(model={"formula": formula})
+    crossed(3).clear().write_parquet(files / "d03.parquet")
+    crossed(4).with_columns(item=pl.lit(None, pl.Int64)).write_parquet(files / "d04.parquet")
+    crossed(5).with_columns(item=pl.lit(3, pl.Int64), pupil=pl.lit("p'1")).head(9).write_parquet(files / "d05.parquet")
+    fit = run(model={"formula": formula})
+    assert fit.info["rows_dropped"] == 300
+    same(fit, mp.lmm(formula, files))
+
+
 def test_bases_are_fixed_until_a_rebase(run: Run, tmp_path: Path) -> None:
     files = lake(tmp_path / "lake", 1, 3)
     model = {"formula": "y ~ poly(x, 2) + (1 | g)"}
@@ -325,7 +401,7 @@ def test_another_model_is_refused_and_a_rebase_takes_it(run: Run, tmp_path: Path
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"formula": "y ~ x", "kind": "glm", "family": "poisson"}}, "is for one linear mixed model"),
+        ({"model": {"formula": "y ~ x", "kind": "glm", "family": "poisson"}}, "keeps nothing that kind = 'glm'"),
         ({"store": {"window": 0}}, "window"),
         ({"store": {"vanished": "forget"}}, "vanished"),
         ({"store": {"partition_by": "nothing"}}, "no column 'nothing'"),
@@ -400,11 +476,14 @@ def test_only_what_is_not_held_is_merged() -> None:
     held = {f"s{k}": mp.suffstats(FORMULA, day(k)) for k in range(1, 5)}
     root = tree([(f"day {k}", f"s{k}") for k in range(1, 5)])
     saved: dict[str, Any] = {}
-    whole = statistics(root, saved.__contains__, held.__getitem__, saved.__setitem__)
+    whole = statistics(root, saved.__contains__, held.__getitem__, saved.__setitem__, operator.add)
     assert whole.rows == 1600 and saved.keys() == nodes(root)
 
     def refuse(state: str) -> Any:
         raise AssertionError(f"{state} was read")
 
-    again = statistics(root, saved.__contains__, lambda state: saved[state] if state in saved else refuse(state), saved.__setitem__)
+    def load(state: str) -> Any:
+        return saved[state] if state in saved else refuse(state)
+
+    again = statistics(root, saved.__contains__, load, saved.__setitem__, operator.add)
     assert again is whole

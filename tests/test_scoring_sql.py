@@ -23,6 +23,7 @@ from mlpipe.mean_sql import ETA, VARIANCE, Mean
 from mlpipe.scoring_sql import _staged
 from mlpipe.solve.link import LINKS
 from mlpipe.sql import Names, named, numeric
+from mlpipe.tables import factor_names
 
 GOLDEN = Path(__file__).parent / "golden_scoring"
 
@@ -148,8 +149,8 @@ def test_a_plain_glm() -> None:
 def test_on_polars(name: str) -> None:
     fit = linear(name)
     tables: dict[str, Any] = {"data": ODD}
-    for group in fit.groups:
-        tables[f"mlpipe_ranef_{group.replace(':', '_')}"] = pl.from_arrow(fit.ranef(group, wide=True))
+    for group, part in factor_names(fit.groups).items():
+        tables[f"mlpipe_ranef_{part}"] = pl.from_arrow(fit.ranef(group, wide=True))
     text = fit.scoring_sql("duckdb")
     stamps = {name: pl.lit(value) for name, value in fit.written.items()}
     tables |= {name: table.with_columns(**stamps) for name, table in tables.items() if name != "data"}

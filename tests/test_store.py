@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,10 @@ import pyarrow as pa
 import pytest
 
 import mlpipe as mp
-from mlpipe import atomic, datasets
+from mlpipe import atomic, datasets, store
+from mlpipe.many import Model, fit_many
+from mlpipe.planning import Request
+from mlpipe.tables import Entry, factor_names
 
 from .conftest import _quoted
 
@@ -348,3 +352,69 @@ def test_runs_of_several_kinds_in_one_database(tmp_path: Path) -> None:
     assert isinstance(mp.load(con), mp.GLMFit)
     assert con.sql("select run_id, family from mlpipe_fit order by 1").fetchall() == [("r0", "binomial"), ("r1", "binomial")]
     assert con.sql("select count(*) from mlpipe_ranef_herd").fetchall() == [(15,)]
+
+
+# ---- names of factors, and which fit
+
+
+def test_names_of_factors_are_their_own() -> None:
+    groups = ["a:b", "a_b", "A_b", "a__b", "a_:b", "a:_b", "a b", "a-b", "a.b", "żółw", "a:b:c", "a" * 300, "a" * 299 + "b", '"; --', ""]
+    names = factor_names(groups)
+    assert names["a:b"] == "a__b" and names["a_b"] == "a_b" and names["żółw"] == "żółw" and names["a:b:c"] == "a__b__c"
+    assert len({name.lower() for name in names.values()}) == len(groups)
+    assert all(re.fullmatch(r"\w*(-[0-9a-f]{8})?", name) and len(name.encode()) < 200 for name in names.values())
+    assert factor_names(["subject"]) == {"subject": "subject"}
+
+
+@pytest.mark.parametrize(("target", "last"), [("folder", "A_B"), ("x.duckdb", "A_B"), ("x.duckdb", "a b's")])
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+def test_factors_of_like_names_keep_their_tables(target: str, last: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    keys = {name: rng.integers(0, 6, 400) for name in ("a", "b", "a_b", "A_B", "a b's")}
+    frame = pl.DataFrame({**keys, "y": rng.normal(size=400) + sum(np.sin(7 * (k + 1) * (i + 1)) for i, k in enumerate(keys.values()))})
+    fit = mp.lmm("y ~ 1 + (1 | a:b) + (1 | a_b) + (1 | `" + last + "`)", frame)
+    fit.write(tmp_path / target)
+    again = mp.load(tmp_path / target)
+    ours, theirs = again.ranefs(), fit.ranefs()
+    assert list(ours) == list(theirs) == ["a:b", "a_b", last]
+    assert all(ours[group].equals(theirs[group]) for group in theirs)
+    if last != "A_B":  # which no warehouse tells from a_b
+        with duckdb.connect(str(tmp_path / target)) as con:
+            assert len([name for name in content(con) if name.startswith("mlpipe_ranef_")]) == 3
+            con.register("data", frame.with_row_index("at").to_arrow())
+            scored = con.sql(again.scoring_sql("duckdb", source="data")).pl().sort("at")
+        np.testing.assert_allclose(scored["predicted"], pl.DataFrame(fit.predict(frame))["predicted"], atol=1e-10)
+
+
+@pytest.mark.parametrize("target", ["folder", "x.duckdb"])
+def test_a_model_of_many_values_is_named_with_its_value(target: str, tmp_path: Path) -> None:
+    frame = pl.concat([pl.read_parquet(datasets.path("sleepstudy")).with_columns(region=pl.lit(r)) for r in ("n'orth", "süd", None)])
+    frame = frame.with_columns(pl.when(pl.col("region") == "süd").then(pl.col("reaction") * 2).otherwise("reaction").alias("reaction"))
+    fits = fit_many([Model("m", "reaction ~ days + (1 | subject)")], frame, Request("", by=("region",)))
+    entries = [Entry(one.model, one.fit, one.by) for one in fits.fits]
+    store.write_all(entries, fits.by, str(tmp_path / target), prefix="p", mode="error", run_id=None, ranef=True)
+    given: dict[str, Any] = {"prefix": "p"} if target == "x.duckdb" else {}
+    with pytest.raises(mp.ConfigError, match="holds 3 fits, 3 of them match") as caught:
+        mp.load(tmp_path / target, model="m", **given)
+    hint = str(caught.value.hint)
+    assert caught.value.code == "which_fit"
+    assert all(f"model='m', by={{'region': {value!r}}}" in hint for value in ("n'orth", "süd", None))
+    for one in fits.fits[:2]:
+        assert one.fit is not None
+        again = mp.load(tmp_path / target, model="m", by=one.by, **given)
+        assert again.fixef() == one.fit.fixef() and len(again.ranef()) == 18
+    with pytest.raises(mp.ConfigError, match="0 of them match") as caught:
+        mp.load(tmp_path / target, model="m", by={"region": "west"}, **given)
+    assert "'süd'" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("target", ["folder", "x.duckdb"])
+def test_the_one_value_of_a_run_is_told_by_its_model(target: str, tmp_path: Path) -> None:
+    """The grouping column is called as the values' is, but for case: only with the value are its columns where they were written."""
+    frame = pl.read_parquet(datasets.path("sleepstudy")).rename({"subject": "Region"}).with_columns(region=pl.lit("north"))
+    fits = fit_many([Model("m", "reaction ~ days + (1 | Region)")], frame, Request("", by=("region",)))
+    entries = [Entry(one.model, one.fit, one.by) for one in fits.fits]
+    store.write_all(entries, fits.by, str(tmp_path / target), prefix="mlpipe", mode="error", run_id=None, ranef=True)
+    again, given = mp.load(tmp_path / target, model="m"), mp.load(tmp_path / target, by={"region": "north"})
+    assert again.ranef().equals(given.ranef()) and again.ranef()["Region"].to_pylist()[0].isdigit()
+    assert again.written == given.written and again.written["region"] == "north"

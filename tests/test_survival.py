@@ -11,7 +11,11 @@ KILLS = str(Path(__file__).parent / "kills.py")
 
 
 @pytest.mark.parametrize(
-    "what", [["points", "--points", "4"], ["points", "--points", "1", "--database"], ["stopped"], ["full"], ["vanished"]]
+    "what",
+    [
+        ["points", "--points", "4"], ["points", "--points", "1", "--database"], ["points", "--points", "2", "--binomial"], ["stopped"],
+        ["full"], ["vanished"],
+    ],
 )
 def test_a_job_survives(what: list[str]) -> None:
     """In a process of its own, without the threads that other tests have started: it forks (see `kills`)."""

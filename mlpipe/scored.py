@@ -1,0 +1,184 @@
+"""Scored rows on disk: one Parquet file, or a directory with one for each file of the source; all or nothing."""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .atomic import regular, replacing, synced
+from .errors import ConfigError, DataError, ResourceError
+from .store import new_run_id, write_run
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from .options import Options
+
+ROW_GROUP = 122_880  # least rows of a Parquet row group, as DuckDB writes them
+INDEX, FORMAT = "predictions.json", "mlpipe.predictions/1"
+PARQUET = (".parquet", ".pq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file of the source: how many `rows` it has, and the relative path `name` of what is written for it."""
+
+    name: str
+    rows: int
+
+
+def pieces(paths: Sequence[str], out: str, options: Options) -> list[Piece] | None:
+    """The files of a source that is a directory, a glob or several paths, in the order of its rows; None where one file is to be written:
+    for a single file, and where the target's name is that of a Parquet file.
+
+    Raises ConfigError where target and source lie within each other, DataError for files that cannot be read.
+    """
+    from .engines import files
+
+    local = [os.path.expanduser(path) for path in paths]
+    if out.lower().endswith(PARQUET) or any("://" in path for path in local) or (len(local) == 1 and os.path.isfile(local[0])):
+        return None
+    found = [file for path in local for file in files.locate(path)]
+    target = os.path.realpath(out)
+    roots = [os.path.realpath(path) for path in local if os.path.isdir(path)]
+    if any(_within(target, root) for root in roots) or any(_within(os.path.realpath(file), target) for file in found):
+        raise ConfigError(f"{out} and the data lie within each other", code="target", hint="write to a directory of its own")
+    root = local[0] if len(local) == 1 and roots else os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in found])
+    names = [os.path.relpath(file, root) for file in found]
+    if len(set(names)) < len(names):
+        raise ConfigError("a file is named twice", code="usage", hint='name each once, or write one file: --out "….parquet"')
+    names = [name if name.endswith(".parquet") else f"{name}.parquet" for name in names]
+    return [Piece(name, _rows(file, options)) for name, file in zip(names, found, strict=True)]
+
+
+def _within(path: str, folder: str) -> bool:
+    return Path(path).is_relative_to(folder)
+
+
+def _rows(file: str, options: Options) -> int:
+    """The rows of one file: from its footer, or counted."""
+    from sqlglot import exp
+
+    from .engines.base import Columns
+    from .sources import PathSource, open_source
+
+    with closing(open_source(PathSource([file], hive=False), options=options)) as engine:
+        known = engine.row_count()
+        if known is not None:
+            return known
+        counted = exp.select(exp.alias_(exp.Count(this=exp.Star()), "row_count")).from_("src")
+        return int(engine.query(counted, Columns()).read_all().column("row_count")[0].as_py())
+
+
+def write_file(reader: pa.RecordBatchReader, out: str) -> None:
+    """All or nothing: a file of its own beside the target takes its name at the end.
+
+    Raises ResourceError where the target cannot be written, DataError for types that Parquet has not.
+    """
+    with _told(out), replacing(regular(out)) as file, _writer(file, reader.schema) as writer:
+        for table in _row_groups(reader):
+            writer.write_table(table)
+
+
+def write_pieces(reader: pa.RecordBatchReader, parts: Sequence[Piece], out: str, counts: Callable[[], dict[str, int]]) -> str:
+    """`runs/<run>/` with a file for each piece, and `predictions.json`, replaced last, which names the run and its files; the folder of the
+    files. `counts`: what is noted beside them, once all rows are written.
+
+    Raises ConfigError where the target is something else, ResourceError while another job writes it or where the disk fails, DataError
+    where the rows are not those of the pieces.
+    """
+    folder, run = Path(out), new_run_id()
+
+    def fill(fresh: Path) -> dict[str, Any]:
+        fresh.mkdir(parents=True)
+        rows = _Rows(reader)
+        with _told(out):
+            for part in parts:
+                _written(rows, part, fresh)
+        if rows.left():
+            raise _changed()
+        for place, _, _ in os.walk(fresh):
+            synced(Path(place))
+        return {"format": FORMAT, "files": [part.name for part in parts], **counts()}
+
+    write_run(folder, fill, index=INDEX, what="directory of predictions", mode="overwrite", run=run)
+    return str(folder / "runs" / run)
+
+
+def _written(rows: _Rows, part: Piece, folder: Path) -> None:
+    path = folder / part.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file, _writer(file, rows.schema) as writer:
+        for table in _row_groups(rows.take(part.rows)):
+            writer.write_table(table)
+    synced(path)
+
+
+class _Rows:
+    """The rows of a reader, taken by number across its batches."""
+
+    def __init__(self, reader: pa.RecordBatchReader) -> None:
+        self.schema, self._batches = reader.schema, iter(reader)
+        self._held: pa.RecordBatch | None = None
+
+    def take(self, rows: int) -> Iterator[pa.RecordBatch]:
+        """The next rows. Raises DataError where there are fewer."""
+        while rows:
+            batch = self._next()
+            if batch is None:
+                raise _changed()
+            yield batch.slice(0, rows)
+            self._held = batch.slice(rows) if batch.num_rows > rows else None
+            rows -= min(rows, batch.num_rows)
+
+    def left(self) -> bool:
+        """Whether there are more."""
+        self._held = self._next()
+        return self._held is not None
+
+    def _next(self) -> pa.RecordBatch | None:
+        held, self._held = self._held, None
+        return held if held is not None else next((batch for batch in self._batches if batch.num_rows), None)
+
+
+def _changed() -> DataError:
+    return DataError("the source changed while it was read", code="source_changed", hint="score a snapshot of it")
+
+
+@contextmanager
+def _told(out: str) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"cannot write {out}: {error.strerror or error}", code="not_writable") from error
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise DataError(f"cannot write {out}: {error}", code="column_type") from error
+
+
+def _writer(file: Any, schema: pa.Schema) -> pq.ParquetWriter:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # dictionaries of numbers cost half the time of writing them, and save nothing that zstd does not
+    texts = [field.name for field in schema if not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type))]
+    return pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=texts or False)
+
+
+def _row_groups(batches: Any) -> Iterator[pa.Table]:
+    """Tables of at least ROW_GROUP rows, the last one fewer."""
+    import pyarrow as pa
+
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(part.num_rows for part in held) >= ROW_GROUP:
+            yield pa.Table.from_batches(held)
+            held = []
+    if held:
+        yield pa.Table.from_batches(held)
