@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .linear import ols as ols
     from .linear_result import OLSFit as OLSFit
     from .options import Options as Options
-    from .planning import Plan as Plan
+    from .plans import Plan as Plan
     from .reporting import report as report
     from .result import LMMFit as LMMFit
     from .result import load as load
@@ -63,7 +63,7 @@ _MODULES = {
     "linear": ("ols",),
     "linear_result": ("OLSFit",),
     "options": ("Options",),
-    "planning": ("Plan",),
+    "plans": ("Plan",),
     "reporting": ("report",),
     "result": ("LMMFit", "load"),
     "sources": ("query", "source", "table"),

@@ -14,7 +14,7 @@ from .formula import parse
 from .generalized import gathered
 from .options import Options
 from .passes import Model, built, plain, plain_looks, resumed, star_point
-from .planning import Request
+from .plans import Request
 from .several_generalized import JointModel
 from .several_generalized import resumed as joint_resumed
 from .solve.density import density

@@ -12,7 +12,7 @@ from .engines.base import fingerprint
 from .errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
-    from .planning import Plan
+    from .plans import Plan
 
 FORMAT = "mlpipe.checkpoint/1"
 

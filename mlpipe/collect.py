@@ -20,7 +20,8 @@ from .features import Recipe
 from .formula import parse_expression
 from .looks import shift_and_scale
 from .options import Options
-from .planning import Plan, Request, prepare, settle
+from .planning import prepare, settle
+from .plans import Plan, Request
 from .progress import stage
 from .sql import Names
 from .statements import Part

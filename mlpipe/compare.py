@@ -99,7 +99,8 @@ def _statistics(fit: LMMFit) -> tuple[SuffStats, list[str]]:
     if fit.held is not None and not fit.held.base.any():  # else the response there is a residual
         return fit.held.stats, []
     from .collect import collect
-    from .planning import Request, prepare
+    from .planning import prepare
+    from .plans import Request
 
     recipe = fit.recipe
     with effects.reopened(fit) as engine:

@@ -22,7 +22,7 @@ from .sql import Names, both, finite, named, skeleton
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .planning import Plan
+    from .plans import Plan
 
 TOGETHER = 500_000  # rows that are added up at once
 HELD = 4  # share of the memory limit, as its inverse, that combinations of keys may take which are read before they are added up

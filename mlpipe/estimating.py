@@ -15,7 +15,8 @@ from .families import check_plain, check_weights, checked_family
 from .formula import parse
 from .options import Options
 from .passes import START_CHUNKS, START_SHARE, START_TOLERANCE, Model, built, plain
-from .planning import Plan, Request, prepare
+from .planning import prepare
+from .plans import Plan, Request
 from .progress import stage
 from .robust import names_of
 from .solve.density import density

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .engines.base import Engine
     from .held import Held
-    from .planning import Plan
+    from .plans import Plan
     from .reduction import Reduced
     from .result import LMMFit, MixedFit
     from .solve.lmm import LMMSolution
@@ -273,7 +273,7 @@ def _arguments(scope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _request(formula: str, arguments: dict[str, Any], options: Options) -> Any:
-    from .planning import Request
+    from .plans import Request
 
     return Request(formula, options=options, **arguments)
 

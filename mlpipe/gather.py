@@ -18,7 +18,7 @@ from .errors import DataError
 from .features import Recipe
 from .options import Options
 from .outcome import TRIALS
-from .planning import Expected, Joint, Plan
+from .plans import Expected, Joint, Plan
 from .progress import stage
 from .solve.kernel import Chunk
 from .spool import Layout, Spool, build

@@ -16,7 +16,8 @@ from .findings import noted, report
 from .formula import Formula, parse
 from .options import METHODS, Options
 from .passes import Estimates, Model, Settled, block_sandwich, built, plain, solved
-from .planning import Plan, Request, prepare
+from .planning import prepare
+from .plans import Plan, Request
 from .progress import stage
 from .robust import checked, names_of
 from .solve.density import Density, density

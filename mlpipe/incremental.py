@@ -29,7 +29,8 @@ from .generalized_result import GeneralizedFit
 from .keeping import kept, worthwhile
 from .partitions import Partition, partitions, together, unchanged
 from .passes import Estimates
-from .planning import Plan, Request, prepare, used_names
+from .planning import prepare, used_names
+from .plans import Plan, Request
 from .present import over_present
 from .progress import stage
 from .shelf import FORMAT, Shelf, named

@@ -301,7 +301,7 @@ def has_many(job: Job) -> bool:
 def fit_jobs(job: Job, limits: Mapping[str, Any]) -> Fits:
     """Fits all models of a job, those with the same rows and weights from the same scans. Raises what `many.fit_many` raises."""
     from .many import Fits, Model, fit_many
-    from .planning import Request
+    from .plans import Request
     from .sources import Subset
 
     models = [NamedModel(name=job.model.formula, **job.model.model_dump())] if job.model is not None else job.models

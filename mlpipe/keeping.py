@@ -16,7 +16,7 @@ from .engines.arrange import arranged
 from .errors import DataError
 from .gather import WORTHWHILE, Gathered, check_finite, compression, counts, layout_of, made, surveyed
 from .options import Options
-from .planning import Plan
+from .plans import Plan
 from .progress import stage
 from .spool import build
 

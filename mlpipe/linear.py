@@ -26,7 +26,7 @@ from .robust import Fitted, Meat, Source
 from .solve.sandwich import CR, cluster_factor, covariance, half, row_factor, ways
 
 if TYPE_CHECKING:
-    from .planning import Plan, Request
+    from .plans import Plan, Request
     from .stats import SuffStats
 
 Array = np.ndarray
@@ -93,7 +93,7 @@ def request_of(
     formula: str, absorb: str | Sequence[str] | None, cluster: str | Sequence[str] | None, arguments: Mapping[str, Any], options: Options
 ) -> Request:
     """What is read of the rows: absorbed factors stand as random intercepts, whose sums are the same."""
-    from .planning import Request
+    from .plans import Request
 
     factors = robust.names_of(absorb, "absorb")
     text = formula + "".join(f" + (1 | `{name}`)" for name in factors)

@@ -25,7 +25,8 @@ from .features import Recipe
 from .fit import lmm
 from .formula import Formula, parse
 from .options import Options
-from .planning import Plan, Request, prepare
+from .planning import prepare
+from .plans import Plan, Request
 from .present import over_present
 from .progress import stage
 from .sources import open_source

@@ -12,7 +12,7 @@ from .errors import ConfigError, DataError
 from .features import Recipe
 from .formula import Formula
 from .options import Options
-from .planning import Request
+from .plans import Request
 from .progress import stage
 from .reduction import Coding, Fixed, Random, fixed_part, lower_factor, random_part
 from .solve.density import Density

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .factors import Crossed
     from .options import Options
-    from .planning import Plan
+    from .plans import Plan
 
 Array = np.ndarray
 

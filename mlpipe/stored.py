@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import shelf
 from .incremental import Settings, Update, finished, updated
-from .planning import Request
+from .plans import Request
 
 if TYPE_CHECKING:
     from .job import ModelSection, StoreSection

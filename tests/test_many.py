@@ -11,7 +11,7 @@ import pytest
 import mlpipe as mp
 from mlpipe.many import Fits, Fitted, Model, fit_many
 from mlpipe.options import Options
-from mlpipe.planning import Request
+from mlpipe.plans import Request
 
 FORMULA = "y ~ x + f + (1 + x | g)"
 

@@ -12,7 +12,7 @@ import pytest
 import mlpipe as mp
 from mlpipe import collect
 from mlpipe.engines.dialects import render
-from mlpipe.planning import Plan
+from mlpipe.plans import Plan
 from mlpipe.sql import number, summed
 
 from .conftest import as_data

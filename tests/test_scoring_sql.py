@@ -268,7 +268,7 @@ def test_a_job_of_many_fits_has_no_text(tmp_path: Path) -> None:
 def test_one_of_many_fits_joins_its_own_levels() -> None:
     """Tables of several models, by the values of a column."""
     from mlpipe.many import Model, fit_many
-    from mlpipe.planning import Request
+    from mlpipe.plans import Request
     from mlpipe.store import write_all
     from mlpipe.tables import Entry
 

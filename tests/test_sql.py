@@ -21,7 +21,7 @@ from mlpipe import expr, statements
 from mlpipe.engines.base import Columns
 from mlpipe.engines.dialects import render
 from mlpipe.formula import parse_expression
-from mlpipe.planning import Plan
+from mlpipe.plans import Plan
 from mlpipe.scoring import statement_of
 from mlpipe.sources import open_source
 from mlpipe.sql import Names, named, number, numeric, skeleton

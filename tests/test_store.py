@@ -19,7 +19,7 @@ import pytest
 import mlpipe as mp
 from mlpipe import atomic, datasets, store
 from mlpipe.many import Model, fit_many
-from mlpipe.planning import Request
+from mlpipe.plans import Request
 from mlpipe.tables import Entry, factor_names
 
 from .conftest import _quoted
