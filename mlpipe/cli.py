@@ -237,7 +237,7 @@ def predict(
     **settings: Any
 ) -> None:
     """Write the rows of DATA with predictions of FIT to a Parquet file, or to a directory with a file for each of DATA."""
-    from .progress import stage
+    from .progress import Written, stage
     from .result import load
     from .scored import pieces, write_file, write_pieces
 
@@ -245,7 +245,7 @@ def predict(
     options = _limits(settings)
     result = load(fit_directory)
     parts = pieces(settings["data"], out, options) if settings["table"] is None else None
-    with within(settings["timeout"]), stage("predict", {}, options=options) as fields:
+    with within(settings["timeout"]), stage("predict", {}, options=options, live=Written(result.info)) as fields:
         reader = result.predict(_data(settings), effects=effects, kind=kind, new_levels=new_levels, prefix=prefix, options=options)
         if parts is None:
             write_file(reader, out)

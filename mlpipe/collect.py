@@ -45,14 +45,14 @@ def collect(plan: Plan) -> SuffStats:
     seconds: dict[str, float] = {}
     engine, options = plan.engine, plan.request.options
     total = row_count(plan)
-    with stage("cross_products", seconds, engine, options) as fields:
+    with stage("cross_products", seconds, engine, options, rows=total) as fields:
         (gram, rows, n, sum_log_w), scans = _gram(plan)
         dropped = dropped_rows(plan, total, rows)
         fields |= {"rows": rows, "dropped": total - rows}
     if far := _far_off(plan.recipe, gram):
         note = "the sample was not representative: the pass was repeated with the true shifts and scales"
         plan = replace(plan, recipe=far, notes=[*plan.notes, note])
-        with stage("cross_products_again", seconds, engine, options):
+        with stage("cross_products_again", seconds, engine, options, rows=total):
             (gram, rows, n, sum_log_w), more = _gram(plan)
         scans += more
     plan = replace(plan, names=plan.names.known(complete=rows == total))
@@ -62,13 +62,13 @@ def collect(plan: Plan) -> SuffStats:
     if plan.path == "crossed":
         from .crossing import crossed
 
-        with stage("cells", seconds, engine, options) as fields:
+        with stage("cells", seconds, engine, options, rows=total) as fields:
             several = crossed(plan, rows)
             _reconcile(plan, gram, [factor.sums.sum(axis=1) for factor in several.factors])
             fields |= {"levels": [len(factor.levels) for factor in several.factors]}
         parts = (None,)
     elif plan.path != "none":
-        with stage("blocks", seconds, engine, options) as fields, _limited(plan, rows) as limited:
+        with stage("blocks", seconds, engine, options, rows=total) as fields, _limited(plan, rows) as limited:
             parts = parts_of(limited, rows)
             blocks = _blocks(limited, parts)
             _reconcile(plan, gram, [blocks.totals()])

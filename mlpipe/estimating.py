@@ -17,7 +17,7 @@ from .options import Options
 from .passes import START_CHUNKS, START_SHARE, START_TOLERANCE, Model, built, plain
 from .planning import prepare
 from .plans import Plan, Request
-from .progress import stage
+from .progress import Watch, stage
 from .robust import names_of
 from .solve.density import density
 from .solve.gee import CORRELATIONS, GEESolution, Look, Working, solve_gee
@@ -81,11 +81,12 @@ def gee(
         model = built(parse(formula), plan, rows, density(*checked_family(family, link, quasi=True)), 1)
         times = _times(model, corr)
         working = Working(model.density, model.Q, corr, times, bool(freq))
-        with stage("fit", rows.info["seconds"], None, options) as fields:
-            solution = _solved(model, working, options)
+        watch = Watch(lambda: rows.spool.passes)
+        with stage("fit", rows.info["seconds"], None, options, live=watch) as fields:
+            solution = _solved(model, working, options, watch)
             fields |= {"passes": solution.passes, "score": solution.score}
         fit = GEEFit.from_solution(formula, model, solution, data, options, family, corr, kind, times)
-    fit.info["passes"] = round(rows.spool.rows_read / max(rows.spool.n_rows, 1), 2)
+    fit.info["passes"] = round(rows.spool.passes, 2)
     fit.info["seconds"]["total"] = fit.seconds = clock.perf_counter() - began
     _report(fit, options)
     return fit
@@ -180,7 +181,7 @@ def _times(model: Model, corr: str) -> Array:
     return times
 
 
-def _solved(model: Model, working: Working, options: Options) -> GEESolution:
+def _solved(model: Model, working: Working, options: Options, watch: Watch) -> GEESolution:
     """The estimates, from those of independent rows on some chunks."""
     spool = model.rows.spool
     some = spool.some(START_SHARE, START_CHUNKS)
@@ -191,6 +192,7 @@ def _solved(model: Model, working: Working, options: Options) -> GEESolution:
         total = parts[0]
         for part in parts[1:]:
             total = total + part
+        watch.told()
         return total
 
     return solve_gee(look, working, start, tol=options.tol, max_passes=options.max_passes)

@@ -23,7 +23,7 @@ SEPARATED = 1e-8  # information along a direction, relative to the largest, that
 def noted(fit: Any, model: Model, nagq: int) -> None:
     """Notes on what the numbers mean, and separation, into `fit.info`."""
     rows, notes = model.rows, fit.info["notes"]
-    fit.info["passes"] = round(rows.spool.rows_read / max(rows.spool.n_rows, 1), 2)
+    fit.info["passes"] = round(rows.spool.passes, 2)
     per_block = rows.size / max(rows.spool.n_blocks, 1)
     one_factor = bool(model.random) and not model.plan.recipe.factors
     if one_factor:

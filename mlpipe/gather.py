@@ -61,7 +61,7 @@ def gather(plan: Plan, *, compress: bool) -> Gathered:
     engine, options = plan.engine, plan.request.options
     total = row_count(plan)
     ratio = compression(plan, total) if compress else 1.0
-    with stage("spool", seconds, engine, options) as fields:
+    with stage("spool", seconds, engine, options, rows=total) as fields:
         spool = _spooled(plan, compressed=ratio >= WORTHWHILE)
         fields |= {"cells": spool.n_rows, "blocks": spool.n_blocks}
     engine.check_unchanged()
@@ -126,8 +126,13 @@ def _joint(plan: Plan, rows: int) -> Joint:
     path = "exact" if nested else chosen("auto", rest, combinations**2 / most, plan.request.options.memory_bytes)
     dense = 0 if nested else 3 * 8 * rest**2 if path == "exact" else 8 * 8 * PROBES * sum(sizes)
     parameters = len(code(formula.fixed, recipe.variables)) + sum(n * (n + 1) // 2 for n in q.values()) + cells.family_of(recipe).shape
-    evaluations = 10 + (2 if path == "exact" else 1) * parameters
+    evaluations = usual_evaluations(parameters, exact=path == "exact")
     return Joint({":".join(columns): n for columns, n in levels.items()}, path, 48 * met + dense, evaluations)
+
+
+def usual_evaluations(parameters: int, *, exact: bool) -> int:
+    """About how many evaluations of the likelihood a model of several factors takes: its steps, and the information by differences."""
+    return 10 + (2 if exact else 1) * parameters
 
 
 def _distinct(plan: Plan, columns: tuple[str, ...]) -> int:

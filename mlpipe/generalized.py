@@ -1,6 +1,7 @@
 """Generalized linear models, plain and mixed: rows -> spool -> passes of the block kernel -> estimates."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -18,7 +19,7 @@ from .options import METHODS, Options
 from .passes import Estimates, Model, Settled, block_sandwich, built, plain, solved
 from .planning import prepare
 from .plans import Plan, Request
-from .progress import stage
+from .progress import Watch, stage
 from .robust import checked, names_of
 from .solve.density import Density, density
 from .solve.sandwich import cluster_factor
@@ -197,8 +198,9 @@ def glm(
     plan, rows = gathered(data, request, options, compress=False)
     with rows.spool:
         model = built(parsed, plan, rows, made, 1)
-        with stage("fit", rows.info["seconds"], None, options):
-            solution = plain(model, None, options.tol, options.max_passes)
+        watch = Watch(lambda: rows.spool.passes, math.nan if family.startswith("quasi") else rows.spool.constant)
+        with stage("fit", rows.info["seconds"], None, options, live=watch):
+            solution = plain(model, None, options.tol, options.max_passes, watch.told)
             fit = GLMFit.from_glm(formula, model, solution, data, options, family, robust)
     noted(fit, model, 1)
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began

@@ -172,14 +172,14 @@ def collected(plan: Plan) -> tuple[pa.Schema, Found, dict[str, Any]]:
 
     seconds: dict[str, float] = {}
     engine, options, recipe = plan.engine, plan.request.options, plan.recipe
-    by = plan.request.by
-    with stage("cross_products", seconds, engine, options) as fields:
+    by, total = plan.request.by, plan.engine.row_count()
+    with stage("cross_products", seconds, engine, options, rows=total) as fields:
         counts = engine.query(statements.row_counts(by, plan.names), plan.columns).read_all()
         sums = engine.query(statements.cross_products(recipe, plan.names, by), plan.columns).read_all()
         fields |= {"values": len(sums)}
     keys = [plan.names.key(name).name for name in by]
     _check_finite(plan, sums, keys)
-    with stage("blocks", seconds, engine, options) as fields:
+    with stage("blocks", seconds, engine, options, rows=total) as fields:
         parts = parts_of(plan, sum(sums.column("row_count").to_pylist()))
         blocks = _blocks(plan, keys, parts)
         fields |= {"blocks": blocks.n_blocks}

@@ -13,7 +13,7 @@ from .features import Recipe
 from .formula import Formula
 from .options import Options
 from .plans import Request
-from .progress import stage
+from .progress import Watch, stage
 from .reduction import Coding, Fixed, Random, fixed_part, lower_factor, random_part
 from .solve.density import Density
 from .solve.glm import TAU_BOUND, GLMLook, GLMSolution, glm_look, solve_glm
@@ -116,9 +116,11 @@ def _check_blocks(plan: Planned, rows: Gathered) -> None:
 # -- plain GLM ---------------------------------------------------------------------------------------------------------
 
 
-def plain(model: Model, chosen: Sequence[int] | None, tol: float, max_passes: int) -> GLMSolution:
-    """The fit without random effects, on all chunks or the chosen ones."""
-    shape, look = model.density.family.shape, plain_looks(model, chosen)
+def plain(
+    model: Model, chosen: Sequence[int] | None, tol: float, max_passes: int, told: Callable[[float], None] | None = None
+) -> GLMSolution:
+    """The fit without random effects, on all chunks or the chosen ones; `told`: given each pass's log-likelihood."""
+    shape, look = model.density.family.shape, plain_looks(model, chosen, told)
     solution = solve_glm(look, _first(model), shape=shape, tau_bound=tau_bound(model), tol=tol, max_passes=max_passes)
     if not math.isfinite(solution.loglik):
         link, family = model.density.link.name, model.density.family.name
@@ -126,8 +128,10 @@ def plain(model: Model, chosen: Sequence[int] | None, tol: float, max_passes: in
     return solution
 
 
-def plain_looks(model: Model, chosen: Sequence[int] | None) -> Callable[[np.ndarray, bool], GLMLook]:
-    """Passes over all or the chosen chunks without random effects, at (beta*, tau); see `solve.glm`."""
+def plain_looks(
+    model: Model, chosen: Sequence[int] | None, told: Callable[[float], None] | None = None
+) -> Callable[[np.ndarray, bool], GLMLook]:
+    """Passes over all or the chosen chunks without random effects, at (beta*, tau); see `solve.glm` and `plain`."""
     Q, spool, shape = model.Q, model.rows.spool, model.density.family.shape
     J = np.zeros((len(Q) + shape, Q.shape[1] + shape))
     J[: len(Q), : Q.shape[1]] = Q
@@ -146,6 +150,8 @@ def plain_looks(model: Model, chosen: Sequence[int] | None) -> Callable[[np.ndar
         total = looks[0]
         for part in looks[1:]:
             total = total + part
+        if told is not None:
+            told(total.loglik)
         return GLMLook(total.loglik, J.T @ total.score, J.T @ total.information @ J)
 
     return look
@@ -255,8 +261,10 @@ def solved(
                 psi = solve_glmm(problem, psi, max_evaluations=50, loose=True).psi
         else:
             typical = _moments(model, psi, some)[1]
-    with stage("fit", rows.info["seconds"], None, options) as fields:
-        problem = _problem(model, _Passes(model, None, u), typical)
+    watch = Watch(lambda: spool.passes, spool.constant)
+    with stage("fit", rows.info["seconds"], None, options, live=watch) as fields:
+        passes = _Passes(model, None, u)
+        problem = replace(_problem(model, passes, typical), scan=watch.over(passes))
         saved = state.save if state is not None else None
         solution = solve_glmm(problem, psi, tol=options.tol, max_evaluations=options.max_passes, saved=saved)
         fields |= {"evaluations": solution.evaluations, "score": solution.score}

@@ -103,6 +103,7 @@ def _scored(
     stack = ExitStack()
     try:
         engine = stack.enter_context(_engine(fit, data, options))
+        fit.info["rows_to_score"] = engine.row_count()
         parts = list(dict.fromkeys(part for output in outputs.values() for part in output.parts))
         observed = "residual" in parts or "observed" in parts
         sizes = size_names(fit.recipe) if "size" in parts else []

@@ -14,7 +14,7 @@ from .arrays import arrow
 from .errors import ResourceError
 from .formula import Formula
 from .held import Held
-from .progress import stage
+from .progress import Watch, stage
 from .reduction import Coded, check_levels, coded, stacked_inverse
 from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
@@ -125,6 +125,12 @@ class Several:
         """Which factors lie within which."""
         return self.terms.nested({pair: len(cells.rows) for pair, cells in self.problem.cells.items()})
 
+    @property
+    def constant(self) -> float:
+        """What the solver's log-likelihood lacks: the response's scale, and by REML the volume of the coefficients' coordinates."""
+        volume = float(np.log(np.abs(np.diag(self.parts.fixed.R))).sum()) if self.problem.reml else 0.0
+        return -self.problem.degrees * math.log(self.parts.scale) - volume
+
     def path(self, method: str, limit: int) -> str:
         """"exact" or "iterative": the exact one where nested, or where its dense rest and the work to fill it are small.
 
@@ -140,26 +146,26 @@ class Several:
         filling = sum(float((np.bincount(cells.rows) ** 2.0).sum()) for (k, _), cells in problem.cells.items() if k == 0)
         return "exact" if method == "exact" or (fits and _work(rest, filling) < MOST_WORK) else "iterative"
 
-    def solved(self, start: Array | None, options: Options, method: str) -> Solved:
-        """The optimum, by the path that `method` and the sizes call for."""
+    def solved(self, start: Array | None, options: Options, method: str, watch: Watch) -> Solved:
+        """The optimum, by the path that `method` and the sizes call for; `watch` is told of evaluations."""
         problem = self.problem
         start = self._start() if start is None else start
         if self.path(method, options.memory_bytes) == "exact":
             inside = folded(problem)
             exact, size = Exact(inside), problem.offsets[-1]
-            search = GLMMProblem(exact, np.zeros((0, 0)), problem.entries, size, False, problem.typical, observe=OBSERVED)
+            search = GLMMProblem(watch.over(exact), np.zeros((0, 0)), problem.entries, size, False, problem.typical, observe=OBSERVED)
             solution = solve_glmm(search, start, tol=options.tol, max_evaluations=options.max_passes)
             exact = exact if inside is problem else Exact(problem)
             at, _ = exact.evaluate(solution.lambda_)
             return Solved(solution, at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
-        return self._iterated(start, options)
+        return self._iterated(start, options, watch)
 
-    def _iterated(self, start: Array, options: Options) -> Solved:
+    def _iterated(self, start: Array, options: Options, watch: Watch) -> Solved:
         from .solve.iterative import solve_iterative
 
         found = solve_iterative(
             self.problem, start, self.draws(), tol=options.tol, max_evaluations=options.max_passes, seed=options.seed,
-            threads=options.threads or os.cpu_count() or 1,
+            threads=options.threads or os.cpu_count() or 1, told=watch.told,
         )  # fmt: skip
         carlo = {
             "probes": found.probes, "error": found.error.tolist(), "loglik_error": found.loglik_error,
@@ -226,8 +232,9 @@ def fitted(
     model = Several(stats, formula, parts, reml)
     if stats.recipe.weights is None:
         model.terms.check_separable(stats.n)
-    with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
-        solved = model.solved(None if start is None else model.terms.theta_star(start), options, method)
+    watch = Watch(constant=model.constant)
+    with stage("solve", stats.info.setdefault("seconds", {}), None, options, live=watch) as fields:
+        solved = model.solved(None if start is None else model.terms.theta_star(start), options, method, watch)
         fields |= {"evaluations": solved.solution.evaluations, "score": solved.solution.score}
     return _result(text, model, solved, data, options, coding)
 
@@ -242,8 +249,7 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
     scale = parts.scale
     half = np.linalg.solve(R, at.s2 * at.C) * scale**2
     covariance = np.linalg.solve(R, half.T)
-    loglik = solution.loglik - problem.degrees * math.log(scale)
-    loglik -= float(np.log(np.abs(np.diag(R))).sum()) if problem.reml else 0.0
+    loglik = solution.loglik + model.constant
     beta_star = scale * at.beta + parts.offset
     info = {**stats.info, "evaluations": solution.evaluations, "score": solution.score}
     if solved.carlo is not None:

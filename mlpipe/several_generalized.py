@@ -12,10 +12,11 @@ import numpy as np
 
 from .arrays import arrow
 from .errors import DataError, ResourceError
+from .gather import usual_evaluations
 from .generalized_result import GLMMFit, common, joint_covariance
 from .levels import levels_of
 from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Model, plain, tau_bound
-from .progress import stage
+from .progress import Watch, stage
 from .reduction import check_levels, stacked_inverse
 from .result import RandomTerm
 from .solve.coded_rows import Exactly, JointProblem, Part
@@ -139,20 +140,33 @@ def fitted(
             p = joint.problem.p
             first[p : p + len(joint.problem.entries)] = joint.terms.theta_star(start)
     saved = state.save if state is not None else None
-    with stage("fit", rows.info["seconds"], None, options) as fields:
+    watch = Watch(lambda: rows.spool.passes, rows.spool.constant, usual_evaluations(len(first), exact=probed is None))
+    with stage("fit", rows.info["seconds"], None, options, live=watch) as fields:
         if probed is None:
-            found = _exactly(joint, solver, first, typical, options, saved)
+            found = _exactly(joint, solver, first, typical, options, saved, watch)
         else:
-            found = _iterated(joint, solver, probed, first, typical, options, saved)
+            found = _iterated(joint, solver, probed, first, typical, options, _watched(saved, watch))
         fields |= {"evaluations": found.solution.evaluations, "score": found.solution.score}
     return _result(text, joint, found, data, options)
 
 
+def _watched(saved: Callable[[Array], None] | None, watch: Watch) -> Callable[[Array], None]:
+    """What is told of every step: it is counted, and saved."""
+
+    def stepped(psi: Array) -> None:
+        watch.told()
+        if saved is not None:
+            saved(psi)
+
+    return stepped
+
+
 def _exactly(
-    joint: JointModel, solver: Joint, first: Array, typical: Array, options: Options, saved: Callable[[Array], None] | None
+    joint: JointModel, solver: Joint, first: Array, typical: Array, options: Options, saved: Callable[[Array], None] | None, watch: Watch
 ) -> JointSolution:
     """The maximum by the search of one-factor models, without Monte Carlo error."""
     problem, search = joint.problem, _search(joint, solver, typical)
+    search = replace(search, scan=watch.over(solver))
     solution = solve_glmm(search, first, tol=options.tol, max_evaluations=options.max_passes, saved=saved)
     tau = float(solution.psi[-1]) if search.shape else 0.0
     u, covariances = solver.posterior(Point(solution.psi[: problem.p], solution.lambda_, tau))

@@ -111,15 +111,27 @@ class Spool:
     def map(self, work: Callable[[Chunk], T], chosen: Sequence[int] | None = None) -> list[T]:
         """`work` over chunks (all, or those chosen), in threads, results in the chunks' order: one pass."""
         indices = range(len(self.parts)) if chosen is None else chosen
-        self.rows_read += sum(part.rows for i in indices for part in self.parts[i][0])
 
         def one(i: int) -> T:
             return work(self.chunk(i))
 
         if self.threads == 1 or len(indices) <= 1:
-            return [one(i) for i in indices]
+            return self._counted(indices, map(one, indices))
         with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(one, indices))
+            return self._counted(indices, pool.map(one, indices))
+
+    def _counted(self, indices: Sequence[int], results: Iterator[T]) -> list[T]:
+        """The results, whose rows are counted as they come."""
+        out = []
+        for i, result in zip(indices, results, strict=True):
+            self.rows_read += sum(part.rows for part in self.parts[i][0])
+            out.append(result)
+        return out
+
+    @property
+    def passes(self) -> float:
+        """How many times all rows were read so far."""
+        return self.rows_read / max(self.n_rows, 1)
 
     def some(self, share: float, least: int) -> list[int]:
         """Chunks evenly spread over all, about a share of them but at least `least`."""

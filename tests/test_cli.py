@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -11,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import polars as pl
@@ -567,6 +569,7 @@ def on_terminal(code: str, *arguments: str, **variables: str) -> tuple[int, str]
     return running.returncode, text.decode()
 
 
+CBPP = "cbind(incidence, size - incidence) ~ period + (1 | herd)"
 IMPATIENT = "from mlpipe import progress; progress.PATIENCE = 0; "
 
 
@@ -574,6 +577,72 @@ def test_progress_on_a_terminal() -> None:
     code, text = on_terminal(IMPATIENT + CODE, "fit", FORMULA, SLEEP)
     assert code == 0 and "\r\x1b[Kcross products 0 s" in text
     assert text.endswith("\r\x1b[K") and "\n" not in text
+
+
+def test_an_iterative_fit_tells_passes_and_objective_on_a_terminal() -> None:
+    slow = "import time; told = progress.Watch.told; progress.Watch.told = lambda *a: (told(*a), time.sleep(0.05)); progress.TICK = 0.01; "
+    code, text = on_terminal(IMPATIENT + slow + CODE, "fit", CBPP, str(mp.datasets.path("cbpp")), "--family", "binomial")
+    lines = text.split("\r\x1b[K")
+    fits = [line for line in lines if line.startswith("fit ")]
+    assert code == 0 and lines[-1] == "" and max(map(len, lines)) < 80
+    assert any(re.fullmatch(r"fit 0 s(, about 0 s left)?, evaluation \d+, \d+\.\d passes, -2 log L 18[45]\.\d\d", line) for line in fits)
+    assert any(line.startswith("spool 0 s") and "56 rows" in line for line in lines)
+
+
+TOLD = [
+    ("exact", lambda **k: mp.lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", mp.datasets.path("penicillin"), method="exact", **k)),
+    ("iterative", lambda **k: mp.lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", mp.datasets.path("penicillin"), method="iterative", **k)),
+    ("glmm", lambda **k: mp.glmm(CBPP, mp.datasets.path("cbpp"), family="binomial", **k)),
+    ("glm", lambda **k: mp.glm(CBPP.split(" + (")[0], mp.datasets.path("cbpp"), family="binomial", **k)),
+    ("gee", lambda **k: mp.gee(CBPP.split(" + (")[0], mp.datasets.path("cbpp"), groups="herd", family="binomial", **k)),
+]
+
+
+@pytest.mark.parametrize(("kind", "fitted"), TOLD, ids=[kind for kind, _ in TOLD])
+def test_fits_tell_their_evaluations(kind: str, fitted: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    told = progress.Watch.told
+
+    def recorded(watch: progress.Watch, loglik: float = math.nan) -> None:
+        told(watch, loglik)
+        seen.append(loglik + watch.constant)
+
+    monkeypatch.setattr(progress.Watch, "told", recorded)
+    fit = fitted()
+    assert fit.evaluations - 2 <= len(seen) <= fit.evaluations + 1  # looks at the exact second derivatives have no likelihood
+    if kind in ("exact", "glmm", "glm"):
+        assert seen[-1] == pytest.approx(fit.loglik, abs=1e-5)
+
+
+def test_the_time_left_of_an_iterative_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    watch = progress.Watch(lambda: now[0] / 50.0, constant=100.0, expected=4)
+    assert watch(0.0) == (("evaluation 1", "0.0 passes"), None)
+    now[0] = 110.0
+    watch.told(-717.25)
+    now[0] = 115.0
+    assert watch(15.0) == (("evaluation 2", "0.3 passes", "-2 log L 1,234.50"), 25.0)
+    now[0] = 190.0
+    assert watch(90.0).left == 0.0
+    for _ in range(3):
+        watch.told(float("nan"))
+    assert watch(90.0) == (("evaluation 5", "1.8 passes"), None)  # beyond what is usual nothing is guessed
+
+
+def test_the_time_left_of_predictions() -> None:
+    info: dict[str, object] = {}
+    written = progress.Written(info)
+    assert written(1.0) == (("0 rows",), None)
+    info |= {"rows_to_score": 100, "scored": {"rows": 20}}
+    assert written(9.0) == (("20 of 100 rows",), None)
+    info["scored"] = {"rows": 60}
+    assert written(11.0) == (("60 of 100 rows",), 2.0)
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(3.4, "3 s"), (187.0, "3:07 min"), (5999.0, "99:59 min"), (7380.0, "2:03 h")])
+def test_lengths_of_time_as_they_are_shown(seconds: float, told: str) -> None:
+    assert progress._line("a_b", seconds, progress.Live(), 80) == f"a b {told}"
 
 
 def test_no_progress_of_a_quick_fit_nor_on_a_dumb_terminal() -> None:
@@ -592,10 +661,10 @@ def test_the_line_tells_the_share_and_the_time_left(capsys: pytest.CaptureFixtur
 
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     seconds: dict[str, float] = {}
-    with progress.stage("block_sums", seconds, Engine(), mp.Options(progress=True)) as fields:  # type: ignore[arg-type]
+    with progress.stage("block_sums", seconds, Engine(), mp.Options(progress=True), rows=400) as fields:  # type: ignore[arg-type]
         time.sleep(0.05)
         fields["rows"] = 3
-    assert "block sums 0 s, 25%, about 0 s left" in capsys.readouterr().err
+    assert "block sums 0 s, about 0 s left, 100 of 400 rows, 25%" in capsys.readouterr().err
     assert seconds["block_sums"] >= 0.05
     with progress.stage("silent", seconds, options=mp.Options(progress=False)):
         time.sleep(0.05)

@@ -189,14 +189,14 @@ class IterativeSolution:
 
 def solve_iterative(
     problem: CrossedProblem, start: Array, draw: Callable[[np.random.Generator], Array] | None, *, tol: float, max_evaluations: int,
-    seed: int, threads: int,
+    seed: int, threads: int, told: Callable[[], None] | None = None,
 ) -> IterativeSolution:  # fmt: skip
     """The root of the score from θ `start` (entries of Λ); `draw` gives Z'w^½ε over single effects, ε ~ N(0, I),
-    where the cells tell it."""
+    where the cells tell it; `told` is called after every evaluation."""
     inside, orders = by_size(problem)
     places = over_effects(orders, [f.q for f in problem.factors])
     solver = Iterative(inside, seed, threads)
-    root = _root(solver, start, max(tol, ENOUGH), max_evaluations)
+    root = _root(solver, start, max(tol, ENOUGH), max_evaluations, told or (lambda: None))
     theta, at = root.theta, root.at
     lambda_ = _lambda(problem, theta)
     loglik, loglik_error = solver.loglik(lambda_)
@@ -232,7 +232,7 @@ class _Root:
     message: str
 
 
-def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int) -> _Root:
+def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int, told: Callable[[], None]) -> _Root:
     """Newton's method on the average information, corrected by what the scores showed; roughly until the scaled score is small."""
     problem = solver.problem
     floor = LEAST / np.sqrt(np.maximum(np.diag(problem.typical), 1e-300))
@@ -242,6 +242,7 @@ def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int) 
     rough = True
     for evaluation in range(1, max_evaluations + 1):
         at, s, AI, each = solver.newton(_lambda(problem, theta), rough=rough)
+        told()
         held = _at_floor(problem, theta, s, floor)
         if not rough and previous is not None and last < NEWTON:
             pairs = [*pairs, (theta - previous[0], previous[1] - s)][-4:]
