@@ -1,6 +1,7 @@
 """Arrow columns as numpy arrays, and back, without the detour that imports pandas where it is installed (0.2 s)."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,3 +41,21 @@ def plain_interval(values: pa.Array) -> pa.Array:
     held = np.frombuffer(values.buffers()[1], parts, len(values), values.offset * parts.itemsize)
     micros = (held["months"].astype(np.int64) * 30 + held["days"]) * 86_400_000_000 + held["nanos"] // 1_000
     return arrow(micros, pa.duration("us"))
+
+
+def in_type(values: pa.ChunkedArray, kind: pa.DataType, levels: Sequence[str] | None = None) -> pa.ChunkedArray:
+    """Values in another Arrow type; as they are where Arrow does not convert them. `levels`: the order of a dictionary's values."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if values.type == kind:
+        return values
+    try:
+        if not pa.types.is_dictionary(kind):
+            return values.cast(kind)
+        plain = values.cast(kind.value_type).combine_chunks()
+        order = pa.array(levels, kind.value_type) if levels is not None else plain.unique()
+        codes = pc.index_in(plain, value_set=order).cast(kind.index_type)
+        return pa.chunked_array([pa.DictionaryArray.from_arrays(codes, order, ordered=kind.ordered)])
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        return values

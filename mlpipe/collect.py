@@ -21,7 +21,7 @@ from .formula import parse_expression
 from .looks import shift_and_scale
 from .options import Options
 from .planning import prepare, settle
-from .plans import Plan, Request
+from .plans import Plan, Request, key_types
 from .progress import stage
 from .sql import Names
 from .statements import Part
@@ -84,6 +84,7 @@ def collect(plan: Plan) -> SuffStats:
         "notes": list(plan.notes),
         "path": plan.path,
         "engine": plan.engine.dialect,
+        "key_types": key_types(plan),
         "sql": plan.engine.ran,
     }
     return SuffStats(plan.recipe, rows, n, sum_log_w, gram, blocks, plan.request.collect, info, several)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .arrays import column, plain_interval
+from .arrays import column, in_type, plain_interval
 from .errors import DataError
 from .levels import places
 from .reduction import response_vector
@@ -62,12 +62,39 @@ def ranef(fit: MixedFit, *, wide: bool, stream: bool, group: str | None = None) 
     return pa.RecordBatchReader.from_batches(first.schema, (batch for table in (first, *tables) for batch in table.to_batches()))
 
 
+def in_own_types(fit: MixedFit, rows: pa.Table | pa.RecordBatchReader) -> pa.Table | pa.RecordBatchReader:
+    """Tables of modes with their key columns in the source's own types, as far as the fit still knows them and Arrow converts."""
+    import pyarrow as pa
+
+    known = fit.info.get("key_types", {})
+    names = dict(zip(key_names(fit.terms, list(known)), known.values(), strict=True)) if known else {}
+    if not any(name in rows.schema.names and rows.schema.field(name).type != kind for name, (kind, _) in names.items()):
+        return rows
+    if isinstance(rows, pa.Table):
+        return _converted(rows, names)
+    tables = (_converted(pa.Table.from_batches([batch]), names) for batch in rows)
+    empty = _converted(rows.schema.empty_table(), names)
+    return pa.RecordBatchReader.from_batches(empty.schema, (batch for table in tables for batch in table.to_batches()))
+
+
+def _converted(table: pa.Table, kinds: dict[str, tuple[pa.DataType, tuple[str, ...] | None]]) -> pa.Table:
+    for i, name in enumerate(table.column_names):
+        if name in kinds:
+            table = table.set_column(i, name, in_type(table.column(i), *kinds[name]))
+    return table
+
+
 def _of_group(fit: MixedFit, group: str, wide: bool) -> pa.Table:
     """The modes of one of several factors, which stay with the fit."""
+    import pyarrow as pa
+
     if group not in fit.effects_tables:
         hint = 'write the fit with ranef=True, or predict with effects="population"'
         raise DataError("the fit was written without its conditional modes (BLUPs)", code="no_modes", hint=hint)
     table = fit.effects_tables[group]
+    for i, field in enumerate(table.schema):
+        if pa.types.is_interval(field.type):
+            table = table.set_column(i, field.name, plain_interval(table.column(i).combine_chunks()))
     return table if wide else long(fit, table, group)
 
 

@@ -18,7 +18,7 @@ from .errors import DataError
 from .features import Recipe
 from .options import Options
 from .outcome import TRIALS
-from .plans import Expected, Joint, Plan
+from .plans import Expected, Joint, Plan, key_types
 from .progress import stage
 from .solve.kernel import Chunk
 from .spool import Layout, Spool, build
@@ -150,6 +150,7 @@ def _info(
         notes.append(f"{rows:,} rows are held as {spool.n_rows:,} cells of equal design row within a block")
     identity = plan.engine.identity()
     return {
+        "key_types": key_types(plan),
         "rows_read": total, "rows_dropped": total - rows, "dropped": dropped, "blocks": spool.n_blocks if plan.recipe.groups else 0,
         "cells": spool.n_rows, "spool": {"bytes": spool.nbytes, "mapped": spool.mapped}, "expected_compression": round(ratio, 3),
         "seconds": seconds, "notes": notes, "path": "spool", "engine": plan.engine.dialect, "fingerprint": identity.fingerprint,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import arrow
+from .arrays import arrow, plain_interval
 from .errors import DataError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Index:
         kind, known = values.type, self.values.type
         if kind == known:
             return values
+        values = plain_interval(values)
         try:
             if pa.types.is_uint64(known) != pa.types.is_uint64(kind) and pa.types.is_integer(kind):  # these wrap round there and back
                 values = values.cast(pa.decimal128(20))

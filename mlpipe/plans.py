@@ -231,3 +231,9 @@ class Plan:
             f"solver:  {expected.path}: {how}; about {expected.nbytes / 1e6:,.1f} MB",
             f"passes:  about {expected.evaluations} evaluations of the likelihood, each a few passes over the spool",
         ]
+
+
+def key_types(plan: Plan) -> dict[str, tuple[Any, tuple[str, ...] | None]]:
+    """The source's own Arrow types of the grouping columns, and the order of levels that they declare."""
+    columns = plan.engine.schema()
+    return {name: (columns[name].own, columns[name].levels) for name in plan.recipe.groups if columns[name].own is not None}

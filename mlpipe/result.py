@@ -285,7 +285,7 @@ class MixedFit:
             raise ConfigError(f"there is no grouping factor {group!r}", hint=did_you_mean(group, groups))
         if len(groups) > 1 and group is None:
             raise ConfigError(f"several grouping factors: {', '.join(groups)}", code="several_factors", hint="name one, or use ranefs()")
-        return effects.ranef(self, wide=wide, stream=stream, group=group or groups[0])
+        return effects.in_own_types(self, effects.ranef(self, wide=wide, stream=stream, group=group or groups[0]))
 
     def ranefs(self) -> dict[str, pa.Table]:
         """The conditional modes of every grouping factor."""

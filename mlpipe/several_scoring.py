@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import effects
 from .arrays import arrow, column
 from .effects import coefficient_names
 from .engines.base import Columns
@@ -33,7 +34,7 @@ class Modes:
         import pyarrow as pa
 
         terms = [term for term in fit.terms if term.group == group]
-        table = fit.ranef(group, wide=True)
+        table = effects.ranef(fit, wide=True, stream=False, group=group)
         names = coefficient_names(terms)
         keys = table.column_names[: table.num_columns - 2 * len(names)]
         self.levels = Levels(group, columns, pa.table({name: table.column(key) for name, key in zip(columns, keys, strict=True)}))

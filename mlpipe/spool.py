@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .arrays import arrow, column
+from .arrays import arrow, column, plain_interval
 from .errors import ResourceError
 from .scratch import Scratch
 from .solve.family import Cells
@@ -222,11 +222,12 @@ class _Writer:
             return np.zeros(1, dtype=np.intp)  # without blocks any rows are one
         import pyarrow as pa
 
+        batch = pa.record_batch([plain_interval(batch.column(key)) for key in self.keys], names=self.keys)
         changed = np.zeros(batch.num_rows, dtype=bool)
         changed[0] = self.last is None or any(not self.last.column(k)[0].equals(batch.column(k)[0]) for k in self.keys)
         for key in self.keys:
             changed[1:] |= _differ(batch.column(key))
-        self.last = batch.select(self.keys).slice(batch.num_rows - 1)
+        self.last = batch.slice(batch.num_rows - 1)
         at = np.flatnonzero(changed)
         self.key_parts.append(pa.record_batch([_taken(batch.column(key), at) for key in self.keys], names=self.keys))
         return at

@@ -207,7 +207,7 @@ def to_json(fit: MixedFit) -> dict[str, Any]:
     more = {name: getattr(fit, name) for name in fit.more}
     out["more"] = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in more.items()}
     out["kind"] = type(fit).__name__
-    out["info"] = json.loads(json.dumps(fit.info, default=str))
+    out["info"] = json.loads(json.dumps({key: value for key, value in fit.info.items() if key != "key_types"}, default=str))
     return out
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pytest
 from sqlglot import exp, parse_one
 
+import mlpipe as mp
 from mlpipe.engines.base import BUFFER_BYTES, Columns, Engine, spread
 from mlpipe.engines.dialects import render
 from mlpipe.errors import ConfigError, DataError, MlpipeError, ResourceError
@@ -462,3 +464,39 @@ def test_room_for_groups(tmp_path: Path, opened: Opened) -> None:
     stored = opened(as_data(frame, "duckdb", tmp_path))
     assert stored.table_room([0]) is not None and stored.table_room([0, 1]) is None
     assert opened(frame).table_room([0]) is None
+
+
+# ---- a user's own functions
+
+
+class OwnError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["lmm", "glmm"])
+def test_a_users_function_that_fails_is_named(kind: str) -> None:
+    """At whichever call it fails, until it lasts for the whole fit and its predictions."""
+    frame = pl.LazyFrame({"g": [0, 0, 1, 1, 2, 2] * 20, "x": [0.5, 1.5, 0.0, 2.0, 1.0, -1.0] * 20, "y": [0, 1, 0, 0, 1, 1, 1, 0] * 15})
+    failures = 0
+    for calls in range(40):
+        left = [calls]
+
+        def doubled(values: pl.Series, left: list[int] = left) -> pl.Series:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OwnError("no more")
+            return values * 2
+
+        own = frame.with_columns(pl.col("x").map_batches(doubled, return_dtype=pl.Float64))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                family = {"family": "binomial"} if kind == "glmm" else {}
+                getattr(mp, kind)("y ~ x + (1 | g)", own, **family).predict(own).read_all()
+        except DataError as error:
+            assert error.code == "user_function" and isinstance(error.__cause__, OwnError)
+            assert error.message.startswith("the function doubled (") and error.message.endswith("failed: OwnError: no more")
+            failures += 1
+        else:
+            break
+    assert failures == calls >= 4

@@ -5,12 +5,14 @@ import glob
 import os
 import tempfile
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import narwhals as nw
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -21,6 +23,7 @@ import pytest
 import sqlglot
 from pyarrow import fs
 
+import mlpipe as mp
 from mlpipe.engines import remote
 from mlpipe.engines.base import Columns, Engine
 from mlpipe.errors import ColumnNotFoundError, ConfigError, DataError, MlpipeError, ResourceError
@@ -756,3 +759,39 @@ def test_options_refuse(given: dict[str, Any]) -> None:
 def test_options_know_what_was_set() -> None:
     assert Options().memory_bytes == 2 * 10**9 and Options().engine_settings == ()
     assert Options(memory_limit="2GB", threads=1).engine_settings == ("memory_limit", "threads")
+
+
+# ---- keys come back as they were
+
+
+LEVELS = np.arange(60) % 6
+DAYS = np.datetime64("2026-01-01") + LEVELS.astype("timedelta64[D]")
+KEYS = {
+    "zone": pa.array(DAYS.astype("datetime64[us]"), pa.timestamp("us", "Europe/Berlin")),
+    "seconds": pa.array(DAYS.astype("datetime64[s]"), pa.timestamp("s")),
+    "date64": pa.array(DAYS.astype("datetime64[D]")).cast(pa.date64()),
+    "duration": pa.array(LEVELS, pa.duration("ms")),
+    "time": pa.array(LEVELS.astype(np.int32), pa.time32("s")),
+    "large": pa.array([f"l{i}" for i in LEVELS], pa.large_string()),
+    "dictionary": pa.array([f"l{i}" for i in LEVELS]).dictionary_encode(),
+    "ordered": pa.DictionaryArray.from_arrays(pa.array(LEVELS, pa.int8()), pa.array(list("fedcba")), ordered=True),
+    "numbers": pa.array(LEVELS * 10).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_come_back_in_the_types_of_arrow(name: str) -> None:
+    """From a table and from a stream; of one factor, of one of several, and of a generalized model."""
+    key = KEYS[name]
+    data = pa.table({"k": key, "m": np.arange(60) // 7, "y": np.sin(np.arange(60.0)) + LEVELS, "z": np.arange(60) % 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, two = mp.lmm("y ~ 1 + (1 | k)", data), mp.lmm("y ~ 1 + (1 | k) + (1 | m)", data.to_reader())
+        three = mp.glmm("z ~ 1 + (1 | k)", data, family="binomial")
+    for fit in (one, two, three):
+        modes = fit.ranef("k", wide=True)
+        assert modes.schema.field("k").type == key.type and sorted(modes["k"].to_pylist()) == sorted(set(key.to_pylist()))
+        assert fit.ranef("k", stream=True).read_all()["k"].type == key.type
+        fit.predict(data).read_all()
+    if name == "ordered":
+        assert one.ranef()["k"].combine_chunks().dictionary.to_pylist() == list("fedcba")

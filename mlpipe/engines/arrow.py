@@ -110,16 +110,16 @@ def in_memory(data: Any) -> pa.Table | None:
         raise DataError(f"the {type(data).__name__} cannot become an Arrow table: {error}", code="arrow") from error
 
 
-def spool(data: Any, path: str) -> tuple[pa.Table, dict[str, tuple[str, ...]], bool]:
-    """A stream (anything with `__arrow_c_stream__`) written to an Arrow file and mapped into memory, the levels it declares,
-    and whether the object gives another stream. Raises DataError when the stream fails, ResourceError when the disk does."""
+def spool(data: Any, path: str) -> tuple[pa.Table, pa.Schema, dict[str, tuple[str, ...]], bool]:
+    """A stream (anything with `__arrow_c_stream__`) written to an Arrow file and mapped into memory, its own schema, the levels it
+    declares, and whether the object gives another stream. Raises DataError when the stream fails, ResourceError when the disk does."""
     import pyarrow as pa
 
     try:
         reader = pa.RecordBatchReader.from_stream(data)
         again = not isinstance(data, pa.RecordBatchReader) and _streams_again(data)
         levels = _write(reader, path)
-        return pa.ipc.open_file(pa.memory_map(path)).read_all(), levels, again
+        return pa.ipc.open_file(pa.memory_map(path)).read_all(), reader.schema, levels, again
     except OSError as error:
         raise ResourceError(f"the stream could not be spooled to {path}: {error}", code="spool") from error
     except DataError:
@@ -215,8 +215,9 @@ def duckdb_name(data_type: pa.DataType) -> str:
     return next((name for prefix, name in _DUCKDB_NAMES if str(data_type).startswith(prefix)), str(data_type))
 
 
-def rows_of(data: Any, workspace: Workspace, problems: Container[str]) -> tuple[Any, dict[str, tuple[str, ...]], bool]:
-    """A table or dataset, the level orders it declares, and whether the caller's object can be read again."""
+def rows_of(data: Any, workspace: Workspace, problems: Container[str]) -> tuple[Any, pa.Schema, dict[str, tuple[str, ...]], bool]:
+    """A table or dataset, the schema of the data as they came, the level orders it declares, and whether the caller's object can be
+    read again."""
     dataset = type(data).__module__ == "pyarrow._dataset" and hasattr(data, "scanner")
     if dataset and not hasattr(data, "files"):
         # it may hold a stream that is gone after one scan
@@ -224,4 +225,4 @@ def rows_of(data: Any, workspace: Workspace, problems: Container[str]) -> tuple[
     table = data if dataset else in_memory(data)
     if table is None:
         return spool(data, os.path.join(workspace.path(), "stream.arrow"))
-    return table, levels_of(check_schema(table.schema), ordered_head(table, problems)), True
+    return table, table.schema, levels_of(check_schema(table.schema), ordered_head(table, problems)), True

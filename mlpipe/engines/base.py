@@ -29,13 +29,14 @@ class ColumnType:
     `kind`: what a covariate of this type becomes, "other" (lists, structs, binary) for what cannot be one; `name`: the
     engine's own name of the type, for messages; `levels`: the order the type declares (Polars Enum, DuckDB ENUM, ordered
     Arrow or pandas dictionary, the Arrow schema in a Parquet footer), else None; `exact_integer`: integers, whose values
-    beyond 2⁵³ lose digits as DOUBLE.
+    beyond 2⁵³ lose digits as DOUBLE; `own`: the column's Arrow type where the source has one, which results of queries need not have.
     """
 
     kind: Kind
     name: str
     levels: tuple[str, ...] | None = None
     exact_integer: bool = False
+    own: pa.DataType | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
@@ -282,9 +283,10 @@ def open_arrow(data: Any, options: Options, merged: Merged | None = None) -> Duc
     merged = merged or Merged({})
     workspace = Workspace(options.temp_directory)
     with translating(workspace):
-        table, levels, again = arrow.rows_of(data, workspace, merged.problems)
+        table, own, levels, again = arrow.rows_of(data, workspace, merged.problems)
         con = connect(options, workspace)
         columns = _columns(table.schema.names, con.from_arrow(table), levels)
+        columns = {name: replace(kind, own=field.type) for (name, kind), field in zip(columns.items(), own, strict=True)}
     snapshot = Snapshot.of(table.files, table.filesystem) if hasattr(table, "files") else None
     rows = getattr(table, "num_rows", None)
     identity = Identity(

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from traceback import walk_tb
 from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
@@ -30,10 +32,8 @@ class PolarsEngine:
         self._frame = frame
         self.ran: list[str] = []
         self._lazy = frame.lazy()
-        try:
+        with translating():
             self._schema = self._lazy.collect_schema()
-        except _FAILURES as error:
-            raise explained(error) from error
         if not self._schema:
             raise DataError("the source has no columns", code="no_columns")
 
@@ -64,10 +64,8 @@ class PolarsEngine:
         """See Engine. From those keys whose hash is a multiple of _KEY_SHARE, so that few are held."""
         hashed = self._lazy.select(pl.struct(pl.nth(i).alias(f"k{i}") for i in keys).hash().alias("hash"))
         kept = hashed.filter(pl.col("hash") % _KEY_SHARE == 0).unique().select(pl.len())
-        try:
+        with translating():
             return int(kept.collect(engine="streaming").item()) * _KEY_SHARE
-        except _FAILURES as error:
-            raise explained(error) from error
 
     def check_columns(self, columns: Columns) -> None:
         """A frame has one schema: every column can be read."""
@@ -81,15 +79,13 @@ class PolarsEngine:
         """See Engine. `joined` is held in memory; results beyond 32 MB stream."""
         sql = render(statement, "polars")
         noted(self.ran, sql)
-        try:
+        with translating():
             tables = {"src": self._source(columns, sample)}
             if joined is not None:
                 tables["joined"] = pl.DataFrame(joined).lazy()
             with pl.SQLContext(tables, eager=False) as context:
                 result = _exportable(context.execute(sql))
             empty = pl.DataFrame(schema=result.collect_schema())
-        except _FAILURES as error:
-            raise explained(error) from error
         return buffered(_table(empty).schema, _batches(result))
 
     def cancel(self) -> None:
@@ -167,11 +163,36 @@ def _table(frame: pl.DataFrame) -> pa.Table:
 
 
 def _batches(result: pl.LazyFrame) -> Iterator[pa.RecordBatch]:
-    try:
+    with translating():
         for frame in result.collect_batches(chunk_size=BATCH_ROWS, maintain_order=True, engine="streaming"):
             yield from _table(frame).to_batches()
+
+
+@contextmanager
+def translating() -> Iterator[None]:
+    """Errors of Polars become ours, and so do those of a user's functions in a LazyFrame, which Polars passes on as they are."""
+    try:
+        yield
+    except MlpipeError:
+        raise
     except _FAILURES as error:
         raise explained(error) from error
+    except Exception as error:
+        name = _function(error)
+        if name is None:  # a mistake of ours
+            raise
+        said = " ".join(str(error).split("\n\nThis error occurred")[0].split())[:300]
+        message = f"the function {name} in the LazyFrame failed: {type(error).__name__}: {said}"
+        raise DataError(message, code="user_function", hint="see the traceback of the cause") from error
+
+
+def _function(error: BaseException) -> str | None:
+    """The function that Polars called when it failed: the first on the way that is neither Polars' nor ours."""
+    own = (__name__.partition(".")[0], "polars", "contextlib")
+    for frame, line in walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in own:
+            return f"{frame.f_code.co_name} ({frame.f_code.co_filename}, line {line})"
+    return None
 
 
 def explained(error: BaseException) -> MlpipeError:
