@@ -171,7 +171,7 @@ def _open_paths(data: PathSource, options: Options) -> Engine:
     if not given:
         raise DataError("the list of paths is empty", code="source_type")
     if any("://" in path for path in given):
-        return _open_urls(given, options, data.types)
+        return _open_urls(given, data, options)
     found = [file for path in given for file in files.locate(path)]
     form = _format(found, data.types)
     hive = files.is_hive(found, given) if data.hive is None else data.hive
@@ -193,15 +193,16 @@ def _format(found: list[str], types: Mapping[str, str]) -> str:
     return form
 
 
-def _open_urls(urls: list[str], options: Options, types: Mapping[str, str]) -> Engine:
+def _open_urls(urls: list[str], data: PathSource, options: Options) -> Engine:
     """Parquet and Arrow files are read in place, CSV and JSON files from a copy, as every scan reads them whole."""
     from .engines import duckdb, files, remote
 
     filesystem, found = remote.locate(urls)
-    form = _format(found, types)
+    form = _format(found, data.types)
+    hive = files.is_hive(found, ()) if data.hive is None else data.hive
     if form in ("parquet", "arrow"):
         kind = "ipc" if form == "arrow" else form
-        return duckdb.open_dataset(found, kind, options, hive=files.is_hive(found, ()), filesystem=filesystem)
+        return duckdb.open_dataset(found, kind, options, hive=hive, filesystem=filesystem)
     workspace = files.Workspace(options.temp_directory)
     copies = remote.copied(filesystem, found, workspace)
-    return duckdb.open_files(copies, False, form, options, types, workspace)
+    return duckdb.open_files(copies, hive, form, options, data.types, workspace)

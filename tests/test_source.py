@@ -687,6 +687,16 @@ def test_other_schemes(suffix: str, bucket: Path, opened: Opened, scratch: Optio
         open_source("bucket://deep/c.parquet")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet", "arrow"])
+def test_a_hive_tree_behind_a_url(suffix: str, bucket: Path, opened: Opened) -> None:
+    for year in (2023, 2024):
+        write(bucket / "lake" / f"year={year}" / "site=a b" / f"part.{suffix}", pl.DataFrame({"x": [float(year)]}))
+    for url in ("bucket://lake", f"bucket://lake/*/*/*.{suffix}"):
+        engine = opened(url)
+        assert set(engine.schema()) == {"x", "year", "site"}
+        assert used(engine, "x", "year", "site") == [(2023.0, 2023.0, "a b"), (2024.0, 2024.0, "a b")]
+
+
 def test_a_remote_file_that_changes(bucket: Path, opened: Opened) -> None:
     path = parquet(bucket / "a.parquet", x=[1.0])
     engine = opened("bucket://a.parquet")

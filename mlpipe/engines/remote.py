@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -54,13 +55,20 @@ def _matches(filesystem: Any, root: str, pattern: str | None) -> Iterator[str]:
                 yield entry.path
 
 
+def _keyed(file: str) -> list[str]:
+    """The folders of a path that are `key=value`, and the file's name."""
+    *folders, name = file.split("/")
+    return [*(folder for folder in folders if "=" in folder), name]
+
+
 def copied(filesystem: Any, files: Sequence[str], workspace: Workspace) -> list[str]:
-    """Copies of the files in the workspace. Raises ResourceError, and closes it, where that fails."""
+    """Copies of the files in the workspace, below their `key=value` folders. Raises ResourceError, and closes it, where that fails."""
     from pyarrow import fs
 
-    copies = [posixpath.join(workspace.path(), f"{i}-{posixpath.basename(file)}") for i, file in enumerate(files)]
+    copies = [posixpath.join(workspace.path(), str(i), *_keyed(file)) for i, file in enumerate(files)]
     try:
         for file, copy in zip(files, copies, strict=True):
+            os.makedirs(posixpath.dirname(copy))
             fs.copy_files(file, copy, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
     except OSError as error:
         workspace.close()
