@@ -28,7 +28,10 @@ KEPT = 1_000_000  # levels whose modes are kept for further calls
 
 @contextmanager
 def reopened(fit: MixedFit, options: Options | None = None) -> Iterator[Engine]:
-    """The fit's own source again, after a check that it is unchanged. Raises DataError where it is gone or changed."""
+    """The fit's own source again, after a check that it is unchanged: files by their marks, other sources by their rows' number.
+
+    Raises DataError where it is gone or changed.
+    """
     from .sources import open_source
     from .stats import SuffStats
 
@@ -38,10 +41,25 @@ def reopened(fit: MixedFit, options: Options | None = None) -> Iterator[Engine]:
     try:
         if engine.identity().fingerprint != fit.info.get("fingerprint"):
             raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")
+        if not engine.identity().files and (rows := _row_count(engine)) != (read := fit.info.get("rows_read", rows)):
+            message = f"the source changed since the fit: it has {rows:,} rows, and the fit read {read:,}"
+            raise DataError(message, code="source_changed", hint="fit it again")
         yield engine
         engine.check_unchanged()
     finally:
         engine.close()
+
+
+def _row_count(engine: Engine) -> int:
+    from . import statements
+    from .engines.base import Columns
+    from .sql import Names
+
+    known = engine.row_count()
+    if known is not None:
+        return known
+    names = Names({name: i for i, name in enumerate(engine.schema())}, {})
+    return int(engine.query(statements.missing((), (), {}, names), Columns()).read_all().column("row_count")[0].as_py())
 
 
 def ranef(fit: MixedFit, *, wide: bool, stream: bool, group: str | None = None) -> pa.Table | pa.RecordBatchReader:

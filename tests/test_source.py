@@ -805,3 +805,22 @@ def test_keys_come_back_in_the_types_of_arrow(name: str) -> None:
         fit.predict(data).read_all()
     if name == "ordered":
         assert one.ranef()["k"].combine_chunks().dictionary.to_pylist() == list("fedcba")
+
+
+@pytest.mark.parametrize("kind", ["table", "query", "view", "frame", "lazy"])
+def test_a_live_source_that_grew_since_the_fit_is_noticed(kind: str, tmp_path: Path) -> None:
+    rows = [(g, float(g + i % 3)) for g in range(6) for i in range(5)]
+    frame = pl.DataFrame(rows, schema=["g", "y"], orient="row")
+    con = duckdb.connect()
+    con.execute("create table t as from frame; create view v as from t")
+    lazy = pl.concat([frame.lazy(), pl.scan_csv(tmp_path / "more.csv")])
+    (tmp_path / "more.csv").write_text("g,y\n1,2.0\n")
+    data = {"table": table("t", con), "query": query("select * from t", con), "view": table("v", con), "frame": frame, "lazy": lazy}[kind]
+    fit = mp.lmm("y ~ 1 + (1 | g)", data)
+    assert fit.augment().read_all().num_rows == 30 + (kind == "lazy")
+    con.execute("insert into t values (1, 9)")
+    frame.extend(frame.head(1))
+    (tmp_path / "more.csv").write_text("g,y\n1,2.0\n2,3.0\n")
+    with pytest.raises(DataError, match="the source changed since the fit") as caught:
+        fit.augment()
+    assert caught.value.code == "source_changed" and (kind == "frame" or "has 3" in caught.value.message)
