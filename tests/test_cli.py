@@ -569,7 +569,6 @@ def on_terminal(code: str, *arguments: str, **variables: str) -> tuple[int, str]
     return running.returncode, text.decode()
 
 
-CBPP = "cbind(incidence, size - incidence) ~ period + (1 | herd)"
 IMPATIENT = "from mlpipe import progress; progress.PATIENCE = 0; "
 
 
@@ -581,7 +580,7 @@ def test_progress_on_a_terminal() -> None:
 
 def test_an_iterative_fit_tells_passes_and_objective_on_a_terminal() -> None:
     slow = "import time; told = progress.Watch.told; progress.Watch.told = lambda *a: (told(*a), time.sleep(0.05)); progress.TICK = 0.01; "
-    code, text = on_terminal(IMPATIENT + slow + CODE, "fit", CBPP, str(mp.datasets.path("cbpp")), "--family", "binomial")
+    code, text = on_terminal(IMPATIENT + slow + CODE, "fit", MIXED, str(mp.datasets.path("cbpp")), "--family", "binomial")
     lines = text.split("\r\x1b[K")
     fits = [line for line in lines if line.startswith("fit ")]
     assert code == 0 and lines[-1] == "" and max(map(len, lines)) < 80
@@ -592,9 +591,9 @@ def test_an_iterative_fit_tells_passes_and_objective_on_a_terminal() -> None:
 TOLD = [
     ("exact", lambda **k: mp.lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", mp.datasets.path("penicillin"), method="exact", **k)),
     ("iterative", lambda **k: mp.lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", mp.datasets.path("penicillin"), method="iterative", **k)),
-    ("glmm", lambda **k: mp.glmm(CBPP, mp.datasets.path("cbpp"), family="binomial", **k)),
-    ("glm", lambda **k: mp.glm(CBPP.split(" + (")[0], mp.datasets.path("cbpp"), family="binomial", **k)),
-    ("gee", lambda **k: mp.gee(CBPP.split(" + (")[0], mp.datasets.path("cbpp"), groups="herd", family="binomial", **k)),
+    ("glmm", lambda **k: mp.glmm(MIXED, mp.datasets.path("cbpp"), family="binomial", **k)),
+    ("glm", lambda **k: mp.glm(MIXED.split(" + (")[0], mp.datasets.path("cbpp"), family="binomial", **k)),
+    ("gee", lambda **k: mp.gee(MIXED.split(" + (")[0], mp.datasets.path("cbpp"), groups="herd", family="binomial", **k)),
 ]
 
 
