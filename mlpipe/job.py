@@ -45,13 +45,15 @@ class Section(BaseModel):
 
 
 class SourceSection(Section):
-    """`path`, or `database` with `table` or `query`; `types`: DuckDB types of CSV and JSON columns, by name."""
+    """`path`, or `database` with `table` or `query`; `types`: DuckDB types of CSV and JSON columns, by name; `columns`: the only ones
+    that models of the job may use."""
 
     path: str | list[str] | None = None
     database: str | None = None
     table: str | None = None
     query: str | None = None
     types: dict[str, str] | None = None
+    columns: list[str] | None = None
 
 
 class ModelSection(Section):
@@ -152,6 +154,7 @@ def read_job(path: str | Path) -> Job:
     _check_source(job.source, str(path))
     _check_models(job, str(path))
     _check_store(job, str(path))
+    _check_columns(job, str(path))
     return job
 
 
@@ -248,6 +251,38 @@ def _check_store(job: Job, path: str) -> None:
     for role, other in roles.items():
         if other is not None and os.path.realpath(other) == os.path.realpath(job.store.path):
             raise ConfigError(f"{path}: store.path and {role} are the same file", code="job_value", hint="give the store a file of its own")
+
+
+def _check_columns(job: Job, path: str) -> None:
+    """Raises ConfigError for a column that the job uses and `source.columns` leaves out. Raises FormulaError."""
+    if job.source.columns is None:
+        return
+    used = [name for model in ([job.model] if job.model is not None else job.models) for name in _columns_of(model)]
+    if job.store is not None and job.store.partition_by != "file":
+        used.append(job.store.partition_by)
+    for name in used:
+        if name not in job.source.columns:
+            hint = did_you_mean(name, job.source.columns) or "add it to source.columns"
+            raise ConfigError(f"{path}: the job uses the column {name!r}, which source.columns leaves out", code="job_value", hint=hint)
+
+
+def _columns_of(model: ModelSection) -> list[str]:
+    from .expr import columns
+    from .formula import parse, parse_expression
+    from .planning import used_names
+    from .plans import Request
+
+    clusters = (*_listed(model.cluster), *_listed(model.absorb))
+    request = Request(
+        model.formula, weights=model.weights, freq=model.freq, offset=model.offset, trials=model.trials, time=model.time,
+        groups=_listed(model.groups), clusters=clusters, by=tuple(model.by),
+    )  # fmt: skip
+    where = columns(parse_expression(model.where)) if model.where is not None else ()
+    return [*used_names(parse(model.formula), request), *where]
+
+
+def _listed(names: str | list[str] | None) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
 def _settings(model: ModelSection) -> dict[str, Any]:

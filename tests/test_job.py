@@ -210,3 +210,21 @@ def test_a_policy_against_separation(job: Path) -> None:
     fit.info["separation"] = ["period2"]
     with pytest.raises(mp.ConvergenceError, match="forbids this result: separation"):
         check_policy(fit, policy)
+
+
+def test_columns_that_a_job_may_use(tmp_path: Path) -> None:
+    """Whatever names a column counts: formula, weights, cluster, where, by, what partitions the store."""
+    allowed = 'columns = ["y", "x", "g", "w", "v"]'
+    head = f'[source]\npath = "rows.parquet"\n{allowed}\n'
+    path = tmp_path / "job.toml"
+    path.write_text(head + '[model]\nformula = "log(y) ~ poly(x, 2) + (1 | g)"\nweights = "w"\ncluster = "g"\nwhere = "v > 2"\n')
+    assert read_job(path).source.columns == ["y", "x", "g", "w", "v"]
+    for formula, more in (
+        ("y ~ z + (1 | g)", ""), ("y ~ x + (1 | z)", ""), ("y ~ x + (1 | g)", 'weights = "2 * z"\n'), ("y ~ x + (1 | g)", 'by = ["z"]\n'),
+        ("y ~ x + (1 | g)", 'where = "z > 1"\n'), ("y ~ x", 'kind = "ols"\nabsorb = ["g", "z"]\n'),
+        ("y ~ x", 'kind = "gee"\ngroups = "z"\n'),
+        ("y ~ x + (1 | g)", '[store]\npath = "s"\npartition_by = "z"\n'),
+    ):  # fmt: skip
+        path.write_text(head + f'[model]\nformula = "{formula}"\n{more}')
+        with pytest.raises(mp.ConfigError, match="uses the column 'z', which source.columns leaves out"):
+            read_job(path)
