@@ -466,7 +466,7 @@ def test_written_and_loaded(formula: str, target: str, tmp_path: Path) -> None:
     assert str(again) == str(fitted)
     np.testing.assert_array_equal(again.predict(FRAME).read_all()["predicted"], fitted.predict(FRAME).read_all()["predicted"])
     assert again.icc() == fitted.icc()
-    stems = {f"mlpipe_ranef_{group.replace(':', '_')}" for group in fitted.groups}
+    stems = {f"mlpipe_ranef_{group.replace(':', '__')}" for group in fitted.groups}
     if target == "fit":
         names = {path.stem for path in (tmp_path / "fit" / "runs" / "one").glob("*.parquet")}
     else:
