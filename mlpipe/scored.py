@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,7 @@ def write_file(reader: pa.RecordBatchReader, out: str) -> None:
     Raises ResourceError where the target cannot be written, DataError for types that Parquet has not.
     """
     with _told(out), replacing(regular(out)) as file, _writer(file, reader.schema) as writer:
-        for table in _row_groups(reader):
-            writer.write_table(table)
+        _write_all(_row_groups(reader), writer)
 
 
 def write_pieces(reader: pa.RecordBatchReader, parts: Sequence[Piece], out: str, counts: Callable[[], dict[str, int]]) -> str:
@@ -113,9 +113,20 @@ def _written(rows: _Rows, part: Piece, folder: Path) -> None:
     path = folder / part.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file, _writer(file, rows.schema) as writer:
-        for table in _row_groups(rows.take(part.rows)):
-            writer.write_table(table)
+        _write_all(_row_groups(rows.take(part.rows)), writer)
     synced(path)
+
+
+def _write_all(tables: Iterator[pa.Table], writer: pq.ParquetWriter) -> None:
+    """Writes each table on another thread while the next one is read: encoding takes as long as scoring does."""
+    with ThreadPoolExecutor(1) as thread:
+        last: Future[None] | None = None
+        for table in tables:
+            if last is not None:
+                last.result()
+            last = thread.submit(writer.write_table, table)
+        if last is not None:
+            last.result()
 
 
 class _Rows:
