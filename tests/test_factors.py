@@ -37,6 +37,7 @@ def check_cells(cells: Pairs, want: dict[tuple[int, int], np.ndarray]) -> None:
     assert pieces == list(want)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("budget", [0, 200_000, 10**9])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(("shape", "n"), [((70, 40), 30_000), ((3, 2), 20_000), ((5_000, 2_000), 30_000), ((1, 1), 7)])
@@ -141,6 +142,7 @@ def equal(one: mp.SuffStats, other: mp.SuffStats) -> None:
         np.testing.assert_array_equal(left.starts, right.starts)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("formula", "more"), [(SIMPLE, {}), (THREE, {"weights": "w"}), ("y ~ f + (1 | a) + (0 + f | b)", {"freq": "n"})])
 def test_any_split_merges_to_the_same_fit(formula: str, more: dict[str, str]) -> None:
     whole = mp.suffstats(formula, FRAME, **more)

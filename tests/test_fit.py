@@ -507,6 +507,7 @@ def test_parts_add_up_to_the_whole(kind: str, entry: str, random: str, tmp_path:
         assert again.tidy().equals(fit.tidy()) and again.loglik == fit.loglik
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("weights", [None, "w"])
 @pytest.mark.parametrize("entry", ["polars", "lazy"])
 @pytest.mark.parametrize("kind", PARTS)

@@ -354,6 +354,7 @@ KEYS: dict[str, Any] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("engine", ["polars", "arrow", "path"])
 @pytest.mark.parametrize("kind", KEYS)
 def test_keys_of_any_type(kind: str, engine: str, tmp_path: Path) -> None:
@@ -442,6 +443,7 @@ def test_gaussian_identity_is_the_linear_mixed_model(bar: str, weights: str | No
 # ---- trouble
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("nagq", [1, 5])
 @pytest.mark.parametrize("link", ["logit", "probit", "cloglog", "cauchit"])
 @pytest.mark.parametrize("kind", ["complete", "quasi", "a level"])

@@ -78,6 +78,7 @@ def test_value_and_score(family: str, link: str, expected: bool) -> None:
     assert not found.rough
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["crossed", "nested", "three", "within", "apart"])
 @pytest.mark.parametrize(("family", "link"), [("binomial", "logit"), ("negbinomial", "log")])
 def test_any_structure(name: str, family: str, link: str) -> None:
