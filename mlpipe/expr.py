@@ -218,7 +218,7 @@ _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\
 
 def quoted_name(name: str) -> str:
     """The column's name, in backticks where R would need them."""
-    if NAME.fullmatch(name) and name not in RESERVED:
+    if NAME.fullmatch(name) and name not in RESERVED and name != ".":  # a lone dot means all other columns
         return name
     return "`" + name.replace("\\", "\\\\").replace("`", "\\`") + "`"
 

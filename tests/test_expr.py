@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlpipe import expr
@@ -155,6 +155,7 @@ LEAVES = st.one_of(
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@example(Column("."))
 @given(st.recursive(LEAVES, _joined, max_leaves=6))
 def test_a_label_reads_back_as_the_expression(node: Node) -> None:
     assert parse_expression(label(node)) == node
