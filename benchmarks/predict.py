@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+
+from whole_process import run
 
 import mlpipe as mp
 
@@ -28,15 +27,6 @@ from mlpipe.cli import main
 sys.argv[1:] = ["predict", {fit!r}, {data!r}, "--out", {out!r}, "--threads", "{threads}"]
 main()
 """
-
-
-def run(script: str) -> tuple[float, float, int]:
-    """CPU and wall seconds, peak resident memory in MB of one process."""
-    began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    return usage.ru_utime + usage.ru_stime, time.perf_counter() - began, usage.ru_maxrss // 1024
 
 
 def main() -> None:
@@ -54,10 +44,11 @@ def main() -> None:
             "copy": COPY.format(threads=arguments.threads, data=arguments.data, out=out),
             "predict": PREDICT.format(threads=arguments.threads, data=arguments.data, out=out, fit=fit),
         }
-        results: dict[str, list[tuple[float, float, int]]] = {case: [] for case in scripts}
+        results: dict[str, list[tuple[float, float, int, int, int]]] = {case: [] for case in scripts}
         for turn in range(arguments.runs + 1):
             for case, script in scripts.items():
                 result = run(script)
+                assert result[4] == 0
                 if turn:
                     results[case].append(result)
                 os.remove(out)

@@ -19,6 +19,15 @@ def regular(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
+def writing(place: object) -> Iterator[None]:
+    """Work that writes `place`. Raises ResourceError (code "not_writable") where the system refuses it."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"cannot write {place}: {error.strerror or error}", code="not_writable") from error
+
+
+@contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
     """An empty file that takes the target's name once it is complete. Raises ResourceError while another job writes one.
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .atomic import replacing
+from .atomic import replacing, writing
 from .engines.base import fingerprint
-from .errors import ConfigError, ResourceError
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .plans import Plan
@@ -49,8 +49,5 @@ class Checkpoint:
         """Keeps the parameters. Raises ResourceError where the file cannot be written."""
         self.steps += 1
         record = {"format": FORMAT, "plan": self.plan, "source": self.source, "steps": self.steps, "psi": psi.tolist()}
-        try:
-            with replacing(self.path) as file:
-                file.write(json.dumps(record).encode())
-        except OSError as error:
-            raise ResourceError(f"cannot write the checkpoint {self.path}: {error.strerror or error}", code="not_writable") from error
+        with writing(f"the checkpoint {self.path}"), replacing(self.path) as file:
+            file.write(json.dumps(record).encode())

@@ -15,11 +15,12 @@ import numpy as np
 
 from . import cells
 from .arrays import arrow, column
+from .atomic import writing
 from .design import Atom, Monomial
-from .errors import DataError, ResourceError
+from .errors import DataError
 from .features import Recipe
 from .present import restricted
-from .scratch import Scratch
+from .scratch import Scratch, spilling
 from .stats import union_recipe
 
 if TYPE_CHECKING:
@@ -104,14 +105,15 @@ class Compressed:
         }  # fmt: skip
         schema = self.table.schema.with_metadata({"mlpipe": json.dumps(head)})
         unfinished = path.with_name(path.name + ".partial")
-        try:
-            with pa.ipc.new_file(str(unfinished), schema) as writer:
-                for batch in self.table.to_batches():
-                    writer.write_batch(batch.replace_schema_metadata(schema.metadata))
-            unfinished.replace(path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise ResourceError(f"cannot write {path}: {error.strerror or error}", code="not_writable") from error
+        with writing(path):
+            try:
+                with pa.ipc.new_file(str(unfinished), schema) as writer:
+                    for batch in self.table.to_batches():
+                        writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+                unfinished.replace(path)
+            except OSError:
+                unfinished.unlink(missing_ok=True)
+                raise
 
     @classmethod
     def of(cls, table: pa.Table, head: Mapping[str, Any]) -> Compressed:
@@ -153,16 +155,9 @@ def _mapped(batches: Iterator[pa.RecordBatch], schema: pa.Schema, parent: str | 
 
     directory = Scratch(parent)
     path = Path(directory.name) / "cells.arrow"
-    try:
-        with pa.ipc.new_file(str(path), schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-    except BaseException as error:
-        directory.cleanup()
-        if isinstance(error, OSError):
-            message = f"cannot write cells: {error.strerror or error}"
-            raise ResourceError(message, code="disk", hint="free space in temp_directory") from error
-        raise
+    with spilling("cells", directory.cleanup), pa.ipc.new_file(str(path), schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all(), directory
 
 

@@ -69,9 +69,7 @@ def gather(plan: Plan, *, compress: bool) -> Gathered:
         found = _survey(plan.recipe, spool)
         rows, nobs = counts(plan, spool.n_rows, found.size, compressed=ratio >= WORTHWHILE)
         dropped = dropped_rows(plan, total, rows)
-        if not rows:
-            what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used"
-            raise DataError(what, code="no_rows")
+        check_rows(rows, total)
         terms = bool(np.isfinite(found.gram).all()) and math.isfinite(found.offset)
         check_finite(plan, found.size == 0.0 or math.isfinite(found.mean), terms)
         _check(plan.recipe, found)
@@ -172,6 +170,13 @@ def counts(plan: Plan, n_cells: int, size: float, *, compressed: bool) -> tuple[
 
 def _outcome(plan: Plan) -> dict[str, Any]:
     return dict(plan.engine.query(cells.outcome(plan.recipe, plan.names), plan.columns).read_all().to_pylist()[0])
+
+
+def check_rows(rows: int, total: int) -> None:
+    """Raises DataError (code "no_rows") where none of the rows entered."""
+    if not rows:
+        what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used"
+        raise DataError(what, code="no_rows")
 
 
 def check_finite(plan: Plan, response: bool, terms: bool) -> None:

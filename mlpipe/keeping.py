@@ -13,8 +13,7 @@ from .blocks import with_key_names
 from .collect import dropped_rows, row_count
 from .compressed import Compressed, held, key_names
 from .engines.arrange import arranged
-from .errors import DataError
-from .gather import WORTHWHILE, Gathered, check_finite, compression, counts, layout_of, made, surveyed
+from .gather import WORTHWHILE, Gathered, check_finite, check_rows, compression, counts, layout_of, made, surveyed
 from .options import Options
 from .plans import Plan
 from .progress import stage
@@ -48,9 +47,7 @@ def kept(plan: Plan, *, merges: bool) -> Compressed:
     engine.check_unchanged()
     rows, n = counts(plan, found.cells, found.size, compressed=merges) if found.cells else (0, 0.0)
     dropped = dropped_rows(plan, total, rows)
-    if not rows:
-        what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used"
-        raise DataError(what, code="no_rows")
+    check_rows(rows, total)
     check_finite(plan, found.response, found.terms)
     info = {
         "rows_read": total, "rows_dropped": total - rows, "dropped": dropped, "passes": 1, "seconds": seconds,

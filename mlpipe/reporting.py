@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import history, overview, page, sections
-from .atomic import regular, replacing
+from .atomic import regular, replacing, writing
 from .drawing import require
-from .errors import ConfigError, ResourceError
+from .errors import ConfigError
 from .layout import one_line
 from .reading import sentences
 from .result import MixedFit
@@ -49,11 +49,8 @@ def report(
         text = _page(fit, [], list(fit.info.get("sql", ())), data, options)
     else:
         text = _of_written(fit, prefix, model, by, data, options)
-    try:
-        with replacing(target) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise ResourceError(f"cannot write {os.fspath(path)}: {error.strerror or error}", code="not_writable") from error
+    with writing(os.fspath(path)), replacing(target) as file:
+        file.write(text.encode())
 
 
 def _of_written(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic import regular, replacing, synced
-from .errors import ConfigError, DataError, ResourceError
+from .atomic import regular, replacing, synced, writing
+from .errors import ConfigError, DataError
 from .store import new_run_id, write_run
 
 if TYPE_CHECKING:
@@ -165,9 +165,8 @@ def _told(out: str) -> Iterator[None]:
     import pyarrow as pa
 
     try:
-        yield
-    except OSError as error:
-        raise ResourceError(f"cannot write {out}: {error.strerror or error}", code="not_writable") from error
+        with writing(out):
+            yield
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot write {out}: {error}", code="column_type") from error
 

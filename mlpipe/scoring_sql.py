@@ -14,7 +14,7 @@ from sqlglot.errors import SqlglotError
 
 from .effects import coefficient_names, key_names
 from .engines.warehouses import guarded, handed_on, render, warehouse
-from .errors import ConfigError, ResourceError, did_you_mean
+from .errors import ConfigError, did_you_mean
 from .features import Recipe
 from .mean_sql import ETA, VARIANCE, Mean, Stage, marginal_mean, mean
 from .predictions import fixed_part, scorable, value_names, variance_part
@@ -61,16 +61,13 @@ def scoring_sql(
 
 def write_text(fit: MixedFit, dialect: str, target: str, prefix: str) -> Path:
     """Writes the text of conditional predictions into the directory, or beside the database, that holds the fit."""
-    from .atomic import replacing
+    from .atomic import replacing, writing
 
     name, path = f"{prefix}_scoring.{dialect}.sql", Path(target)
     path = path / name if path.is_dir() else path.with_name(f"{path.stem}_{name}")
     text = fit.scoring_sql(dialect, prefix=prefix)
-    try:
-        with replacing(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror or error}", code="not_writable") from error
+    with writing(path), replacing(path) as file:
+        file.write(text.encode())
     return path
 
 

@@ -7,8 +7,10 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from .errors import ResourceError
 
 PREFIX, SUFFIX = "mlpipe-", ".tmp"
 _TOKEN_BYTES = 4
@@ -46,6 +48,19 @@ class Scratch:
     def cleanup(self) -> None:
         """Removes the directory and what is in it."""
         self._remove()
+
+
+@contextmanager
+def spilling(what: str, undo: Callable[[], None]) -> Iterator[None]:
+    """Work that writes `what` to a temporary file; after any error `undo` is called. Raises ResourceError (code "disk") for a full disk."""
+    try:
+        yield
+    except BaseException as error:
+        undo()
+        if isinstance(error, OSError):
+            message = f"cannot write {what}: {error.strerror or error}"
+            raise ResourceError(message, code="disk", hint="free space in temp_directory") from error
+        raise
 
 
 def _remove(path: str, handles: list[int]) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import stats
-from .atomic import replacing, synced
+from .atomic import replacing, synced, writing
 from .errors import ConfigError, DataError, ResourceError
 from .scratch import Scratch
 from .stats import SuffStats
@@ -252,9 +252,5 @@ def _scratch(parent: str | None) -> Iterator[Path]:
         scratch.cleanup()
 
 
-@contextmanager
-def _disk(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ResourceError(f"cannot write the store {place}: {error.strerror or error}", code="not_writable") from error
+def _disk(place: Path) -> AbstractContextManager[None]:
+    return writing(f"the store {place}")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .arrays import arrow, column, plain_interval
-from .errors import ResourceError
-from .scratch import Scratch
+from .scratch import Scratch, spilling
 from .solve.family import Cells
 from .solve.kernel import Chunk, Rows
 
@@ -148,17 +147,11 @@ def build(
     Raises ResourceError where the disk is full.
     """
     writer = _Writer(layout, list(keys), budget, parent)
-    try:
+    with spilling("the spool", writer.abandon):
         for batch in batches:
             if batch.num_rows:
                 writer.add(batch)
         return writer.finish(threads or os.cpu_count() or 1)
-    except BaseException as error:
-        writer.abandon()
-        if isinstance(error, OSError):
-            message = f"cannot write the spool: {error.strerror or error}"
-            raise ResourceError(message, code="disk", hint="free space in temp_directory") from error
-        raise
 
 
 def _plain(values: pa.Array) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .atomic import synced
+from .atomic import synced, writing
 from .errors import ConfigError, DataError, ResourceError, did_you_mean
 from .features import Recipe
 from .options import Options
@@ -112,12 +112,10 @@ def write_run(folder: Path, fill: Callable[[Path], dict[str, Any]], *, index: st
     Raises ConfigError for a directory of other things and for a bad mode, ResourceError where the disk fails or another job writes.
     """
     check_ours(folder, index, what)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             _commit(fill, folder, index, what, mode, run)
-    except OSError as error:
-        raise ResourceError(f"cannot write {folder}: {error.strerror or error}", code="not_writable") from error
 
 
 def check_ours(folder: Path, index: str, what: str) -> None:
