@@ -23,6 +23,7 @@ from .options import Options
 from .planning import prepare, settle
 from .plans import Plan, Request, key_types
 from .progress import stage
+from .sources import row_count
 from .sql import Names
 from .statements import Part
 from .stats import SuffStats
@@ -44,7 +45,7 @@ def collect(plan: Plan) -> SuffStats:
     """
     seconds: dict[str, float] = {}
     engine, options = plan.engine, plan.request.options
-    total = row_count(plan)
+    total = row_count(plan.engine)
     with stage("cross_products", seconds, engine, options, rows=total) as fields:
         (gram, rows, n, sum_log_w), scans = _gram(plan)
         dropped = dropped_rows(plan, total, rows)
@@ -112,15 +113,6 @@ def collect_like(stats: SuffStats, data: Any, options: Options | None = None) ->
         return collect(prepare(engine, request, like=recipe))
 
 
-def row_count(plan: Plan) -> int:
-    """The rows of the source, used or not."""
-    known = plan.engine.row_count()
-    if known is not None:
-        return known
-    statement = statements.missing((), (), {}, plan.names)
-    return int(plan.engine.query(statement, plan.columns).read_all().column("row_count")[0].as_py())
-
-
 class _Sums(NamedTuple):
     """Cross-products of all features, rows, rows with frequencies, sum of log weights."""
 
@@ -142,7 +134,7 @@ def _gram(plan: Plan) -> tuple[_Sums, int]:
         plan = replace(plan, presumed=False)
         found, passes = _summed(plan), 2
     if found.rows == 0:
-        total = row_count(plan)
+        total = row_count(plan.engine)
         causes = _causes(plan)
         _refuse_bad_values(plan, causes)
         what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used: " + _described(causes)

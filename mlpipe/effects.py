@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .arrays import column, in_type, plain_interval
+from .arrays import arrow, column, in_type, plain_interval
 from .errors import DataError
 from .levels import places
 from .reduction import response_vector
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from .engines.base import Engine
+    from .levels import Levels
     from .options import Options
     from .result import MixedFit
 
@@ -32,7 +33,7 @@ def reopened(fit: MixedFit, options: Options | None = None) -> Iterator[Engine]:
 
     Raises DataError where it is gone or changed.
     """
-    from .sources import open_source
+    from .sources import open_source, row_count
     from .stats import SuffStats
 
     if fit.source is None or isinstance(fit.source, SuffStats):
@@ -41,25 +42,13 @@ def reopened(fit: MixedFit, options: Options | None = None) -> Iterator[Engine]:
     try:
         if engine.identity().fingerprint != fit.info.get("fingerprint"):
             raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")
-        if not engine.identity().files and (rows := _row_count(engine)) != (read := fit.info.get("rows_read", rows)):
+        if not engine.identity().files and (rows := row_count(engine)) != (read := fit.info.get("rows_read", rows)):
             message = f"the source changed since the fit: it has {rows:,} rows, and the fit read {read:,}"
             raise DataError(message, code="source_changed", hint="fit it again")
         yield engine
         engine.check_unchanged()
     finally:
         engine.close()
-
-
-def _row_count(engine: Engine) -> int:
-    from . import statements
-    from .engines.base import Columns
-    from .sql import Names
-
-    known = engine.row_count()
-    if known is not None:
-        return known
-    names = Names({name: i for i, name in enumerate(engine.schema())}, {})
-    return int(engine.query(statements.missing((), (), {}, names), Columns()).read_all().column("row_count")[0].as_py())
 
 
 def ranef(fit: MixedFit, *, wide: bool, stream: bool, group: str | None = None) -> pa.Table | pa.RecordBatchReader:
@@ -78,6 +67,16 @@ def ranef(fit: MixedFit, *, wide: bool, stream: bool, group: str | None = None) 
     tables = (table if wide else long(fit, table) for table in _computed(fit))
     first = next(tables)
     return pa.RecordBatchReader.from_batches(first.schema, (batch for table in (first, *tables) for batch in table.to_batches()))
+
+
+def mode_table(terms: Sequence[Named], levels: Levels, modes: np.ndarray, sds: np.ndarray) -> pa.Table:
+    """The key columns of a factor's levels, and per coefficient of its terms the modes and conditional standard deviations (q, m)."""
+    import pyarrow as pa
+
+    columns: dict[str, Any] = dict(zip(key_names(terms, levels.columns), levels.keys.columns, strict=True))
+    for name, mode, sd in zip(coefficient_names(terms), modes, sds, strict=True):
+        columns |= {name: arrow(mode), f"{name}_se": arrow(sd)}
+    return pa.table(columns)
 
 
 def in_own_types(fit: MixedFit, rows: pa.Table | pa.RecordBatchReader) -> pa.Table | pa.RecordBatchReader:

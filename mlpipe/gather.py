@@ -10,7 +10,7 @@ import numpy as np
 
 from . import cells, expr, statements
 from .arrays import column
-from .collect import dropped_rows, not_finite, row_count
+from .collect import dropped_rows, not_finite
 from .compressed import columns_of
 from .design import code
 from .engines.base import Columns
@@ -21,6 +21,7 @@ from .outcome import TRIALS
 from .plans import Expected, Joint, Plan, key_types
 from .progress import stage
 from .solve.kernel import Chunk
+from .sources import row_count
 from .spool import Layout, Spool, build
 from .sql import over
 
@@ -59,7 +60,7 @@ def gather(plan: Plan, *, compress: bool) -> Gathered:
     """
     seconds: dict[str, float] = {}
     engine, options = plan.engine, plan.request.options
-    total = row_count(plan)
+    total = row_count(plan.engine)
     ratio = compression(plan, total) if compress else 1.0
     with stage("spool", seconds, engine, options, rows=total) as fields:
         spool = _spooled(plan, compressed=ratio >= WORTHWHILE)
@@ -100,7 +101,7 @@ def _gathered(spool: Spool, found: _Survey, rows: int, nobs: float, info: dict[s
 
 def expected(plan: Plan, *, compress: bool) -> Expected:
     """What `gather` would keep, from the number of rows and a sample."""
-    rows = row_count(plan)
+    rows = row_count(plan.engine)
     ratio = compression(plan, rows) if compress else 1.0
     ratio = ratio if ratio >= WORTHWHILE else 1.0
     stored = columns_of(plan.recipe, merges=ratio > 1.0)

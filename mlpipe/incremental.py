@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import expr, statements
-from .collect import changed, collect, row_count
+from .collect import changed, collect
 from .compressed import Compressed
 from .design import bases, code
 from .engines.arrange import Arranger
@@ -34,7 +34,7 @@ from .plans import Plan, Request
 from .present import over_present
 from .progress import stage
 from .shelf import FORMAT, Shelf, named
-from .sources import open_source
+from .sources import open_source, row_count
 from .stats import SuffStats
 from .trees import Node, statistics, tree
 
@@ -251,7 +251,7 @@ def _read(engine: Engine, request: Request, base: Recipe, *, merges: bool) -> tu
             raise
         if plan is None:
             return None, nothing
-        total = row_count(plan)
+        total = row_count(plan.engine)
         return None, {**nothing, "rows_read": total, "rows_dropped": total, "passes": 1}
     facts = {name: stats.info[name] for name in ("rows_read", "rows_dropped", "dropped", "passes", "notes", "engine")}
     return stats, {"rows": stats.rows, **facts, "inputs": _inputs(plan)}

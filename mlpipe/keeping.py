@@ -10,13 +10,14 @@ import numpy as np
 from . import cells
 from .arrays import column
 from .blocks import with_key_names
-from .collect import dropped_rows, row_count
+from .collect import dropped_rows
 from .compressed import Compressed, held, key_names
 from .engines.arrange import arranged
 from .gather import WORTHWHILE, Gathered, check_finite, check_rows, compression, counts, layout_of, made, surveyed
 from .options import Options
 from .plans import Plan
 from .progress import stage
+from .sources import row_count
 from .spool import build
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def worthwhile(plan: Plan, parts: int, window: int | None) -> bool:
     """Whether rows are kept as cells: whether these will pay once the store holds as many partitions as it is for, of which the plan's
     source has `parts`."""
     ahead = max((window or MONTH) / max(parts, 1), 1.0)
-    return compression(plan, math.ceil(row_count(plan) * ahead)) >= WORTHWHILE
+    return compression(plan, math.ceil(row_count(plan.engine) * ahead)) >= WORTHWHILE
 
 
 def kept(plan: Plan, *, merges: bool) -> Compressed:
@@ -40,7 +41,7 @@ def kept(plan: Plan, *, merges: bool) -> Compressed:
     """
     seconds: dict[str, float] = {}
     engine, options, recipe = plan.engine, plan.request.options, plan.recipe
-    total, found = row_count(plan), _Found(columns_of_covariates=cells.covariates(recipe))
+    total, found = row_count(plan.engine), _Found(columns_of_covariates=cells.covariates(recipe))
     with stage("cells", seconds, engine, options) as fields:
         table, directory = held(found.looked_at(_batches(plan, options, merges=merges)), options)
         fields |= {"cells": found.cells}

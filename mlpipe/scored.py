@@ -62,17 +62,10 @@ def _within(path: str, folder: str) -> bool:
 
 def _rows(file: str, options: Options) -> int:
     """The rows of one file: from its footer, or counted."""
-    from sqlglot import exp
-
-    from .engines.base import Columns
-    from .sources import PathSource, open_source
+    from .sources import PathSource, open_source, row_count
 
     with closing(open_source(PathSource([file], hive=False), options=options)) as engine:
-        known = engine.row_count()
-        if known is not None:
-            return known
-        counted = exp.select(exp.alias_(exp.Count(this=exp.Star()), "row_count")).from_("src")
-        return int(engine.query(counted, Columns()).read_all().column("row_count")[0].as_py())
+        return row_count(engine)
 
 
 def write_file(reader: pa.RecordBatchReader, out: str) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import arrow
 from .errors import ResourceError
 from .formula import Formula
 from .held import Held
@@ -50,16 +49,16 @@ def _work(rest: int, filling: float) -> float:
 
 def expected(plan: Plan) -> list[str]:
     """What a fit of several factors will do, as lines of its plan, from about how many levels and combinations of keys there are."""
-    from .collect import row_count
     from .crossing import combinations as count
     from .design import code
+    from .sources import row_count
 
     recipe, limit = plan.recipe, plan.request.options.memory_bytes
     bars = recipe.formula.random
     q = {f: sum(len(code(bar.terms, recipe.variables)) for bar in bars if bar.groups == f) for f in recipe.factors}
     levels = {f: max(round(count(plan, f)), 1) for f in recipe.factors}
     order = sorted(recipe.factors, key=lambda f: -levels[f] * q[f])
-    cells = min(round(count(plan, recipe.groups)), row_count(plan))
+    cells = min(round(count(plan, recipe.groups)), row_count(plan.engine))
     pairs, products = len(order) * (len(order) - 1) // 2, len(recipe.z) * (len(recipe.z) + 1) // 2
     rest, filling = sum(levels[f] * q[f] for f in order[1:]), cells**2 / levels[order[0]] * (len(order) - 1)
     if all(set(outer) <= set(inner) for inner, outer in zip(order[:-1], order[1:], strict=True)):
@@ -297,9 +296,7 @@ def _theta_covariance(model: Several, solved: Solved) -> Array:
 
 def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: list[Array]) -> dict[str, pa.Table]:
     """Per group: its key columns, and per coefficient the mode and its conditional standard deviation."""
-    import pyarrow as pa
-
-    from .effects import coefficient_names, key_names
+    from .effects import mode_table
 
     out, place = {}, 0
     for at, k in enumerate(model.terms.order):
@@ -310,10 +307,7 @@ def _modes(model: Several, lambda_: Array, u: Array, sigma: float, inverses: lis
         modes = back @ per_level(u[place : place + f.size, None], f.q)[:, 0]
         sds = sigma * np.sqrt(np.maximum(np.einsum("ia,abm,ib->im", back, inverses[at], back), 0.0))
         place += f.size
-        columns = dict(zip(key_names(terms, factor.levels.columns), factor.levels.keys.columns, strict=True))
-        for name, mode, sd in zip(coefficient_names(terms), modes, sds, strict=True):
-            columns |= {name: arrow(mode), f"{name}_se": arrow(sd)}
-        out[factor.levels.group] = pa.table(columns)
+        out[factor.levels.group] = mode_table(terms, factor.levels, modes, sds)
     return out
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import arrow
 from .errors import DataError, ResourceError
 from .gather import usual_evaluations
 from .generalized_result import GLMMFit, common, joint_covariance
@@ -281,9 +280,7 @@ def _notes(joint: JointModel) -> list[str]:
 
 def _modes(joint: JointModel, found: JointSolution) -> dict[str, pa.Table]:
     """Per group: its key columns, and per coefficient the mode and its conditional standard deviation."""
-    import pyarrow as pa
-
-    from .effects import coefficient_names, key_names
+    from .effects import mode_table
 
     problem, out = joint.problem, {}
     modes = problem.split(problem.scaled(found.solution.lambda_, found.u[:, None]))
@@ -292,8 +289,5 @@ def _modes(joint: JointModel, found: JointSolution) -> dict[str, pa.Table]:
         back = stacked_inverse([term.R for term in terms])
         values = back @ mode[:, 0]
         sds = np.sqrt(np.maximum(np.einsum("ia,abm,ib->im", back, covariance, back), 0.0))
-        columns: dict[str, Any] = dict(zip(key_names(terms, factor.columns), factor.keys.columns, strict=True))
-        for name, value, sd in zip(coefficient_names(terms), values, sds, strict=True):
-            columns |= {name: arrow(value), f"{name}_se": arrow(sd)}
-        out[factor.group] = pa.table(columns)
+        out[factor.group] = mode_table(terms, factor, values, sds)
     return out

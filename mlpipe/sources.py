@@ -206,3 +206,16 @@ def _open_urls(urls: list[str], data: PathSource, options: Options) -> Engine:
     workspace = files.Workspace(options.temp_directory)
     copies = remote.copied(filesystem, found, workspace)
     return duckdb.open_files(copies, hive, form, options, data.types, workspace)
+
+
+def row_count(engine: Engine) -> int:
+    """The rows of an open source, used or not: known, or counted by a scan."""
+    from . import statements
+    from .engines.base import Columns
+    from .sql import Names
+
+    known = engine.row_count()
+    if known is not None:
+        return known
+    statement = statements.missing((), (), {}, Names({}, {}))
+    return int(engine.query(statement, Columns()).read_all().column("row_count")[0].as_py())
