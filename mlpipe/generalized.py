@@ -99,8 +99,8 @@ def glmm(
     return _told(fit, model, began, options)
 
 
-def refitted(kept: Compressed, request: Request, before: Estimates | None, info: dict[str, Any]) -> GLMMFit:
-    """The mixed model of rows that a store kept, from where another fit of it ended, if it is given; `info` goes on in the fit's.
+def refitted(kept: Compressed, request: Request, before: Estimates | None) -> GLMMFit:
+    """The mixed model of rows that a store kept, from where another fit of it ended, if it is given; its `info` goes on in the fit's.
 
     Errors and warnings as in `glmm`.
     """
@@ -108,7 +108,7 @@ def refitted(kept: Compressed, request: Request, before: Estimates | None, info:
 
     began, options = time.perf_counter(), request.options
     parsed, made = _checked(request.formula, "auto"), _density(request, options)
-    rows = spooled(kept, options, info)
+    rows = spooled(kept, options)
     with rows.spool:
         model = built(parsed, Settled(kept.recipe, request), rows, made, request.nagq)
         fit, _ = _mixed(request.formula, model, None, None, options, None, "auto", before)

@@ -59,13 +59,12 @@ class Settings:
 
 @dataclass
 class Update:
-    """A store brought up to date: the statistics of all its partitions, what a fit notes of them, where the last fit ended (None where
-    that is no place to start), and the record to go on with."""
+    """A store brought up to date: the statistics of all its partitions (`info`: what a fit notes of them), where the last fit ended (None
+    where that is no place to start), and the record to go on with."""
 
     shelf: Shelf
     record: dict[str, Any]
     stats: State
-    info: dict[str, Any]
     tree: Node
     before: Estimates | None
 
@@ -111,7 +110,7 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     info = _info(record, new, facts, seconds) | {"sql": ran}
     if isinstance(stats, SuffStats):
         info |= {"path": "blocks", "blocks": stats.blocks.n_blocks if stats.blocks is not None else 0}
-    return Update(shelf, record, replace(stats, info=info), info, root, _before(record, request, stats, root.state))
+    return Update(shelf, record, replace(stats, info=info), root, _before(record, request, stats, root.state))
 
 
 def finished(update: Update, fit: MixedFit) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from . import cells
 from .arrays import column
 from .blocks import with_key_names
 from .collect import dropped_rows
-from .compressed import Compressed, held, key_names
+from .compressed import Compressed, held
 from .engines.arrange import arranged
 from .gather import WORTHWHILE, Gathered, check_finite, check_rows, compression, counts, layout_of, made, surveyed
 from .options import Options
@@ -91,9 +91,10 @@ def _batches(plan: Plan, options: Options, *, merges: bool) -> Iterator[pa.Recor
         yield batch
 
 
-def spooled(state: Compressed, options: Options, info: dict[str, Any]) -> Gathered:
-    """The rows or cells in the order of their blocks, in a spool. Raises DataError where they cannot be fitted."""
-    recipe, keys = state.recipe, key_names(state.recipe)
+def spooled(state: Compressed, options: Options) -> Gathered:
+    """The rows or cells in the order of their blocks, in a spool; what is noted of them joins their `info`. Raises DataError where they
+    cannot be fitted."""
+    recipe, keys, info = state.recipe, state.keys, state.info
     with stage("spool", info["seconds"], None, options) as fields:
         batches = arranged(state.table, cells.ordered(recipe, keys, compressed=state.merges), options)
         layout, parent = layout_of(recipe, merges=state.merges), options.temp_directory

@@ -51,7 +51,7 @@ def _fitted(model: ModelSection, update: Update, request: Request) -> MixedFit:
     if isinstance(update.stats, Compressed):
         from .generalized import refitted
 
-        return refitted(update.stats, request, update.before, update.info)
+        return refitted(update.stats, request, update.before)
     if model.kind == "ols":
         from .linear import ols
 
