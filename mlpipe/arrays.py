@@ -28,6 +28,13 @@ def arrow(values: np.ndarray, kind: pa.DataType | None = None) -> pa.Array:
     return pa.Array.from_buffers(kind or pa.float64(), len(data), [None, pa.py_buffer(data)])
 
 
+def doubles(values: pa.Array) -> np.ndarray:
+    """Doubles (n,) with nulls as NaN."""
+    import pyarrow.compute as pc
+
+    return np.from_dlpack(pc.fill_null(values, float("nan")) if values.null_count else values)
+
+
 def plain_interval(values: pa.Array) -> pa.Array:
     """DuckDB's intervals as durations in microseconds, a month being 30 days as where DuckDB compares them; other values as they are.
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import ConfigError, did_you_mean
+from .lookup import MODE_VARIANCE
 from .predictions import Output
 from .reduction import Coding
-from .several_scoring import MODE_VARIANCE
 from .solve.link import LINKS
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """Levels of grouping factors as whole numbers: keys of any type, in one column or several."""
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,13 +9,10 @@ import numpy as np
 
 from .arrays import arrow, plain_interval
 from .errors import DataError
+from .places import Known, Places, valid
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-LOOKED_UP = 1 << 20  # combined codes up to which levels are looked up in a table
-SPAN = 1 << 26  # of whole-number keys, up to which codes are looked up in a table
-
 
 class Index:
     """The place of each value among the distinct ones of a key column `name`; -1 for null and unknown values."""
@@ -24,24 +20,21 @@ class Index:
     def __init__(self, name: str, values: pa.Array) -> None:
         import pyarrow.compute as pc
 
-        self.name, self.table, self.first = name, None, 0
-        self.values = pc.unique(_bare(values))
-        if _signed(self.values.type) and len(self.values):
-            plain = np.from_dlpack(self.values).astype(np.int64)
-            self.first, span = int(plain.min()), int(plain.max()) - int(plain.min()) + 1
-            if span <= SPAN:
-                self.table = np.full(span, -1, dtype=np.int64)
-                self.table[plain - self.first] = np.arange(len(plain))
+        self.name, self.values = name, pc.unique(_bare(values))
+        whole = _signed(self.values.type)
+        self.numbers = Places(np.from_dlpack(self.values).astype(np.int64)) if whole else None
+        self.known = None if whole else Known(self.values)
 
     def codes(self, values: pa.Array) -> np.ndarray:
         """The codes (n,) of values. Raises DataError for a type that cannot hold the same values."""
-        import pyarrow.compute as pc
-
         values = _bare(values)
-        if self.table is not None and _signed(values.type) and values.null_count == 0:
-            return _looked_up(self.table, np.from_dlpack(values).astype(np.int64, copy=False) - self.first)
-        found = pc.index_in(self._alike(values), value_set=self.values)
-        return np.from_dlpack(pc.fill_null(found, -1) if found.null_count else found).astype(np.int64)
+        if self.known is not None:
+            return self.known.find(self._alike(values))
+        assert self.numbers is not None
+        if not _signed(values.type):
+            values = self._alike(values)
+        found = self.numbers.find(np.from_dlpack(values.fill_null(0) if values.null_count else values).astype(np.int64, copy=False))
+        return np.where(valid(values), found, -1) if values.null_count else found
 
     def _alike(self, values: pa.Array) -> pa.Array:
         """The values in the type of the known ones; null where that type cannot hold them."""
@@ -51,7 +44,6 @@ class Index:
         kind, known = values.type, self.values.type
         if kind == known:
             return values
-        values = plain_interval(values)
         try:
             if pa.types.is_uint64(known) != pa.types.is_uint64(kind) and pa.types.is_integer(kind):  # these wrap round there and back
                 values = values.cast(pa.decimal128(20))
@@ -71,45 +63,30 @@ class Levels:
     keys: pa.Table
 
     def __post_init__(self) -> None:
-        self.indices = [Index(name, self.keys.column(name).combine_chunks()) for name in self.keys.column_names]
-        self.sizes = [len(index.values) for index in self.indices]
-        # the engine's order of the keys (an enum's own, say) need not be that of the values
-        combined = self._combined([self.keys.column(i).combine_chunks() for i in range(self.keys.num_columns)])
-        self.order = np.argsort(combined, kind="stable")
-        self.combined = combined[self.order]
-        self.table: np.ndarray | None = None  # from combined codes to levels, where that is not much larger than the levels are many
-        span = math.prod(self.sizes)
-        if span <= max(LOOKED_UP, 4 * len(combined)):
-            self.table = np.full(span, -1, dtype=np.int64)
-            self.table[combined] = np.arange(len(combined))
+        columns = [self.keys.column(i).combine_chunks() for i in range(self.keys.num_columns)]
+        self.indices = [Index(name, values) for name, values in zip(self.keys.column_names, columns, strict=True)]
+        # column by column, each with the places of the combinations that occur: those of many columns stay numbers of 64 bits
+        self.steps: list[tuple[Index, int, Places]] = []
+        code = self.indices[0].codes(columns[0])
+        for index, values in zip(self.indices[1:], columns[1:], strict=True):
+            size = len(index.values)
+            combined = code * size + index.codes(values)
+            last = index is self.indices[-1]  # all differ, and the place is the level's
+            places = Places(combined if last else np.unique(combined))
+            code = places.find(combined)
+            self.steps.append((index, size, places))
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def _combined(self, values: list[Any]) -> np.ndarray:
-        out = self.indices[0].codes(values[0])
-        bad = out < 0
-        for index, size, more in zip(self.indices[1:], self.sizes[1:], values[1:], strict=True):
-            code = index.codes(more)
-            bad |= code < 0
-            out = out * size + code
-        return np.where(bad, -1, out) if bad.any() else out
-
     def codes(self, values: list[Any]) -> np.ndarray:
         """The level (n,) of each row from its key columns; -1 for one that is not known."""
-        combined = self._combined(values)
-        if self.table is not None:
-            return _looked_up(self.table, combined)
-        at = np.minimum(np.searchsorted(self.combined, combined), len(self.combined) - 1)
-        return np.where(self.combined[at] == combined, self.order[at], -1)
-
-
-def _looked_up(table: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """table[at], -1 for places outside."""
-    if len(at) == 0 or (at.min() >= 0 and at.max() < len(table)):
-        return np.asarray(table[at])
-    inside = (at >= 0) & (at < len(table))
-    return np.where(inside, table[np.where(inside, at, 0)], -1)
+        out = self.indices[0].codes(values[0])
+        for (index, size, places), more in zip(self.steps, values[1:], strict=True):
+            code = index.codes(more)
+            bad = (out < 0) | (code < 0)
+            out = places.find(np.where(bad, -1, out * size + code))
+        return out
 
 
 def union(a: Levels, b: Levels) -> tuple[Levels, np.ndarray, np.ndarray]:
@@ -154,7 +131,7 @@ def _signed(kind: pa.DataType) -> bool:
 
 
 def _bare(values: pa.Array) -> pa.Array:
-    """Values that stand for themselves: out of dictionaries and extensions, and zero without its sign."""
+    """Values that stand for themselves: out of dictionaries and extensions, intervals as durations, and zero without its sign."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -164,6 +141,7 @@ def _bare(values: pa.Array) -> pa.Array:
         values = values.dictionary_decode()
     if pa.types.is_string_view(values.type):
         values = values.cast(pa.large_string())
+    values = plain_interval(values)
     return pc.add(values, 0.0) if pa.types.is_float32(values.type) or pa.types.is_float64(values.type) else values
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arrays import column
+from .arrays import column, doubles
 from .covariates import note_scan
 from .effects import coefficient_names, ranef
 from .errors import ConfigError, did_you_mean
 from .grid import MOST, Grid
 from .predictions import Output
-from .quality import QQ_POINTS, pearson, plain, qq, qq_table
+from .quality import QQ_POINTS, pearson, qq, qq_table
 from .sketch import Sketch
 from .wald import check_level
 
@@ -244,7 +244,7 @@ def _residuals(fit: MixedFit, data: Any, options: Options | None, most: int = MO
     grid, n = Grid(most), 0
     points: list[tuple[Array, Array]] = []
     for batch in scored(fit, data, outputs, fit.groups, options, columns=()):
-        x, y = plain(batch.column(0)), plain(batch.column(1))
+        x, y = doubles(batch.column(0)), doubles(batch.column(1))
         kept = np.isfinite(x) & np.isfinite(y)
         n += int(kept.sum())
         grid.add(x, y)

@@ -1,13 +1,14 @@
 """What scoring computes for a row, in SQL: fixed and random parts, residuals, and the columns these are made of."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import expr
+from .arrays import arrow
 from .design import Variable
 from .features import Recipe
 from .formula import parse_expression
@@ -52,40 +53,21 @@ def size_names(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(name for node in nodes for name in expr.columns(node)))
 
 
-def _key(group: str, recipe: Recipe, names: Names, keys: pa.DataType) -> exp.Expr:
-    """A grouping column of the source as it is compared with the modes' keys of type `keys`."""
-    import pyarrow as pa
+def statement_of(fit: MixedFit, names: Names, shown: dict[str, int], parts: Sequence[str]) -> exp.Select:
+    """The statement that scores `src`: columns r…, and the `parts` o0, o1, …, null where a row lacks what it takes."""
     from sqlglot import exp
 
-    if recipe.kinds[group] == "text" or keys == pa.float64():
-        return names.value(group)
-    if pa.types.is_decimal(keys):  # Polars has whole numbers of 128 bits, Arrow only decimals
-        return exp.cast(names.key(group), f"decimal({keys.precision}, {keys.scale})")
-    return exp.cast(names.key(group), "bigint") if keys == pa.int64() else names.key(group)
-
-
-def statement_of(
-    fit: MixedFit, names: Names, shown: dict[str, int], parts: Sequence[str], joined: pa.Schema | None, ordered: bool
-) -> exp.Select:
-    """The statement that scores `src`: columns r…, the `parts` o0, o1, …, and `unseen` (1 where no mode was joined).
-
-    `joined`: the schema of the table of modes, None for the population's predictions.
-    """
-    from sqlglot import exp
-
-    from .sql import both, case, feature, finite, named, number, plus, skeleton
+    from .sql import both, case, feature, finite, named, number, skeleton
 
     recipe = fit.recipe
     fixed = fixed_part(fit, names)
     usable = scorable(recipe, names)
     every = {"population": fixed}
-    if joined is not None:
-        every["conditional"] = plus(fixed.copy(), _random_part(recipe, names))
     if "residual" in parts:
-        every["residual"] = _residual(fit, names, every.get("conditional", fixed))
+        every["residual"] = _residual(fit, names, fixed)
     for k, i in enumerate(recipe.z):
         if f"z{k}" in parts:
-            every[f"z{k}"] = feature(recipe.features[i], recipe, names) if recipe.features[i] else number(1)
+            every[f"z{k}"] = feature(recipe.features[i], recipe, names)
     if "variance" in parts:
         every["variance"] = variance_part(fit, names)
     if "size" in parts:
@@ -99,17 +81,7 @@ def statement_of(
     for k, part in enumerate(parts):
         value = every[part].copy()
         columns.append(named(case([(both([usable.copy(), finite(exp.Paren(this=value.copy()))]), value)], None), f"o{k}"))
-    if joined is not None:
-        missing = exp.Is(this=exp.column("h0"), expression=exp.Null())
-        columns.append(named(case([(missing, number(1))], number(0)), "unseen"))
-    statement = skeleton("predict").select(*columns, append=False, copy=False)
-    if joined is not None:
-        sides = [(_key(group, recipe, names, joined.field(f"j{i}").type), exp.column(f"j{i}")) for i, group in enumerate(recipe.groups)]
-        keys = [exp.EQ(this=left, expression=right) for left, right in sides]
-        statement = statement.join(exp.to_table("joined"), on=both(keys), join_type="left", copy=False)
-        if ordered:
-            statement = statement.order_by(exp.column("rn", table="src"), copy=False)
-    return statement
+    return skeleton("predict").select(*columns, append=False, copy=False)
 
 
 def fixed_part(fit: MixedFit, names: Names) -> exp.Expr:
@@ -124,8 +96,8 @@ def fixed_part(fit: MixedFit, names: Names) -> exp.Expr:
 
 
 def random_features(recipe: Recipe) -> list[str]:
-    """The names of the random features among the parts of a scoring statement."""
-    return [f"z{k}" for k in range(len(recipe.z))]
+    """The names of the random features among the parts of a scoring statement, empty for the constant."""
+    return [f"z{k}" if recipe.features[i] else "" for k, i in enumerate(recipe.z)]
 
 
 def scorable(recipe: Recipe, names: Names) -> exp.Expr:
@@ -144,18 +116,6 @@ def _known_levels(recipe: Recipe, names: Names) -> Iterator[exp.Expr]:
     for variable in _used_variables(recipe):
         if variable.kind == "category" and isinstance(variable.expression, expr.Column | expr.Call):
             yield exp.Paren(this=exp.or_(*(is_level(variable, level, names) for level in variable.levels)))
-
-
-def _random_part(recipe: Recipe, names: Names) -> exp.Expr:
-    from sqlglot import exp
-
-    from .sql import feature, number, summed, times
-
-    parts: list[exp.Expr] = []
-    for k, i in enumerate(recipe.z):
-        h = exp.Coalesce(this=exp.column(f"h{k}"), expressions=[number(0)])
-        parts.append(times(h, feature(recipe.features[i], recipe, names)) if recipe.features[i] else h)
-    return summed(parts)
 
 
 def _residual(fit: MixedFit, names: Names, fitted: exp.Expr) -> exp.Expr:
@@ -214,14 +174,12 @@ def variance_part(fit: MixedFit, names: Names) -> exp.Expr:
     return summed(parts)
 
 
-def made(output: Output, parts: dict[str, Any]) -> Any:
-    """One output column of a batch from its parts; null where one of them is."""
-    import pyarrow as pa
+def made(output: Output, parts: Mapping[str, np.ndarray]) -> pa.Array:
+    """One output column of a batch from its parts (n,); null where it is not finite."""
     import pyarrow.compute as pc
 
-    if output.made is None:
-        return parts[output.parts[0]]
-    values = [np.from_dlpack(pc.fill_null(parts[name], float("nan"))) for name in output.parts]
+    values = [parts[name] for name in output.parts]
     with np.errstate(invalid="ignore", over="ignore"):
-        made = output.made(*values)
-    return pa.array(made, mask=~np.isfinite(made))
+        found = values[0] if output.made is None else output.made(*values)
+    out = arrow(found)
+    return out if np.isfinite(found).all() else pc.if_else(pc.is_finite(out), out, None)

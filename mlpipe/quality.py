@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import expr
-from .arrays import column
+from .arrays import column, doubles
 from .averaged import parameter_covariance
 from .covariates import evaluated, half_factor, note_scan, random_terms, scanned
 from .effects import coefficient_names, ranef
@@ -219,7 +219,7 @@ def residual_batches(fit: MixedFit, data: Any, options: Options | None) -> Itera
 
     outputs = {"response": fit.output("residual"), "pearson": pearson(fit)}
     for batch in scored(fit, data, outputs, fit.groups, options, columns=()):
-        yield plain(batch.column(0)), plain(batch.column(1))
+        yield doubles(batch.column(0)), doubles(batch.column(1))
 
 
 def pearson(fit: MixedFit) -> Output:
@@ -236,13 +236,6 @@ def pearson(fit: MixedFit) -> Output:
         return np.asarray(residual * np.sqrt((parts[k + 1] if size else 1.0) / variance))
 
     return Output((*base.parts, best, *size), made)
-
-
-def plain(values: Any) -> Array:
-    """Doubles with nulls as NaN."""
-    import pyarrow.compute as pc
-
-    return np.from_dlpack(pc.fill_null(values, float("nan")))
 
 
 # -- random effects

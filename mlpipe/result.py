@@ -308,6 +308,8 @@ class MixedFit:
 
         `effects`: "conditional" on the random effects, "population" (random effects zero), "marginal" (the mean over them), or a list of
         factors. `kind`: "response" or "link". `new_levels`: "population", "null" or "raise" where the fit has not seen a level.
+        `ordered=False` allows the rows in any order; it is kept all the same, since it costs nothing. A connection of the user's with
+        `preserve_insertion_order` off has no order to keep.
 
         `interval` adds `lower` and `upper`: "confidence" from the covariance of the fixed effects, and for conditional predictions the
         conditional variances of the random effects given theta (their covariance with the fixed effects left out; factors with several
@@ -317,8 +319,7 @@ class MixedFit:
         from . import scoring
 
         return scoring.predict(
-            self, data, effects=effects, kind=kind, interval=interval, level=level, new_levels=new_levels, ordered=ordered, prefix=prefix,
-            options=options,
+            self, data, effects=effects, kind=kind, interval=interval, level=level, new_levels=new_levels, prefix=prefix, options=options,
         )  # fmt: skip
 
     def augment(

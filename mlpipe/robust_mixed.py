@@ -172,7 +172,7 @@ class _Total:
 def several_factors(fit: MixedFit, fixed: Fixed, source: Source, kind: str, cluster: tuple[str, ...]) -> None:
     """The same from the rows' conditional residuals, in one pass. Raises DataError where a level lies in several clusters: they would not
     be independent."""
-    from .several_scoring import Modes
+    from .lookup import Modes
 
     if kind == "CR2":
         raise ConfigError('vcov = "CR2" is for mixed models with one grouping factor', code="vcov", hint='vcov="CR1"')

@@ -1,17 +1,17 @@
 """Predictions where the rows are: every row of a source, in its order, with the linear predictor."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import effects as modes
-from .arrays import column
 from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Recipe
-from .predictions import Output, made, size_names, statement_of, value_names
+from .lookup import MODE_VARIANCE, Modes, Reading
+from .predictions import Output, made, size_names, value_names
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,7 +31,6 @@ def predict(
     interval: str | None,
     level: float,
     new_levels: str,
-    ordered: bool,
     prefix: str,
     options: Options | None,
 ) -> pa.RecordBatchReader:
@@ -44,7 +43,7 @@ def predict(
 
         lower, upper = bands(fit, wanted, kind, interval, level, factors)
         outputs |= {f"{prefix}lower": lower, f"{prefix}upper": upper}
-    return _scored(fit, data, outputs, factors, new_levels, ordered, None, options)
+    return _scored(fit, data, outputs, factors, new_levels, None, options)
 
 
 def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: str, options: Options | None) -> pa.RecordBatchReader:
@@ -52,15 +51,15 @@ def augment(fit: MixedFit, data: Any, *, columns: Sequence[str] | None, prefix: 
     best = "conditional" if fit.terms else "population"
     outputs = {f"{prefix}fitted": fit.output(best), f"{prefix}resid": fit.output("residual")}
     outputs[f"{prefix}fitted_fixed"] = fit.output("population")
-    return _scored(fit, data, outputs, fit.groups, "population", True, columns, options)
+    return _scored(fit, data, outputs, fit.groups, "population", columns, options)
 
 
 def scored(
     fit: MixedFit, data: Any, outputs: dict[str, Output], conditional: Sequence[str], options: Options | None, *,
     columns: Sequence[str] | None,
 ) -> pa.RecordBatchReader:  # fmt: skip
-    """The columns `columns` of the source (None: all, and in its order) with `outputs`, null where a level is not known to the fit."""
-    return _scored(fit, data, outputs, conditional, "null", columns is None, columns, options)
+    """The columns `columns` of the source (None: all) with `outputs`, null where a level is not known to the fit."""
+    return _scored(fit, data, outputs, conditional, "null", columns, options)
 
 
 def asked(fit: MixedFit, effects: str | Sequence[str], kind: str) -> tuple[str, list[str]]:
@@ -93,40 +92,29 @@ def _scored(
     outputs: dict[str, Output],
     conditional: Sequence[str],
     new_levels: str,
-    ordered: bool,
     columns: Sequence[str] | None,
     options: Options | None,
 ) -> pa.RecordBatchReader:
     if new_levels not in ("population", "null", "raise"):
         hint = did_you_mean(str(new_levels), ["population", "null", "raise"])
         raise ConfigError(f'new_levels = {new_levels!r} is not one of "population", "null", "raise"', hint=hint)
+    recipe = fit.recipe
+    factors = [groups for groups in recipe.factors or (recipe.groups,) if ":".join(groups) in conditional]
     stack = ExitStack()
     try:
         engine = stack.enter_context(_engine(fit, data, options))
         fit.info["rows_to_score"] = engine.row_count()
         parts = list(dict.fromkeys(part for output in outputs.values() for part in output.parts))
-        observed = "residual" in parts or "observed" in parts
-        sizes = size_names(fit.recipe) if "size" in parts else []
-        names = located(engine, fit.recipe, observed, bool(conditional), sizes)
+        sizes = size_names(recipe) if "size" in parts else []
+        names = located(engine, recipe, bool({"residual", "observed"} & set(parts)), bool(factors), sizes)
         shown = shown_columns(engine, columns, list(outputs))
-        from . import several_scoring
-
-        if conditional and (fit.recipe.factors or several_scoring.MODE_VARIANCE in parts):
-
-            return several_scoring.scored(fit, engine, names, shown, outputs, conditional, new_levels, ordered, stack)
-        joined = _joined(fit, engine, names) if conditional else None
-        statement = statement_of(fit, names, shown, parts, joined.schema if joined is not None else None, ordered)
-        from .engines.base import Columns
-
-        groups = fit.recipe.groups if conditional else ()
-        values = frozenset(names.positions[name] for name in (*value_names(fit.recipe, observed), *sizes))
-        values |= {names.positions[name] for name in groups if fit.recipe.kinds[name] in ("number", "text")}
-        wanted = Columns(values, frozenset(names.positions[name] for name in groups), everything=True, row_number=ordered)
-        reader = engine.query(statement, wanted, joined=joined)
-        return _finished(fit, reader, list(shown), parts, outputs, new_levels, stack)
+        modes = [Modes(fit, ":".join(groups), groups) for groups in factors]
+        asked_for = ["population" if part == "conditional" else part for part in parts if part != MODE_VARIANCE]
+        reading = Reading(fit, engine, names, shown, asked_for, list(dict.fromkeys(name for groups in factors for name in groups)))
     except BaseException:
         stack.close()
         raise
+    return _finished(fit, reading, modes, len(shown), parts, outputs, new_levels, stack)
 
 
 def _engine(fit: MixedFit, data: Any, options: Options | None) -> Any:
@@ -174,126 +162,51 @@ def shown_columns(engine: Engine, columns: Sequence[str] | None, outputs: Sequen
     return shown
 
 
-def _joined(fit: MixedFit, engine: Engine, names: Names) -> pa.Table:
-    """The conditional modes by level: keys j0, j1, …, and h0, h1, …, their coefficients over the random features."""
-    import pyarrow as pa
-
-    table = modes.ranef(fit, wide=True, stream=False)
-    b = np.column_stack([column(table, name) for name in modes.coefficient_names(fit.terms)])
-    h = b @ np.column_stack([term.design for term in fit.terms]).T
-    keys = zip(fit.recipe.groups, modes.key_names(fit.terms, fit.recipe.groups), _key_types(engine, fit.recipe, names), strict=True)
-    columns = {f"j{i}": _comparable(group, table.column(key), kind) for i, (group, key, kind) in enumerate(keys)}
-    return pa.table({**columns, **{f"h{k}": h[:, k] for k in range(h.shape[1])}})
-
-
-def _key_types(engine: Engine, recipe: Recipe, names: Names) -> list[pa.DataType]:
-    """The Arrow types of the grouping columns of a source."""
-    from sqlglot import exp
-
-    from .engines.base import Columns
-    from .sql import skeleton
-
-    keys = [names.key(group) for group in recipe.groups]
-    nothing = skeleton("rows").select(*keys, append=False, copy=False).where(exp.false(), copy=False)
-    schema = engine.query(nothing, Columns(keys=frozenset(names.positions[group] for group in recipe.groups))).schema
-    return [schema.field(key.name).type for key in keys]
-
-
-def _comparable(group: str, keys: pa.ChunkedArray, source: pa.DataType) -> pa.ChunkedArray:
-    """The keys in a type that `_key` compares with the source's by value: text for enums and the like, 64-bit integers for
-    integers of different widths, decimals for wider ones, doubles for other numbers of different types, the source's own type for times,
-    null where that cannot hold them. Raises DataError for other types that differ."""
-    import pyarrow as pa
-
-    kind = keys.type.value_type if pa.types.is_dictionary(keys.type) else keys.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return keys.cast(pa.large_string())
-    if _narrow(kind) and _narrow(source):
-        return keys.cast(pa.int64())
-    if _whole(kind) and _whole(source):
-        return keys.cast(pa.decimal128(38, 0))
-    if kind == source or (pa.types.is_duration(kind) and source == pa.month_day_nano_interval()):
-        return keys
-    if any(_alike(test, kind, source) for test in (pa.types.is_timestamp, pa.types.is_duration, pa.types.is_time)):
-        return _exactly(keys, source)
-    if _number(kind) and _number(source):
-        return keys.cast(pa.float64(), safe=False)
-    raise DataError(f"the column {group!r} is of type {source}, the fit had {kind}", code="column_type", column=group, hint="cast it")
-
-
-def _alike(test: Callable[[pa.DataType], bool], kind: pa.DataType, source: pa.DataType) -> bool:
-    """Whether both types pass a test, and both or neither have a time zone."""
-    return test(kind) and test(source) and (getattr(kind, "tz", None) is None) == (getattr(source, "tz", None) is None)
-
-
-def _exactly(keys: pa.ChunkedArray, source: pa.DataType) -> pa.ChunkedArray:
-    """The keys in another type of time, null where that cannot hold them."""
-    import pyarrow.compute as pc
-
-    cast = keys.cast(source, safe=False)
-    return pc.if_else(pc.equal(cast.cast(keys.type, safe=False), keys), cast, None)
-
-
-def _whole(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0))
-
-
-def _narrow(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_integer(kind) and kind != pa.uint64())
-
-
-def _number(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
-
-
 def _finished(
-    fit: MixedFit,
-    reader: pa.RecordBatchReader,
-    shown: list[str],
-    parts: list[str],
-    outputs: dict[str, Output],
-    new_levels: str,
+    fit: MixedFit, reading: Reading, modes: list[Modes], width: int, parts: Sequence[str], outputs: dict[str, Output], new_levels: str,
     stack: ExitStack,
-) -> pa.RecordBatchReader:
-    """The reader with the true names, unseen levels treated and counted; closes the source at its end."""
+) -> pa.RecordBatchReader:  # fmt: skip
+    """The first `width` columns of the source with the outputs, levels that are not known treated and counted; closes the source at its
+    end."""
     import pyarrow as pa
 
-    keep = len(shown) + len(parts)
-    fields = [reader.schema.field(i).with_name(name).with_nullable(True) for i, name in enumerate(shown)]
-    schema = pa.schema([*fields, *(pa.field(name, pa.float64()) for name in outputs)])
+    schema = pa.schema([*reading.fields, *(pa.field(name, pa.float64()) for name in outputs)])
     counts = {"rows": 0, "unseen_levels": 0, "null_predictions": 0}
 
     def batches() -> Iterator[pa.RecordBatch]:
         fit.info["scored"] = counts  # growing: whoever reads may stop before the last batch
         with stack:
-            for batch in reader:
-                held = {part: batch.column(len(shown) + k) for k, part in enumerate(parts)}
-                arrays = [batch.column(i) for i in range(len(shown))] + [made(output, held) for output in outputs.values()]
-                if batch.num_columns > keep:
-                    arrays = _unseen(batch, arrays, len(shown), new_levels, counts)
+            for batch, held, features in reading:
+                if modes:
+                    _add_modes(reading, modes, batch, held, features, parts, new_levels, counts)
+                columns = [made(output, held) for output in outputs.values()]
                 counts["rows"] += batch.num_rows
-                counts["null_predictions"] += arrays[len(shown)].null_count
-                yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+                counts["null_predictions"] += columns[0].null_count
+                yield pa.RecordBatch.from_arrays([*(batch.column(i) for i in range(width)), *columns], schema=schema)
 
     return pa.RecordBatchReader.from_batches(schema, batches())
 
 
-def _unseen(batch: pa.RecordBatch, arrays: list[Any], first: int, new_levels: str, counts: dict[str, int]) -> list[Any]:
-    import pyarrow as pa
-
-    unseen = column(batch, "unseen") > 0
+def _add_modes(
+    reading: Reading, modes: list[Modes], batch: pa.RecordBatch, held: dict[str, np.ndarray], features: np.ndarray, parts: Sequence[str],
+    new_levels: str, counts: dict[str, int],
+) -> None:  # fmt: skip
+    """Adds the random part to what is conditional on it; levels that are not known are counted and treated as asked."""
+    random, spread, unseen = np.zeros(batch.num_rows), np.zeros(batch.num_rows), np.zeros(batch.num_rows, dtype=bool)
+    for mode in modes:
+        code = reading.codes(batch, mode.levels)
+        random, unseen = random + mode.part(code, features), unseen | (code < 0)
+        if MODE_VARIANCE in parts:
+            spread = spread + mode.spread(code, features)
+    held[MODE_VARIANCE] = spread
     number = int(unseen.sum())
     counts["unseen_levels"] += number
     if number and new_levels == "raise":
-        raise DataError(f"{number:,} rows have a level of the grouping factor that the fit has not seen", code="new_levels")
+        raise DataError(f"at least {number:,} rows have a level of a grouping factor that the fit has not seen", code="new_levels")
+    if "conditional" in parts:
+        held["conditional"] = held["population"] + random
+    if "residual" in parts:
+        held["residual"] = held["residual"] - random
     if number and new_levels == "null":
-        import pyarrow.compute as pc
-
-        arrays = [array if i < first else pc.if_else(pa.array(~unseen), array, None) for i, array in enumerate(arrays)]
-    return arrays
+        for name in held:
+            held[name] = np.where(unseen, np.nan, held[name])

@@ -9,10 +9,10 @@ import numpy as np
 
 from . import effects
 from .errors import ConfigError
+from .lookup import Modes, Reading
 from .outcome import TRIALS
 from .predictions import size_names
 from .scoring import located, shown_columns
-from .several_scoring import Modes, Reading
 from .solve.draws import SUMMED, responses
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def simulate(fit: MixedFit, n: int, seed: int | None, prefix: str) -> pa.RecordB
         modes = [Modes(fit, ":".join(groups), groups) for groups in factors]
         drawn = [_effects(fit, mode, n, rng) for mode in modes]
         keys = list(dict.fromkeys(name for groups in factors for name in groups))
-        reading = Reading(fit, engine, where, shown, ["size"] if sizes else [], keys, True)
+        reading = Reading(fit, engine, where, shown, ["population", *(["size"] if sizes else [])], keys)
     except BaseException:
         stack.close()
         raise

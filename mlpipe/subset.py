@@ -34,12 +34,10 @@ class FilteredEngine:
         whole = self.inner.identity()
         return replace(whole, fingerprint=fingerprint(whole.fingerprint, self.mark))
 
-    def query(
-        self, statement: exp.Query, columns: Columns, *, joined: pa.Table | pa.RecordBatchReader | None = None, sample: bool = False
-    ) -> pa.RecordBatchReader:
+    def query(self, statement: exp.Query, columns: Columns, *, sample: bool = False) -> pa.RecordBatchReader:
         """See Engine."""
         wanted = replace(columns, values=columns.values | self.read.values, keys=columns.keys | self.read.keys)
-        return self.inner.query(self._filtered(statement, columns), wanted, joined=joined, sample=sample)
+        return self.inner.query(self._filtered(statement, columns), wanted, sample=sample)
 
     def _filtered(self, statement: exp.Query, columns: Columns) -> exp.Query:
         """The statement over `kept`, the rows of `src` that fulfil the condition."""

@@ -194,24 +194,12 @@ def test_everything_gives_all_columns(typed_kind: str, tmp_path: Path, opened: O
     assert found.schema.field("rn").type == pa.int64()
 
 
-JOIN = "select rn, joined.u as u from src left join joined on src.k0 is not distinct from joined.k0 order by rn"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_joined_table(stream: bool, engine_kind: str, tmp_path: Path, opened: Opened) -> None:
-    engine = opened(as_data(pl.DataFrame({"g": ["b", "a", "c", "b"]}), engine_kind, tmp_path))
-    ours = pa.table({"k0": ["a", "b"], "u": [1.0, 2.0]})
-    found = rows(engine, JOIN, Columns(keys=frozenset([0]), row_number=True), joined=ours.to_reader() if stream else ours)
-    assert found == [(0, 2.0), (1, 1.0), (2, None), (3, 2.0)]
-
-
 def test_a_users_table_called_like_ours(opened: Opened) -> None:
     con = duckdb.connect()
-    con.execute("create table src as select 1.0::double as a; create table joined as select 7 as u, 'a' as k0")
+    con.execute("create table src as select 1.0::double as a")
     con.execute("create table mlpipe_source as select 9.0::double as a")
     engine = opened(con.table("src"))
     assert values(engine, "a") == [(1.0,)]
-    assert rows(engine, "select u from joined", Columns(), joined=pa.table({"u": [5]})) == [(5,)]
 
 
 def test_a_statement_with_tables_of_its_own(engine_kind: str, tmp_path: Path, opened: Opened) -> None:
@@ -359,7 +347,6 @@ def test_a_users_connection_is_left_alone(kind: str, opened: Opened) -> None:
     columns = Columns(frozenset([0]), frozenset([1]), row_number=True)
     for sample in (False, True):
         rows(engine, "select k1, sum(c0) as s from src group by k1", columns, sample=sample)
-        rows(engine, "select u from joined", columns, joined=pa.table({"u": [1]}))
         assert con.sql("select 1").fetchall() == [(1,)]
     with pytest.raises(DataError):
         rows(engine, "select nothing from src", columns)

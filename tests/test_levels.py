@@ -9,8 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from mlpipe import places
 from mlpipe.errors import DataError
-from mlpipe.levels import SPAN, Index, Levels
+from mlpipe.levels import Index, Levels
+from mlpipe.places import LOOKED_UP as SPAN
 
 UTC = pa.timestamp("us", "UTC")
 DAY = dt.datetime(2020, 5, 5)
@@ -63,9 +65,9 @@ FOUND: dict[str, tuple[pa.Array, pa.Array, list[int]]] = {
     "finer timestamps": (pa.array([DAY]), pa.array([1588636800000000001]).cast(pa.timestamp("ns")), [-1]),
     "zones": (pa.array([DAY], UTC), pa.array([DAY, None], UTC), [0, -1]),
     "durations": (pa.array([dt.timedelta(1), dt.timedelta(2)]), pa.array([dt.timedelta(2), dt.timedelta(3)]), [1, -1]),
-    "intervals": (
+    "intervals": (  # a month is 30 days, as DuckDB compares and groups them
         pa.array([pa.MonthDayNano([0, 1, 0]), pa.MonthDayNano([1, 0, 0])]),
-        pa.array([pa.MonthDayNano([1, 0, 0]), pa.MonthDayNano([0, 30, 0])]), [1, -1],
+        pa.array([pa.MonthDayNano([1, 0, 0]), pa.MonthDayNano([0, 30, 0]), pa.MonthDayNano([0, 0, 86_400 * 10**9])]), [1, 1, 0],
     ),
     "decimals": (pa.array([Decimal("1.10"), Decimal("2.50")]), pa.array([Decimal("2.50"), Decimal("1.10"), None]), [1, 0, -1]),
     "decimals of another scale": (pa.array([Decimal("1.10"), Decimal("2.50")]), pa.array([Decimal("2.504"), Decimal("1.100")]), [-1, 0]),
@@ -144,3 +146,44 @@ def test_many_random_keys() -> None:
         values = np.concatenate([rng.choice(keys, 500), rng.integers(-span, span, 100).astype(kind)])
         code = Index("k", pa.array(keys)).codes(pa.array(values))
         np.testing.assert_array_equal(code, [np.flatnonzero(keys == v)[0] if v in keys else -1 for v in values])
+
+
+@pytest.mark.parametrize("kind", [np.int64, str])
+def test_far_more_keys_than_a_batch(kind: type) -> None:
+    rng = np.random.default_rng(3)
+    numbers = np.unique(rng.integers(-(2**62), 2**62, 30_000))
+    keys = rng.permutation(numbers).astype(kind)
+    places = rng.integers(0, len(keys), 5_000)
+    index = Index("k", pa.array(keys))
+    np.testing.assert_array_equal(index.codes(pa.array(keys[places])), places)
+    others = np.setdiff1d(rng.integers(-(2**62), 2**62, 5_000), numbers).astype(kind)
+    assert (index.codes(pa.array(others)) == -1).all()
+
+
+def test_text_of_any_length_does_not_depend_on_its_batch() -> None:
+    rng = np.random.default_rng(4)
+    texts = list(dict.fromkeys(bytes(rng.integers(97, 99, n)).decode() for n in [*range(20), *range(20), 200, 200, 8, 16]))
+    index = Index("k", pa.array(texts))
+    for place, text in enumerate(texts):
+        for rows in ([text], [text, "c" * 300], ["", text, None]):
+            assert index.codes(pa.array(rows, pa.large_string()))[rows.index(text)] == place
+    assert (index.codes(pa.array([text + "c" for text in texts])) == -1).all()
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.binary(3), pa.decimal128(5)])
+def test_keys_that_share_a_hash(kind: pa.DataType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_hashed", lambda data, starts, lengths: np.zeros(len(lengths), dtype=np.int64))
+    keys = pa.array(["101", "102", "103", "104"]).cast(pa.string() if kind != pa.decimal128(5) else kind).cast(kind)
+    index = Index("k", keys[:3])
+    np.testing.assert_array_equal(index.codes(pa.concat_arrays([keys, pa.nulls(1, kind), keys[1:2]])), [0, 1, 2, -1, -1, 1])
+
+
+def test_combinations_of_many_columns_of_many_keys() -> None:
+    """Their possible combinations are more than 2^64."""
+    rng = np.random.default_rng(5)
+    columns = [pa.array(rng.integers(-(2**62), 2**62, 9_000)) for _ in range(6)]
+    found = levels(*columns)
+    rows = rng.permutation(9_000)
+    np.testing.assert_array_equal(found.codes([column.take(pa.array(rows)) for column in columns]), rows)
+    shifted = [*columns[:5], pa.array(np.roll(columns[5].to_numpy(), 1))]
+    assert (found.codes(shifted) == -1).all()

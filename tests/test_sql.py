@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 from sqlglot import exp, parse
 
@@ -22,7 +21,7 @@ from mlpipe.engines.base import Columns
 from mlpipe.engines.dialects import render
 from mlpipe.formula import parse_expression
 from mlpipe.plans import Plan
-from mlpipe.scoring import statement_of
+from mlpipe.predictions import statement_of
 from mlpipe.sources import open_source
 from mlpipe.sql import Names, named, number, numeric, skeleton
 
@@ -52,15 +51,13 @@ def intercepts() -> Plan:
     return mp.plan("lmm", "y ~ I(year > 2004) + offset(w) + (1 | g:site)", FRAME)
 
 
-def scored(plan: Plan, *, conditional: bool) -> exp.Query:
+def scored(plan: Plan, *parts: str) -> exp.Query:
     """The scoring statement of a fit with given coefficients: estimates would differ in their last digits."""
     fit = mp.lmm("y ~ year + (1 | g:site)", pl.concat([FRAME, FRAME.with_columns(pl.col("y") + pl.col("n"))]))
     covariates = plan.recipe.n_covariates
     gamma = np.concatenate([0.5 + np.arange(covariates), np.zeros(len(plan.recipe.features) - covariates)])
     fit = replace(fit, recipe=plan.recipe, response=plan.recipe.responses[0], gamma=gamma)
-    joined = pa.schema([("j0", pa.int64()), ("j1", pa.large_string()), ("h0", pa.float64())]) if conditional else None
-    parts = ["conditional", "residual"] if conditional else ["population"]
-    return statement_of(fit, plan.names, {"y": 0, "g": 3}, parts, joined, conditional)
+    return statement_of(fit, plan.names, {"y": 0, "g": 3}, parts)
 
 
 def used(plan: Plan) -> Any:
@@ -93,8 +90,8 @@ STATEMENTS: dict[str, Callable[[], exp.Query]] = {
     "raw_rows": lambda: statements.raw_rows(intercepts().recipe, intercepts().names),
     "used_rows": lambda: statements.used_rows(slopes().recipe, slopes().names, keys=True),
     "blup_sums": lambda: statements.blup_sums(intercepts().recipe, intercepts().names, [-0.5, 0.0, 1.0]),
-    "population": lambda: scored(slopes(), conditional=False),
-    "conditional": lambda: scored(intercepts(), conditional=True),
+    "population": lambda: scored(slopes(), "population", "z1"),
+    "residual": lambda: scored(intercepts(), "population", "residual"),
 }
 
 

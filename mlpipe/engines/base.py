@@ -81,11 +81,9 @@ class Engine(Protocol):
     def identity(self) -> Identity:
         """See Identity."""
 
-    def query(
-        self, statement: exp.Query, columns: Columns, *, joined: pa.Table | pa.RecordBatchReader | None = None, sample: bool = False
-    ) -> pa.RecordBatchReader:
-        """The rows of a statement over `src` (and over `joined`, ours to give). Joins need not keep the order of `src`: a
-        statement that needs one says `order by rn`. `sample`: `src` is a small, cheap, deterministic part from all over."""
+    def query(self, statement: exp.Query, columns: Columns, *, sample: bool = False) -> pa.RecordBatchReader:
+        """The rows of a statement over `src`, in its order where the statement neither joins nor groups. `sample`: `src` is a small,
+        cheap, deterministic part from all over."""
 
     def row_count(self) -> int | None:
         """The number of rows where it is known without a scan."""

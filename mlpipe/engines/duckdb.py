@@ -96,17 +96,15 @@ class DuckDBEngine:
         if self._origin.snapshot is not None:
             self._origin.snapshot.check()
 
-    def query(
-        self, statement: exp.Query, columns: Columns, *, joined: pa.Table | pa.RecordBatchReader | None = None, sample: bool = False
-    ) -> pa.RecordBatchReader:
+    def query(self, statement: exp.Query, columns: Columns, *, sample: bool = False) -> pa.RecordBatchReader:
         """See Engine. A result of up to 32 MB is read before this returns, and the connection free again; a larger one streams,
         and holds a user's connection until it is read out or dropped."""
         source = source_rows(self._origin, columns, sample)
-        sql = render(with_source(statement, source, joined is not None), "duckdb", copy=False)
+        sql = render(with_source(statement, source), "duckdb", copy=False)
         noted(self.ran, sql)
         with self._checked():
             con = self._connection(statement)
-            relation = _bound(sql, self._origin, con, joined)
+            relation = _bound(sql, self._origin, con)
             # one thread for all batches: those of ever new threads come from new memory, which cost half as much again as the scan
             thread = ThreadPoolExecutor(1)
             reader = self._guarded(con, thread, lambda: relation.to_arrow_reader(BATCH_ROWS))
@@ -202,8 +200,7 @@ def _progress(con: DuckDBPyConnection) -> float | None:
     return percent / 100 if percent >= 0 else None
 
 
-def _bound(sql: str, origin: Origin, con: DuckDBPyConnection | None, joined: Any) -> DuckDBPyRelation:
-    mlpipe_joined_rows = joined  # noqa: F841 - DuckDB finds the table of this name among the local variables here
+def _bound(sql: str, origin: Origin, con: DuckDBPyConnection | None) -> DuckDBPyRelation:
     if origin.relation is not None:
         found = origin.relation(con).query(RELATION, sql)
     else:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 HEAD_ROWS = 20_000
 RELATION = "mlpipe_source"
-JOINED = "mlpipe_joined_rows"
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,13 @@ class Origin:
     without_nulls: Callable[[], frozenset[str]] | None = None
 
 
-def with_source(statement: exp.Query, source: exp.Select, joined: bool) -> exp.Query:
-    """The statement with `src` (and `joined`) before its own common table expressions. Not materialized: a table expression
-    read twice would be held in memory."""
+def with_source(statement: exp.Query, source: exp.Select) -> exp.Query:
+    """The statement with `src` before its own common table expressions. Not materialized: a table expression read twice would be held
+    in memory."""
     statement = statement.copy()
-    tables = {"src": source} | ({"joined": exp.select("*").from_(exp.to_table(JOINED))} if joined else {})
-    ctes = [
-        exp.CTE(this=node, alias=exp.TableAlias(this=exp.to_identifier(name)), materialized=False) for name, node in tables.items()
-    ]
+    src = exp.CTE(this=source, alias=exp.TableAlias(this=exp.to_identifier("src")), materialized=False)
     own = statement.args.get("with_")
-    statement.set("with_", exp.With(expressions=[*ctes, *(own.expressions if own else [])]))
+    statement.set("with_", exp.With(expressions=[src, *(own.expressions if own else [])]))
     return statement
 
 

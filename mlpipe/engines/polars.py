@@ -73,17 +73,12 @@ class PolarsEngine:
     def check_unchanged(self) -> None:
         """A DataFrame cannot change under us; what a LazyFrame scans is not known here, so its row counts tell."""
 
-    def query(
-        self, statement: exp.Query, columns: Columns, *, joined: pa.Table | pa.RecordBatchReader | None = None, sample: bool = False
-    ) -> pa.RecordBatchReader:
-        """See Engine. `joined` is held in memory; results beyond 32 MB stream."""
+    def query(self, statement: exp.Query, columns: Columns, *, sample: bool = False) -> pa.RecordBatchReader:
+        """See Engine. Results beyond 32 MB stream."""
         sql = render(statement, "polars")
         noted(self.ran, sql)
         with translating():
-            tables = {"src": self._source(columns, sample)}
-            if joined is not None:
-                tables["joined"] = pl.DataFrame(joined).lazy()
-            with pl.SQLContext(tables, eager=False) as context:
+            with pl.SQLContext({"src": self._source(columns, sample)}, eager=False) as context:
                 result = _exportable(context.execute(sql))
             empty = pl.DataFrame(schema=result.collect_schema())
         return buffered(_table(empty).schema, _batches(result))

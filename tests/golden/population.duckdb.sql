@@ -1,4 +1,4 @@
-/* Every row of the source, in its order, with the linear predictor; `joined` holds the conditional modes of the levels. */
+/* Every row of the source, in its order, with the linear predictor of the fixed part; the conditional modes are added to it afterwards. */
 SELECT
   src.r0,
   src.r3,
@@ -66,5 +66,22 @@ SELECT
         ) * 0.5e0 ELSE 0.0e0 END
       )
     )
-  END AS o0
+  END AS o0,
+  CASE
+    WHEN (
+      (
+        c2 = 'a' OR c2 = 'b' OR c2 = 'it''s'
+      )
+      AND c1 * 0.0e0 = 0.0e0
+      AND NOT c2 IS NULL
+    )
+    AND (
+      (
+        c1 - 2004.0e0
+      ) * 0.5e0
+    ) * 0.0e0 = 0.0e0
+    THEN (
+      c1 - 2004.0e0
+    ) * 0.5e0
+  END AS o1
 FROM src
