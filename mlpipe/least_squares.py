@@ -14,7 +14,6 @@ from .formula import Formula
 from .levels import Levels
 from .rank import COLLINEAR
 from .reduction import Coding, Fixed, fixed_part, response_vector, responses_of
-from .solve.absorb import Cells
 from .stats import SuffStats
 
 if TYPE_CHECKING:
@@ -115,6 +114,8 @@ def within(stats: SuffStats) -> Projection:
 
 
 def _within_several(stats: SuffStats, constant: int) -> Projection:
+    from .solve.absorb import Cells
+
     crossed, recipe = stats.crossed, stats.recipe
     assert crossed is not None
     pairs = {pair: k for k, pair in enumerate(recipe.pairs())}
