@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import time as clock
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ConfigError, ConvergenceError, ConvergenceWarning, DataError, RankWarning, did_you_mean
+from .errors import ConfigError, DataError, did_you_mean
 from .estimating_result import KINDS, GEEFit
 from .families import check_plain, check_weights, checked_family
 from .formula import parse
@@ -22,6 +21,7 @@ from .robust import names_of
 from .solve.density import density
 from .solve.gee import CORRELATIONS, GEESolution, Look, Working, solve_gee
 from .solve.kernel import Chunk
+from .verdict import report
 
 if TYPE_CHECKING:
     from .engines.base import Engine
@@ -88,7 +88,7 @@ def gee(
         fit = GEEFit.from_solution(formula, model, solution, data, options, family, corr, kind, times)
     fit.info["passes"] = round(rows.spool.passes, 2)
     fit.info["seconds"]["total"] = fit.seconds = clock.perf_counter() - began
-    _report(fit, options)
+    report(fit, options)
     return fit
 
 
@@ -196,13 +196,3 @@ def _solved(model: Model, working: Working, options: Options, watch: Watch) -> G
         return total
 
     return solve_gee(look, working, start, tol=options.tol, max_passes=options.max_passes)
-
-
-def _report(fit: GEEFit, options: Options) -> None:
-    if fit.dropped:
-        warnings.warn(f"coefficients repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning, stacklevel=3)
-    if not fit.converged:
-        message = f"the fit did not converge: {fit.message} (scaled score {fit.score:.2g} after {fit.evaluations} passes)"
-        if options.on_nonconvergence == "raise":
-            raise ConvergenceError(message)
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)

@@ -1,17 +1,14 @@
-"""What is worth saying about a fitted generalized model: notes, separation, warnings."""
+"""What is worth saying about a fitted generalized model: notes, and separation."""
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ConvergenceError, ConvergenceWarning, RankWarning, SeparationWarning, SingularFitWarning
 from .marginal import spreads
 from .passes import padded
 
 if TYPE_CHECKING:
-    from .options import Options
     from .passes import Model
 
 SPARSE = 6.0  # trials, events or rows per block below which the Laplace approximation is worth a warning
@@ -63,19 +60,3 @@ def separated(fit: Any, model: Model) -> list[str]:
     gram = model.fixed.T.T @ padded(model.plan.recipe, model.rows) @ model.fixed.T
     size = np.abs(fit.beta) * np.sqrt(np.maximum(np.diag(gram) / model.rows.size, 0.0))  # the effect of each on the linear predictor
     return [name for name, share in zip(fit.names, size, strict=True) if share > 0.5 * size.max()] if size.max() > RUNAWAY else []
-
-
-def report(fit: Any, options: Options) -> None:
-    """Warnings for what the result's fields say; raises where the options ask for it."""
-    if fit.dropped:
-        warnings.warn(f"fixed effects repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning, stacklevel=3)
-    if fit.info["separation"]:
-        names = ", ".join(fit.info["separation"])
-        warnings.warn(f"{names} separate(s) the outcomes: these estimates go to infinity", SeparationWarning, stacklevel=3)
-    if fit.singular:
-        warnings.warn("the fit is singular: a random-effects covariance is on the boundary", SingularFitWarning, stacklevel=3)
-    if not fit.converged:
-        message = f"the fit did not converge: {fit.message} (scaled score {fit.score:.2g} after {fit.evaluations} evaluations)"
-        if options.on_nonconvergence == "raise":
-            raise ConvergenceError(message)
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .design import level_label
-from .errors import ConfigError, ConvergenceError, ConvergenceWarning, DataError, RankWarning, SingularFitWarning, did_you_mean
+from .errors import ConfigError, DataError, did_you_mean
 from .options import METHODS, Options
 from .progress import stage
+from .verdict import report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +106,7 @@ def lmm(
             if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
-    _report(fit, options)
+    report(fit, options)
     return fit
 
 
@@ -407,17 +408,3 @@ def _modes(fit: LMMFit, engine: Engine) -> pa.Table:
     from . import effects
 
     return effects.table_of(fit, effects.from_rows(fit, engine))
-
-
-def _report(fit: LMMFit, options: Options) -> None:
-    """Warnings for what the result's fields say; raises where the options ask for it."""
-    if fit.dropped:
-        warnings.warn(f"fixed effects repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning, stacklevel=3)
-    if fit.singular:
-        warnings.warn("the fit is singular: a random-effects covariance is on the boundary", SingularFitWarning, stacklevel=3)
-    if not fit.converged:
-        message = f"the fit did not converge: {fit.message} (scaled score {fit.score:.2g} after {fit.evaluations} evaluations)"
-        if options.on_nonconvergence == "raise":
-            raise ConvergenceError(message)
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)
-

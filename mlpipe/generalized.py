@@ -13,7 +13,7 @@ from . import robust_mixed
 from .checkpoint import Checkpoint
 from .errors import ConfigError, did_you_mean
 from .families import check_mixed, check_plain, check_weights, checked_family
-from .findings import noted, report
+from .findings import noted
 from .formula import Formula, parse
 from .options import METHODS, Options
 from .passes import Estimates, Model, Settled, block_sandwich, built, plain, solved
@@ -23,6 +23,7 @@ from .progress import Watch, stage
 from .robust import checked, names_of
 from .solve.density import Density, density
 from .solve.sandwich import cluster_factor
+from .verdict import report
 
 if TYPE_CHECKING:
     from .compressed import Compressed

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
@@ -14,7 +13,7 @@ import numpy as np
 
 from . import robust
 from .arrays import column
-from .errors import ConfigError, DataError, RankWarning
+from .errors import ConfigError, DataError
 from .formula import Formula, parse
 from .least_squares import Projection, Solution, loglik, pooled, solved, within
 from .levels import Levels
@@ -24,6 +23,7 @@ from .progress import stage
 from .reduction import response_vector
 from .robust import Fitted, Meat, Source
 from .solve.sandwich import CR, cluster_factor, covariance, half, row_factor, ways
+from .verdict import report
 
 if TYPE_CHECKING:
     from .plans import Plan, Request
@@ -84,8 +84,7 @@ def ols(
     else:
         fit = _from_rows(formula, parsed, data, factors, clusters, kind, settled | coding, options)
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
-    if fit.dropped:
-        warnings.warn(f"coefficients repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning, stacklevel=2)
+    report(fit, options)
     return fit
 
 

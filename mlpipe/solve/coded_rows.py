@@ -14,6 +14,7 @@ from .elimination import eliminate
 from .kernel import Kernel, Piece, Rows
 from .link import Array
 from .meetings import Inverse, Pairs, inverse
+from .several_factors import SeveralFactors
 from .small import flat, per_level
 
 SCATTERED = 16  # levels that a part's codes span, per row, from which sums are added one by one
@@ -31,7 +32,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class JointProblem:
+class JointProblem(SeveralFactors):
     """`density`; `Q` (m, p): gamma = Q beta*; a `kernels` entry per factor gives its random columns; `levels` m_k; `terms`, sizes of the
     random terms of each factor; `pairs`, the cells; `scan(work)` calls work on every part of the rows, in any order, perhaps at once.
 
@@ -52,28 +53,9 @@ class JointProblem:
         return int(self.Q.shape[1])
 
     @property
-    def offsets(self) -> list[int]:
-        """Where each factor's part of Λ starts, and their end."""
-        return [0, *np.cumsum([kernel.q for kernel in self.kernels]).tolist()]
-
-    @property
     def ends(self) -> list[int]:
         """Where each factor's random effects start, and their end."""
         return [0, *np.cumsum([kernel.q * m for kernel, m in zip(self.kernels, self.levels, strict=True)]).tolist()]
-
-    @property
-    def entries(self) -> tuple[tuple[int, int], ...]:
-        """The free elements of Λ (over all factors), lower triangles by column, terms in order."""
-        out, at = [], 0
-        for sizes in self.terms:
-            for k in sizes:
-                out += [(at + i, at + j) for j in range(k) for i in range(j, k)]
-                at += k
-        return tuple(out)
-
-    def lambdas(self, lambda_: Array) -> list[Array]:
-        """Λ of each factor."""
-        return [lambda_[a:b, a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
     def split(self, x: Array) -> list[Array]:
         """x over single effects (all, k), per factor as (q_k, k, m_k)."""

@@ -19,6 +19,7 @@ from .elimination import Eliminated, eliminate
 from .kernel import Look, Point
 from .link import Array
 from .nested import Children, Family, Nested
+from .several_factors import SeveralFactors
 from .small import flat as flat
 from .small import per_level as per_level
 
@@ -82,7 +83,7 @@ class Cells:
 
 
 @dataclass(frozen=True)
-class CrossedProblem:
+class CrossedProblem(SeveralFactors):
     """All a fit needs: `factors`, largest first; `cells` of pairs (k, h), k < h; `WW` (p + 1, p + 1) = [X y]'w[X y]; `n`, `sum_log_w`."""
 
     factors: tuple[Factor, ...]
@@ -97,21 +98,6 @@ class CrossedProblem:
     def p(self) -> int:
         """The number of fixed effects."""
         return len(self.WW) - 1
-
-    @property
-    def offsets(self) -> list[int]:
-        """Where each factor's part of Λ starts, and their end."""
-        return [0, *np.cumsum([f.q for f in self.factors]).tolist()]
-
-    @property
-    def entries(self) -> tuple[tuple[int, int], ...]:
-        """The free elements of Λ (over all factors), lower triangles by column, terms in order."""
-        out, at = [], 0
-        for sizes in self.terms:
-            for k in sizes:
-                out += [(at + i, at + j) for j in range(k) for i in range(j, k)]
-                at += k
-        return tuple(out)
 
     @property
     def degrees(self) -> float:
@@ -130,10 +116,6 @@ class CrossedProblem:
     def stays_sparse(self) -> bool:
         """Whether elimination meets no dense rest: each level of a factor meets at most one of each later factor (nested designs)."""
         return all(len(cells.rows) == self.factors[k].levels for (k, _), cells in self.cells.items())
-
-    def lambdas(self, lambda_: Array) -> list[Array]:
-        """Λ of each factor."""
-        return [lambda_[a:b, a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
     @cached_property
     def patterns(self) -> dict[tuple[int, int], tuple[sp.csr_matrix, Places]]:
