@@ -61,13 +61,15 @@ class Reading:
         recipe = fit.recipe
         self.features = random_features(recipe) if keys else []
         self.parts = list(dict.fromkeys([*(name for name in self.features if name), *parts]))
-        statement = statement_of(fit, names, shown, self.parts).select(*(names.key(name) for name in keys), copy=False)
+        hidden = [name for name in keys if name not in shown]
+        statement = statement_of(fit, names, shown, self.parts).select(*(names.key(name) for name in hidden), copy=False)
         used = value_names(recipe, bool({"residual", "observed"} & set(self.parts)))
         used += size_names(recipe) if "size" in self.parts else []
         values = frozenset(names.positions[name] for name in used)
-        read = Columns(values, frozenset(names.positions[name] for name in keys), everything=True)
+        read = Columns(values, frozenset(names.positions[name] for name in hidden), everything=True)
         self.reader = engine.query(statement, read)
-        self.first, self.place = len(shown), {name: len(shown) + len(self.parts) + i for i, name in enumerate(keys)}
+        self.first = len(shown)
+        self.place = {name: i for i, name in enumerate(shown)} | {name: i for i, name in enumerate(hidden, len(shown) + len(self.parts))}
         self.fields = [self.reader.schema.field(i).with_name(name).with_nullable(True) for i, name in enumerate(shown)]
 
     def __iter__(self) -> Iterator[tuple[pa.RecordBatch, dict[str, np.ndarray], np.ndarray]]:

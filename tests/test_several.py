@@ -628,3 +628,16 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert "groups: a, 10; b, 7" in done.stdout
     same(mp.load(tmp_path / "fit"), fit())
     assert json.loads((tmp_path / "fit" / "fit.json").read_text())["fit"]["formula"] == "y ~ x + (1|a) + (1|b)"
+
+
+@pytest.mark.parametrize("columns", [None, ["x"], ["population"]])
+def test_a_key_called_like_a_part_of_the_prediction(columns: list[str] | None) -> None:
+    """Shown or not, whatever else the statement computes under that name."""
+    rng = np.random.default_rng(5)
+    g, x = rng.integers(0, 6, 90), rng.normal(size=90)
+    y = x * (1 + rng.normal(size=6)[g]) + rng.normal(size=90)
+    frame = pl.DataFrame({"population": g, "z1": rng.integers(0, 4, 90), "x": x, "y": y})
+    fit = mp.lmm("y ~ x + (x | population)", frame)
+    plain = frame.rename({"population": "g"})
+    want = mp.lmm("y ~ x + (x | g)", plain).augment(plain).read_all()["fitted"]
+    np.testing.assert_allclose(fit.augment(frame, columns=columns).read_all()["fitted"], want, rtol=1e-9)
