@@ -24,8 +24,10 @@ con = duckdb.connect(config={{"threads": {threads}}})
 print(con.sql("select sum(g), {sums} from read_parquet('{data}')").fetchall())
 """
 FIT = """
-import mlpipe as mp
-print(mp.lmm("y ~ {fixed} + ({random} | g)", "{data}", options=mp.Options(threads={threads}, memory_limit="{memory}")))
+import sys
+from mlpipe.cli import main
+sys.argv[1:] = ["fit", "y ~ {fixed} + ({random} | g)", "{data}", "--threads", "{threads}", "--memory-limit", "{memory}"]
+main()
 """
 LOGIT = """
 import mlpipe as mp

@@ -1,6 +1,7 @@
 """The command line: fit, plan, run, show, report, predict. Results go to standard output, log and progress to standard error."""
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -354,7 +355,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names that the terminal's encoding lacks are written as escapes
             stream.reconfigure(errors="backslashreplace")
+    gc.set_threshold(50_000, 20, 20)  # a start makes half a million objects, and none of them is garbage
     console = Console()
     with _terminable() as came, warnings_to(console):
         status = _status(console)
+    gc.freeze()  # or the interpreter looks through all of them again before it ends
     sys.exit(TERMINATED if came else status)
