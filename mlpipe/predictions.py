@@ -54,10 +54,10 @@ def size_names(recipe: Recipe) -> list[str]:
 
 
 def statement_of(fit: MixedFit, names: Names, shown: dict[str, int], parts: Sequence[str]) -> exp.Select:
-    """The statement that scores `src`: columns r…, and the `parts` o0, o1, …, null where a row lacks what it takes."""
+    """The statement that scores `src`: columns r…, and the `parts` o0, o1, …, null where a row lacks a covariate; they may be infinite."""
     from sqlglot import exp
 
-    from .sql import both, case, feature, finite, named, number, skeleton
+    from .sql import case, feature, named, number, skeleton
 
     recipe = fit.recipe
     fixed = fixed_part(fit, names)
@@ -79,8 +79,7 @@ def statement_of(fit: MixedFit, names: Names, shown: dict[str, int], parts: Sequ
             every[f"f{i}"] = feature(monomial, recipe, names) if monomial else number(1)
     columns: list[exp.Expr] = [exp.column(f"r{i}", table="src") for i in shown.values()]
     for k, part in enumerate(parts):
-        value = every[part].copy()
-        columns.append(named(case([(both([usable.copy(), finite(exp.Paren(this=value.copy()))]), value)], None), f"o{k}"))
+        columns.append(named(case([(usable.copy(), every[part])], None), f"o{k}"))
     return skeleton("predict").select(*columns, append=False, copy=False)
 
 
