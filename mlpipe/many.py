@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from .result import LMMFit
+    from .sql import Expression
 
 FEW = 8  # fits that are printed whole, and failures that are named
 
@@ -219,7 +220,7 @@ def _check_finite(plan: Plan, sums: pa.Table, keys: Sequence[str]) -> None:
             raise not_finite(plan)
 
 
-def _blocks(plan: Plan, keys: Sequence[str], parts: Sequence[statements.Part | None]) -> Blocks:
+def _blocks(plan: Plan, keys: Sequence[str], parts: Sequence[Expression | None]) -> Blocks:
     """The sums per value and block, those of a value together."""
     from sqlglot import exp
 
@@ -227,7 +228,7 @@ def _blocks(plan: Plan, keys: Sequence[str], parts: Sequence[statements.Part | N
     names = [f"s{k}" for k in range(len(plan.recipe.pairs()))]
     collector = Collector(names, [], keep_keys=True, budget=options.memory_bytes // 4, parent=options.temp_directory)
     for part in parts:
-        statement = statements.block_sums(plan.recipe, plan.names, part)
+        statement = plan.grouped(part)
         if keys:
             statement = statement.order_by(*(exp.column(key) for key in keys), copy=False)
         for batch in plan.engine.query(statement, plan.columns):

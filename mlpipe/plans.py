@@ -14,8 +14,7 @@ from .options import Options
 if TYPE_CHECKING:
     from sqlglot import exp
 
-    from .sql import Names
-    from .statements import Part
+    from .sql import Expression, Names
 
 WIDE = 25  # features above which BLAS on streamed rows beats sums in SQL
 FLOOR = 256 << 20  # bytes: interpreter, libraries and the engine's least working memory
@@ -120,15 +119,15 @@ class Plan:
         if self.path != "none":
             if self.path == "crossed":
                 return out
-            second = self.path == "second level"
-            grouped = statements.second_level(self.recipe, self.names) if second else self.block_sums()
-            out[self.path.replace(" ", "_")] = render(grouped, self.engine.dialect, pretty=True)
+            out[self.path.replace(" ", "_")] = render(self.grouped(), self.engine.dialect, pretty=True)
         return out
 
-    def block_sums(self, part: Part | None = None) -> exp.Select:
-        """The statement of the sums per block, of all or of one part of them."""
-        from .statements import block_sums
+    def grouped(self, part: Expression | None = None) -> exp.Select:
+        """The statement of the sums per block or, at the second level, per size of blocks; of all blocks, or of one part of them."""
+        from .statements import block_sums, second_level
 
+        if self.path == "second level":
+            return second_level(self.recipe, self.names, part)
         return block_sums(self.recipe, self.names, part, whole=self.whole)
 
     def cells(self, *, compressed: bool) -> exp.Select:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations_with_replacement
-from typing import NamedTuple
 
 from sqlglot import exp
 
@@ -34,13 +33,6 @@ from .sql import (
 )
 
 
-class Part(NamedTuple):
-    """The keys of part `number`, from 0, of `of` parts."""
-
-    number: int
-    of: int
-
-
 def weight_columns(recipe: Recipe) -> dict[str, str]:
     """The weight columns of the used rows: w (precision), q (frequency), and the expressions they hold."""
     return {name: text for name, text in (("w", recipe.weights), ("q", recipe.freq)) if text is not None}
@@ -66,13 +58,20 @@ def usable(recipe: Recipe, names: Names) -> Expression:
     return both(conditions)
 
 
-def in_part(part: Part, recipe: Recipe, names: Names) -> Expression:
-    """True for the rows whose keys fall into one of several parts; a block lies in one part."""
+def by_hash(recipe: Recipe, names: Names, count: int) -> list[Expression]:
+    """The blocks in so many parts, by the hash of their keys: of each part the condition on its rows."""
     # the lowest bits place a key in the engine's hash table: parts by them would crowd its slots
     hashed = exp.Anonymous(this="hash", expressions=[names.key(group) for group in recipe.groups])
     bits = exp.Paren(this=exp.BitwiseRightShift(this=hashed, expression=exp.Literal.number(24)))
-    remainder = exp.Mod(this=bits, expression=exp.Literal.number(part.of))
-    return exp.EQ(this=remainder, expression=exp.Literal.number(part.number))
+    remainder = exp.Mod(this=bits, expression=exp.Literal.number(count))
+    return [exp.EQ(this=remainder.copy(), expression=exp.Literal.number(part)) for part in range(count)]
+
+
+def by_range(recipe: Recipe, names: Names, ranges: Iterable[tuple[int, int]]) -> list[Expression]:
+    """The blocks of one whole-number key in parts, by ranges of the key: of each part the condition on its rows."""
+    (group,) = recipe.groups
+    number = exp.Literal.number
+    return [exp.Between(this=names.key(group), low=number(low), high=number(high)) for low, high in ranges]
 
 
 def used_rows(recipe: Recipe, names: Names, *, keys: bool) -> exp.Select:
@@ -141,8 +140,8 @@ def rest_names(recipe: Recipe) -> list[str]:
     return [*(f"x{k}" for k in range(len(recipe.rest()))), *(column.alias for column in _weight_sums(recipe))]
 
 
-def block_sums(recipe: Recipe, names: Names, part: Part | None = None, *, whole: bool = False) -> exp.Select:
-    """Per block: its keys, row_count, and s0, s1, … in the order of `recipe.pairs()`; of all blocks, or of one part of them.
+def block_sums(recipe: Recipe, names: Names, part: Expression | None = None, *, whole: bool = False) -> exp.Select:
+    """Per block: its keys, row_count, and s0, s1, … in the order of `recipe.pairs()`; of all blocks, or of those whose rows fulfil `part`.
 
     `whole`: also x0, x1, … in the order of `recipe.rest()`, and n and sum_log_w where rows have frequencies and weights.
     """
@@ -153,11 +152,11 @@ def block_sums(recipe: Recipe, names: Names, part: Part | None = None, *, whole:
     statement = skeleton("block_sums").select(*keys, *sums, copy=False).group_by(*(key.copy() for key in keys), copy=False)
     rows = used_rows(recipe, names, keys=True)
     if part is not None:
-        rows = rows.where(in_part(part, recipe, names), copy=False)
+        rows = rows.where(part.copy(), copy=False)
     return over(statement, rows, "used")
 
 
-def second_level(recipe: Recipe, names: Names, part: Part | None = None) -> exp.Select:
+def second_level(recipe: Recipe, names: Names, part: Expression | None = None) -> exp.Select:
     """Per distinct block size: block_count, the sums t_k of s_k, and p_k_l of their products (k <= l)."""
     size = len(recipe.pairs())
     sums = [total(exp.column(f"s{k}"), f"t_{k}") for k in range(size)]

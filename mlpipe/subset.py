@@ -36,8 +36,10 @@ class FilteredEngine:
 
     def query(self, statement: exp.Query, columns: Columns, *, sample: bool = False) -> pa.RecordBatchReader:
         """See Engine."""
-        wanted = replace(columns, values=columns.values | self.read.values, keys=columns.keys | self.read.keys)
-        return self.inner.query(self._filtered(statement, columns), wanted, sample=sample)
+        return self.inner.query(self._filtered(statement, columns), self._read_too(columns), sample=sample)
+
+    def _read_too(self, columns: Columns) -> Columns:
+        return replace(columns, values=columns.values | self.read.values, keys=columns.keys | self.read.keys)
 
     def _filtered(self, statement: exp.Query, columns: Columns) -> exp.Query:
         """The statement over `kept`, the rows of `src` that fulfil the condition."""
@@ -72,13 +74,17 @@ class FilteredEngine:
         """See Engine."""
         return self.inner.table_room(keys)
 
+    def key_ranges(self, statement: exp.Query, columns: Columns, key: int, rows: int) -> list[tuple[int, int]]:
+        """See Engine."""
+        return self.inner.key_ranges(self._filtered(statement, columns), self._read_too(columns), key, rows)
+
     def key_count(self, keys: Sequence[int]) -> int:
         """About how many distinct keys the whole source holds at most."""
         return self.inner.key_count(keys)
 
     def check_columns(self, columns: Columns) -> None:
         """See Engine."""
-        self.inner.check_columns(replace(columns, values=columns.values | self.read.values, keys=columns.keys | self.read.keys))
+        self.inner.check_columns(self._read_too(columns))
 
     def check_unchanged(self) -> None:
         """See Engine."""

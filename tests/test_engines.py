@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +452,28 @@ def test_room_for_groups(tmp_path: Path, opened: Opened) -> None:
     stored = opened(as_data(frame, "duckdb", tmp_path))
     assert stored.table_room([0]) is not None and stored.table_room([0, 1]) is None
     assert opened(frame).table_room([0]) is None
+
+
+def test_ranges_for_tables_addressed_by_the_key(tmp_path: Path, opened: Opened) -> None:
+    """As many as the memory asks for, without a gap; none of a key that is no whole number, or of an engine without such tables."""
+    row = pl.int_range(800_000)
+    frame = pl.select((row % 100_000 - 7).alias("g"), (row % 2).cast(pl.String).alias("h"), row.cast(pl.Float64).alias("x"))
+    statement = sql("select k0, sum(c2) as s from src group by k0")
+    again = sql("select s, count(*) as n from (select k0, sum(c2) as s from src group by k0) group by s")
+    columns = Columns(frozenset([2]), frozenset([0]))
+
+    def asked(kind: str, statement: exp.Query = statement, threads: int = 1, key: int = 0, rows: int = 400_000) -> list[tuple[int, int]]:
+        engine = opened(as_data(frame, kind, tmp_path), options=Options(memory_limit="540MB", threads=threads))
+        return engine.key_ranges(statement, columns, key, rows)
+
+    assert asked("path") == [(-7, 99_992)]
+    found = asked("path", threads=63)  # 64 tables with a slot of 16 bytes, in a sixth of 105 MB
+    assert len(found) == 7 and found[0][0] == -7 and found[-1][1] == 99_992
+    assert all(after == high + 1 for (_, high), (after, _) in pairwise(found))
+    assert {high - low + 1 for low, high in found} == {14_285, 14_286}
+    assert len(asked("path", again, threads=63)) == 2  # and in a sixth of 240 MB
+    assert asked("path", rows=399_999) == asked("path", key=1) == asked("path", key=2) == []
+    assert [opened(as_data(frame, kind, tmp_path)).key_ranges(statement, columns, 0, 400_000) for kind in ("lazy", "duckdb")] == [[], []]
 
 
 # ---- a user's own functions

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import datetime as dt
 import warnings
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import duckdb
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import mlpipe as mp
 from mlpipe import collect
 from mlpipe.engines import duckdb as duckdb_engine
+from mlpipe.engines import parquet
 from mlpipe.reduction import theta_of
+from mlpipe.sources import Subset
 
 from .conftest import as_data
 from .dense import Dense
@@ -493,7 +497,9 @@ def test_parts_add_up_to_the_whole(kind: str, entry: str, random: str, tmp_path:
     whole = mp.lmm(formula, source, options=options)
     monkeypatch.setattr(collect, "SPARED", 0)
     monkeypatch.setattr(duckdb_engine, "table_room", lambda settings: 5_000)
+    monkeypatch.setattr(duckdb_engine, "direct_bits", lambda *_: 6)
     fit = mp.lmm(formula, source, options=options)
+    assert any("by range" in note for note in fit.info["notes"]) == (entry == "path" and kind == "integer")
     if entry == "duckdb" and kind in ("text", "two keys"):  # a database's texts may have a collation
         assert fit.info["notes"] == [] and fit.info["passes"] == 2
     else:
@@ -529,6 +535,108 @@ def test_groups_that_polars_cannot_hold_are_summed_by_duckdb(
     assert fit.info["blocks"] == whole.info["blocks"]
     np.testing.assert_allclose(fit.beta, whole.beta, rtol=1e-11)
     assert fit.loglik == pytest.approx(whole.loglik, rel=1e-12)
+
+
+# the key of each of several files, from whole numbers 0 to 199
+LOWEST, BEYOND = -(2**63), 2**64
+RANGED: dict[str, Callable[[np.ndarray], list[pa.Array]]] = {
+    "negative": lambda g: [pa.array(g - 150)],
+    "lowest": lambda g: [pa.array([LOWEST + int(k) for k in g], pa.int64())],
+    "greatest": lambda g: [pa.array([-LOWEST - 1 - int(k) for k in g], pa.int64())],
+    "unsigned": lambda g: [pa.array([BEYOND - 1 - int(k) for k in g], pa.uint64())],
+    "byte": lambda g: [pa.array(g, pa.uint8())],
+    "nulls": lambda g: [pa.array([None if i % 7 == 0 else int(k) for i, k in enumerate(g)])],
+}
+HASHED: dict[str, Callable[[np.ndarray], list[pa.Array]]] = {
+    "far apart": lambda g: [pa.array([{0: LOWEST, 1: -LOWEST - 1}.get(int(k), int(k)) for k in g], pa.int64())],
+    "few rows": lambda g: [pa.array(g * 2)],
+    "decimal": lambda g: [pa.array([Decimal(int(k)) for k in g])],
+    "wide and narrow": lambda g: [pa.array(g[:300]), pa.array(g[300:], pa.int32())],
+    "small files": lambda g: [pa.array(g[:300]), pa.array(g[300:])],
+}
+
+
+def by_key(files: list[pa.Array], folder: Path, **written: Any) -> str:
+    """Parquet files of rows with these keys, whose effect is that of the row's number modulo 200."""
+    rng, start = np.random.default_rng(11), 0
+    folder.mkdir()
+    for i, keys in enumerate(files):
+        number = np.arange(start, start + len(keys))
+        x, start = rng.normal(size=len(keys)), start + len(keys)
+        effect = np.cos(np.arange(200))[number % 200]
+        rows = pa.table({"y": 1 + 0.5 * x + effect + rng.normal(size=len(keys)), "x": x, "g": keys})
+        pq.write_table(rows, folder / f"{i}.parquet", row_group_size=400, **written)
+    return str(folder / "*.parquet")
+
+
+def in_parts(monkeypatch: pytest.MonkeyPatch, bits: int = 6) -> None:
+    """Tables of few groups: 30 by hash, 62 where they are addressed by the key."""
+    monkeypatch.setattr(collect, "SPARED", 0)
+    monkeypatch.setattr(duckdb_engine, "table_room", lambda settings: 3_000)
+    monkeypatch.setattr(duckdb_engine, "direct_bits", lambda *_: bits)
+
+
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("random", ["1", "x"])
+@pytest.mark.parametrize("kind", [*RANGED, *HASHED])
+def test_ranges_of_a_key_add_up_to_the_whole(kind: str, random: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = np.tile(np.arange(200), 5)
+    source = by_key((RANGED | HASHED)[kind](g), tmp_path / "rows")
+    formula, options = f"y ~ x + ({random} | g)", mp.Options(threads=1)
+    whole = mp.lmm(formula, source, options=options)
+    in_parts(monkeypatch)
+    fit = mp.lmm(formula, source, options=options)
+    (note,) = fit.info["notes"][len(whole.info["notes"]) :]
+    if kind in RANGED:
+        assert fit.info["passes"] == 1 + 4 and "4 parts by range of 'g'" in note
+    else:
+        assert fit.info["passes"] > 1 + 4 and "of about" in note
+    assert fit.info["blocks"] == whole.info["blocks"] == 200 and fit.rows == whole.rows
+    np.testing.assert_allclose(fit.beta, whole.beta, rtol=1e-12)
+    np.testing.assert_allclose(fit.vcov(), whole.vcov(), rtol=1e-11, atol=1e-16)
+    assert fit.loglik == pytest.approx(whole.loglik, rel=1e-12)
+
+
+def test_ranges_of_large_files_and_of_some_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = np.tile(np.arange(200), 10)
+    source = by_key([pa.array(g[:300]), pa.array(g[300:])], tmp_path / "rows")
+    some = Subset(source, "g >= 30 & x > -1.5")
+    whole = [mp.lmm("y ~ x + (1 | g)", rows) for rows in (source, some)]
+    monkeypatch.setattr(parquet, "LARGE", 100)
+    in_parts(monkeypatch)
+    for rows, one in zip((source, some), whole, strict=True):
+        fit = mp.lmm("y ~ x + (1 | g)", rows)
+        assert "4 parts by range of 'g'" in fit.info["notes"][-1] and fit.rows == one.rows and fit.info["blocks"] == one.info["blocks"]
+        assert fit.loglik == pytest.approx(one.loglik, rel=1e-12)
+
+
+@pytest.mark.parametrize("bits, passes, how", [(8, 2, ""), (7, 3, "by range"), (6, 5, "by range"), (5, 5, "of about")])
+def test_ranges_are_taken_where_they_are_few(bits: int, passes: int, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One or two without a count of the groups, and up to one more than there would be parts by hash."""
+    source = by_key([pa.array(np.tile(np.arange(200), 5))], tmp_path / "rows")
+    in_parts(monkeypatch, bits)
+    counted: list[int] = []
+    count = duckdb_engine.DuckDBEngine.key_count
+    monkeypatch.setattr(duckdb_engine.DuckDBEngine, "key_count", lambda self, keys: (counted.append(1), count(self, keys))[1])
+    monkeypatch.setattr(duckdb_engine, "table_room", lambda settings: 6_000)
+    info = mp.lmm("y ~ x + (1 | g)", source).info
+    assert info["passes"] == passes and how in "".join(info["notes"]) and bool(info["notes"]) == bool(how)
+    assert len(counted) == (bits < 7)
+
+
+def test_footers_without_ranges_or_with_wrong_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = np.tile(np.arange(200), 5) + 7_000_000
+    silent = by_key([pa.array(g)], tmp_path / "silent", write_statistics=False)
+    wrong = by_key([pa.array(g)], tmp_path / "wrong", use_dictionary=False)
+    (path,) = (tmp_path / "wrong").iterdir()
+    whole, footer = path.read_bytes(), path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[-8:-4], "little")
+    told, other = (number.to_bytes(8, "little") for number in (7_000_199, 7_000_150))
+    assert told in whole[footer:]
+    path.write_bytes(whole[:footer] + whole[footer:].replace(told, other))
+    in_parts(monkeypatch)
+    assert "of about" in mp.lmm("y ~ x + (1 | g)", silent).info["notes"][-1]
+    with pytest.raises(mp.DataError):
+        mp.lmm("y ~ x + (1 | g)", wrong)
 
 
 def test_a_small_memory_limit_makes_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

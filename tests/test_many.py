@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import polars as pl
 import pytest
 
 import mlpipe as mp
+from mlpipe import collect
+from mlpipe.engines import duckdb as engine
 from mlpipe.many import Fits, Fitted, Model, fit_many
 from mlpipe.options import Options
 from mlpipe.plans import Request
@@ -101,6 +104,26 @@ def test_hundreds_of_values() -> None:
     assert len(made.fits) == values and not made.failed and made.info["passes"] == 3
     one = made.fits[133]
     alike(one, mp.lmm("y ~ x + (1 | g)", frame.filter(pl.col("v") == one.by["v"])))
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.parametrize("by", [(), ("v",)])
+def test_models_of_rows_summed_in_parts(by: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ranges of the only key, by hash where there is one of `by` too."""
+    rng = np.random.default_rng(1)
+    n, path = 2_000, str(tmp_path / "rows.parquet")
+    frame = pl.DataFrame({"v": rng.integers(0, 2, n), "g": rng.integers(-50, 50, n), "x": rng.normal(size=n)})
+    frame = frame.with_columns(y=pl.Series(rng.normal(size=n)), z=pl.Series(rng.normal(size=n)))
+    frame.write_parquet(path)
+    models = [Model("one", "y ~ x + (1 | g)"), Model("two", "z ~ x + (1 | g)")]
+    monkeypatch.setattr(collect, "SPARED", 0)
+    monkeypatch.setattr(engine, "table_room", lambda settings: 5_000)
+    monkeypatch.setattr(engine, "direct_bits", lambda *_: 6)
+    made = fits_of(path, models, by)
+    assert ("2 parts by range of 'g'" if not by else "of about") in made.info["notes"][-1]
+    for one in made.fits:
+        rows = frame.filter(pl.col("v") == one.by["v"]) if by else frame
+        alike(one, mp.lmm({model.name: model.formula for model in models}[one.model], rows))
 
 
 @pytest.mark.parametrize(

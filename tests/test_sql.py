@@ -73,6 +73,10 @@ def levels(plan: Plan) -> exp.Query:
     return statements.levels([v for v in plan.recipe.variables.values() if v.kind == "category"], plan.names, used(plan))
 
 
+def part_of(plan: Plan, condition: Callable[[Plan], exp.Expr]) -> exp.Query:
+    return statements.block_sums(plan.recipe, plan.names, condition(plan))
+
+
 YEAR = expr.Column("year")
 STATEMENTS: dict[str, Callable[[], exp.Query]] = {
     "levels": lambda: levels(slopes()),
@@ -86,7 +90,8 @@ STATEMENTS: dict[str, Callable[[], exp.Query]] = {
     "second_level": lambda: statements.second_level(intercepts().recipe, intercepts().names),
     "block_sums": lambda: statements.block_sums(slopes().recipe, slopes().names),
     "cluster_sums": lambda: statements.cluster_sums(slopes().recipe, slopes().names, ["g"], [(0, 1)], [0.5, -1.0, 0, 0, 0, 0, 2.0]),
-    "block_sums_part": lambda: statements.block_sums(intercepts().recipe, intercepts().names, statements.Part(1, 4)),
+    "block_sums_part": lambda: part_of(intercepts(), lambda plan: statements.by_hash(plan.recipe, plan.names, 4)[1]),
+    "block_sums_range": lambda: part_of(slopes(), lambda plan: statements.by_range(plan.recipe, plan.names, [(-(2**63), 3)])[0]),
     "raw_rows": lambda: statements.raw_rows(intercepts().recipe, intercepts().names),
     "used_rows": lambda: statements.used_rows(slopes().recipe, slopes().names, keys=True),
     "blup_sums": lambda: statements.blup_sums(intercepts().recipe, intercepts().names, [-0.5, 0.0, 1.0]),

@@ -95,6 +95,11 @@ class Engine(Protocol):
         """Bytes that the table of an aggregate grouped by the columns at `keys` may take before the engine spills; None where
         it does not, or where keys that are one in grouping may hash apart."""
 
+    def key_ranges(self, statement: exp.Query, columns: Columns, key: int, rows: int) -> list[tuple[int, int]]:
+        """Ranges of the whole-number column at `key`, from the least value to the greatest, each so narrow that the aggregate of
+        `rows` rows that a statement groups by it takes a table addressed by the key, which fits the engine's memory; none where the
+        engine has no such tables, does not know the values without a scan, or would fill few of the slots."""
+
     def key_count(self, keys: Sequence[int]) -> int:
         """About how many distinct keys the columns at `keys` hold, from a scan of these columns."""
 

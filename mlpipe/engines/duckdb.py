@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +22,7 @@ from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
 from .failures import translating
 from .files import Merged, Snapshot, Workspace
-from .memory import SETTINGS, direct_bits, distinct_keys, hash_is_key, table_room
+from .memory import MOST_BITS, ROWS_PER_SLOT, SETTINGS, direct_bits, distinct_keys, hash_is_key, ranges, table_room
 from .origin import RELATION, Origin, select_all, source_rows, with_source
 
 if TYPE_CHECKING:
@@ -70,6 +70,28 @@ class DuckDBEngine:
     def table_room(self, keys: Sequence[int]) -> int | None:
         """See Engine."""
         return table_room(self.query(SETTINGS, Columns()).read_all()) if hash_is_key(self._origin, keys) else None
+
+    def key_ranges(self, statement: exp.Query, columns: Columns, key: int, rows: int) -> list[tuple[int, int]]:
+        """Of Parquet files, where DuckDB itself would address a table by what it knows of the key. See Engine."""
+        origin = self._origin
+        if origin.rows is None or origin.options is None or not list(origin.columns.values())[key].exact_integer:
+            return []
+        if not self._addressable(statement, columns):
+            return []
+        ends = exp.select(*(exp.alias_(end(this=exp.column(f"k{key}")), end.key) for end in (exp.Min, exp.Max))).from_("src")
+        (row,) = self.query(ends, Columns(keys=frozenset({key}))).read_all().to_pylist()
+        low, high = int(row["min"]), int(row["max"])
+        narrow = (high - low + 1) * ROWS_PER_SLOT <= rows
+        return ranges(low, high, direct_bits(statement, origin.rows, origin.options)) if narrow else []
+
+    def _addressable(self, statement: exp.Query, columns: Columns) -> bool:
+        """Whether DuckDB would plan the statement with a table addressed by the key, were there memory enough."""
+        sql = render(with_source(statement, source_rows(self._origin, columns, False)), "duckdb", copy=False)
+        con = self._connection(statement)
+        assert con is not None
+        with self._checked(), closing(con):
+            con.execute(f"set perfect_ht_threshold = {MOST_BITS}")
+            return "PERFECT_HASH_GROUP_BY" in str(con.execute(f"explain (format json) {sql}").fetchall())
 
     def key_count(self, keys: Sequence[int]) -> int:
         """See Engine."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from duckdb import DuckDBPyConnection
 
+LARGE = 100_000  # rows of a file from which joining files by name pays: DuckDB then knows what all footers tell of a column's range
 _LEVEL_FILES, _SLICE_FILES = 16, 64
 _MAGIC = b"PAR1"
 _SCHEMAS = """
@@ -66,16 +67,17 @@ def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> 
     variants = _variants(con, files)
     refuse_case(variants)
     merged = merge(variants)
-    options = {"hive_partitioning": hive} | ({"union_by_name": True} if len(variants) > 1 else {})
+    counts = dict(con.sql(render(exp.select("file_name", "num_rows").from_(_read("parquet_file_metadata", files)), "duckdb")).fetchall())
+    starts = [0]
+    for file in files:
+        starts.append(starts[-1] + counts[file])
+    together = len(variants) > 1 or (len(files) > 1 and starts[-1] >= LARGE * len(files))
+    options = {"hive_partitioning": hive} | ({"union_by_name": True} if together else {})
     read = _read("read_parquet", files, **options)
     bound = con.sql(render(exp.select("*").from_(read.copy()), "duckdb")).columns if hive else []
     names = (*merged.types, *bound[len(merged.types) :])
     if hive:
         check_hive(files, merged.types)
-    counts = dict(con.sql(render(exp.select("file_name", "num_rows").from_(_read("parquet_file_metadata", files)), "duckdb")).fetchall())
-    starts = [0]
-    for file in files:
-        starts.append(starts[-1] + counts[file])
     numbered = not {"file_row_number", "file_index", "filename"} & {name.lower() for name in names}
     schemas, unread = _arrow_schemas(con, files)
     levels, notes = _levels(schemas, files)

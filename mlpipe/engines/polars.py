@@ -60,6 +60,10 @@ class PolarsEngine:
         """Polars does not spill."""
         return None
 
+    def key_ranges(self, statement: exp.Query, columns: Columns, key: int, rows: int) -> list[tuple[int, int]]:
+        """Polars has no tables of this kind."""
+        return []
+
     def key_count(self, keys: Sequence[int]) -> int:
         """See Engine. From those keys whose hash is a multiple of _KEY_SHARE, so that few are held."""
         hashed = self._lazy.select(pl.struct(pl.nth(i).alias(f"k{i}") for i in keys).hash().alias("hash"))
