@@ -402,6 +402,14 @@ def test_predictions_with_unseen_levels(effects: str | list[str], new_levels: st
         assert fitted.info["scored"]["unseen_levels"] == missing.sum()
 
 
+def test_keys_of_factors_that_are_left_out_need_not_be_there() -> None:
+    fitted, frame, _ = unseen()
+    want = fitted.predict(frame, effects=["b"]).read_all()["predicted"]
+    assert fitted.predict(frame.drop("a"), effects=["b"]).read_all()["predicted"].equals(want)
+    with pytest.raises(mp.ColumnNotFoundError, match="'b'"):
+        fitted.predict(frame.drop("b"), effects=["b"])
+
+
 def test_a_key_of_another_type_is_compared_by_value() -> None:
     """No rounding, no wrapping: 7.5 is not 7, 2^32 - 21 is not -21."""
     fitted = mp.lmm(SIMPLE, FRAME.with_columns(pl.col("a").cast(pl.Int32)))
