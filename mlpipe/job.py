@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import ConfigError, ConvergenceError, did_you_mean
+from .errors import ConfigError, ConvergenceError, MlpipeError, did_you_mean
 from .options import Options
 
 if TYPE_CHECKING:
@@ -362,7 +362,12 @@ def fit_jobs(job: Job, limits: Mapping[str, Any]) -> Fits:
         first = shared[0]
         request = Request("", by=tuple(first.by), options=options, **{name: getattr(first, name) for name in names})
         part = Subset(data, first.where) if first.where is not None else data
-        done.append(fit_many([Model(model.name, model.formula, model.reml) for model in shared], part, request))
+        try:
+            done.append(fit_many([Model(model.name, model.formula, model.reml) for model in shared], part, request))
+        except MlpipeError as error:
+            if len(scans) > 1:
+                error.message = f"[[models]] {', '.join(model.name for model in shared)}: {error.message}"
+            raise
     place = {model.name: i for i, model in enumerate(models)}
     fits = sorted((one for part in done for one in part.fits), key=lambda one: place[one.model])
     return Fits(fits, done[0].by, {"scans": [one.info for one in done]})

@@ -147,6 +147,13 @@ def test_mistakes(models: str, message: str, job: Any) -> None:
     assert message in caught.value.message
 
 
+def test_a_model_that_stops_a_job_is_named(job: Any) -> None:
+    other = '[[models]]\nname = "far"\nformula = "y ~ x + (1 | g)"\nwhere = "x > 1e9"\n'
+    read = job(f'[[models]]\nname = "all"\nformula = "y ~ x + (1 | g)"\n{other}', "out")
+    with pytest.raises(mp.DataError, match=r"\[\[models\]\] far: there is no row"):
+        jobs.fit_jobs(read, {})
+
+
 def _write(target: str, run: str, ready: Any, out: Any) -> None:
     fit = mp.lmm("reaction ~ days + (1 | subject)", SLEEP)
     ready.wait()
