@@ -223,7 +223,7 @@ def _order(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check_finite(plan: Plan, sums: pa.Table, keys: Sequence[str]) -> None:
-    if not len(sums):
+    if not column(sums, "row_count").any():  # without by there is a row of sums in any case
         raise DataError("there is no row that can be used", code="no_rows")
     for name in sums.column_names:
         if name not in keys and name != "row_count" and not np.isfinite(column(sums, name)).all():
