@@ -533,6 +533,13 @@ def test_singular_fits_are_answers(random: str) -> None:
     assert "singular" in str(fitted)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, 1 / 3, 1e9])
+def test_a_response_without_variation_is_refused(value: float) -> None:
+    with pytest.raises(mp.DataError) as caught:
+        mp.lmm(SIMPLE, FRAME.with_columns(y=pl.lit(value)))
+    assert caught.value.code == "no_residual"
+
+
 def test_dropped_columns() -> None:
     with pytest.warns(mp.RankWarning):
         fitted = mp.lmm("y ~ x + I(2 * x) + (1 | a) + (1 | b)", FRAME)
