@@ -4,13 +4,13 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import ConfigError, ConvergenceError, did_you_mean
+from .errors import ConfigError, ConvergenceError, MlpipeError, did_you_mean
 from .options import Options
 
 if TYPE_CHECKING:
@@ -231,6 +231,19 @@ def _check_models(job: Job, path: str) -> None:
         raise ConfigError(f"{path}: two models have one name", code="job_value")
     if len({tuple(model.by) for model in job.models}) > 1:
         raise ConfigError(f"{path}: all models of a job share their by", code="job_value", hint="write a job for each")
+    _check_by((job.model or job.models[0]).by, path)
+
+
+def _check_by(by: Sequence[str], path: str) -> None:
+    """Raises ConfigError for columns that result tables cannot have beside their own, case apart, to which databases are blind."""
+    from .tables import reserved
+
+    taken = reserved() if by else set()
+    for name in by:
+        if name.lower() in taken:
+            what = f"{path}: by = {name!r}: the tables of results have a column of this name"
+            raise ConfigError(what, code="by", column=name, hint="rename it in a query or a view")
+        taken.add(name.lower())
 
 
 def _check_store(job: Job, path: str) -> None:
@@ -349,7 +362,12 @@ def fit_jobs(job: Job, limits: Mapping[str, Any]) -> Fits:
         first = shared[0]
         request = Request("", by=tuple(first.by), options=options, **{name: getattr(first, name) for name in names})
         part = Subset(data, first.where) if first.where is not None else data
-        done.append(fit_many([Model(model.name, model.formula, model.reml) for model in shared], part, request))
+        try:
+            done.append(fit_many([Model(model.name, model.formula, model.reml) for model in shared], part, request))
+        except MlpipeError as error:
+            if len(scans) > 1:
+                error.message = f"[[models]] {', '.join(model.name for model in shared)}: {error.message}"
+            raise
     place = {model.name: i for i, model in enumerate(models)}
     fits = sorted((one for part in done for one in part.fits), key=lambda one: place[one.model])
     return Fits(fits, done[0].by, {"scans": [one.info for one in done]})

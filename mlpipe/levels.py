@@ -14,6 +14,9 @@ from .places import Known, Places, valid
 if TYPE_CHECKING:
     import pyarrow as pa
 
+DIGITS = 20  # of the largest whole number of 64 bits
+
+
 class Index:
     """The place of each value among the distinct ones of a key column `name`; -1 for null and unknown values."""
 
@@ -44,11 +47,17 @@ class Index:
         kind, known = values.type, self.values.type
         if kind == known:
             return values
+        if pa.types.is_null(kind):
+            return pa.nulls(len(values), known)
         try:
-            if pa.types.is_uint64(known) != pa.types.is_uint64(kind) and pa.types.is_integer(kind):  # these wrap round there and back
-                values = values.cast(pa.decimal128(20))
-            cast = values.cast(known, safe=False)
-            return pc.if_else(pc.equal(cast.cast(values.type, safe=False), values), cast, None)
+            if pa.types.is_temporal(kind) != pa.types.is_temporal(known):
+                raise pa.ArrowNotImplementedError("Arrow takes numbers for times in whatever unit the type has")
+            exact = pa.decimal256(DIGITS)
+            if pa.types.is_integer(kind) and (pa.types.is_decimal(known) or pa.types.is_uint64(known) != pa.types.is_uint64(kind)):
+                values = values.cast(exact)  # the unsigned wrap round there and back
+            cast = _cast(values, known)
+            back = exact if pa.types.is_integer(known) and pa.types.is_decimal(values.type) else values.type
+            return pc.if_else(pc.equal(_cast(cast, back), values), cast, None)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             message = f"the column {self.name!r} is of type {kind}, the fit had {known}"
             raise DataError(message, code="column_type", column=self.name, hint="cast it") from error
@@ -121,6 +130,15 @@ def _plain(keys: pa.Table, other: pa.Table) -> pa.Table:
         decode = pa.types.is_dictionary(column.type) and (column.type != theirs.type or not column.type.ordered)
         out.append(column.cast(column.type.value_type) if decode else column)
     return pa.table(out, names=keys.column_names)
+
+
+def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The values in another type, whatever those that it cannot hold; decimals as the nearest doubles, which Arrow's products are not."""
+    import pyarrow as pa
+
+    if pa.types.is_decimal(values.type) and pa.types.is_floating(kind):
+        values = values.cast(pa.string())
+    return values.cast(kind, safe=False)
 
 
 def _signed(kind: pa.DataType) -> bool:

@@ -35,6 +35,7 @@ from .stats import SuffStats
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .engines.base import Engine
     from .result import LMMFit
     from .sql import Expression
 
@@ -102,6 +103,7 @@ def fit_many(models: Sequence[Model], data: Any, request: Request) -> Fits:
         plan = prepare(engine, request)
         if plan.recipe.factors:
             raise ConfigError("models of several grouping factors have no shared scan", code="not_available")
+        _check_by(request.by, engine)
         identity = engine.identity()
         schema, found, info = collected(plan)
     info.update(fingerprint=identity.fingerprint, rescannable=False, bytes=identity.bytes)
@@ -117,6 +119,15 @@ def fit_many(models: Sequence[Model], data: Any, request: Request) -> Fits:
         fields |= {"fits": len(out), "failed": sum(one.fit is None for one in out)}
     seconds["total"] = time.perf_counter() - began
     return Fits(out, schema, info)
+
+
+def _check_by(by: Sequence[str], engine: Engine) -> None:
+    """Raises DataError for values that no text stands for, by which a fit is named in files, reports and scoring SQL."""
+    schema = engine.schema()
+    for name in by:
+        if schema[name].kind == "other" or schema[name].name == "INTERVAL":
+            message = f"the column {name!r} of type {schema[name].name} cannot say what a model is for"
+            raise DataError(message, code="column_type", column=name, hint="cast it to text or a number")
 
 
 def _fitted(
@@ -213,7 +224,7 @@ def _order(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check_finite(plan: Plan, sums: pa.Table, keys: Sequence[str]) -> None:
-    if not len(sums):
+    if not column(sums, "row_count").any():  # without by there is a row of sums in any case
         raise DataError("there is no row that can be used", code="no_rows")
     for name in sums.column_names:
         if name not in keys and name != "row_count" and not np.isfinite(column(sums, name)).all():

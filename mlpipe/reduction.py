@@ -178,6 +178,15 @@ class Coded(NamedTuple):
     response: str
 
 
+def _constant(stats: SuffStats, response: str, left: np.ndarray) -> bool:
+    """Whether the response has one value, of which the constant leaves nothing but rounding: the same in all rows, and tiny."""
+    features, gram, target = stats.recipe.features, stats.gram, response_vector(stats.recipe, response)
+    if () not in features or left @ gram @ left > 2.0**-80 * (target @ gram @ target):
+        return False
+    one, own = features.index(()), features.index((Atom(response, "1"),))
+    return bool(gram[own, own] - gram[one, own] ** 2 / gram[one, one] <= 1e-12 * gram[own, own])
+
+
 def coded(
     stats: SuffStats, formula: Formula, contrasts: Mapping[str, str] | None, levels: Mapping[str, Sequence[Any]] | None
 ) -> Coded:
@@ -190,7 +199,7 @@ def coded(
     offset = np.linalg.lstsq(fixed.Q, target, rcond=None)[0]
     t = target - fixed.Q @ offset
     scale = float(np.sqrt(max(t @ stats.gram @ t, 0.0) / stats.n))
-    if scale == 0.0:
+    if scale == 0.0 or _constant(stats, response, t):
         raise DataError("the response is fitted exactly by the fixed effects", code="no_residual")
     random = tuple(random_part(stats, bar, coding.columns(bar.terms), recipe) for bar in formula.random)
     return Coded(fixed, random, np.column_stack([fixed.Q, t / scale]), scale, offset, response)

@@ -41,13 +41,15 @@ def pieces(paths: Sequence[str], out: str, options: Options) -> list[Piece] | No
     from .engines import files
 
     local = [os.path.expanduser(path) for path in paths]
-    if out.lower().endswith(PARQUET) or any("://" in path for path in local) or (len(local) == 1 and os.path.isfile(local[0])):
+    if any("://" in path for path in local) or (len(local) == 1 and os.path.isfile(local[0])):
         return None
     found = [file for path in local for file in files.locate(path)]
     target = os.path.realpath(out)
     roots = [os.path.realpath(path) for path in local if os.path.isdir(path)]
     if any(_within(target, root) for root in roots) or any(_within(os.path.realpath(file), target) for file in found):
         raise ConfigError(f"{out} and the data lie within each other", code="target", hint="write to a directory of its own")
+    if out.lower().endswith(PARQUET):
+        return None
     root = local[0] if len(local) == 1 and roots else os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in found])
     names = [os.path.relpath(file, root) for file in found]
     if len(set(names)) < len(names):

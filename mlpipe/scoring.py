@@ -106,11 +106,12 @@ def _scored(
         fit.info["rows_to_score"] = engine.row_count()
         parts = list(dict.fromkeys(part for output in outputs.values() for part in output.parts))
         sizes = size_names(recipe) if "size" in parts else []
-        names = located(engine, recipe, bool({"residual", "observed"} & set(parts)), bool(factors), sizes)
+        keys = list(dict.fromkeys(name for groups in factors for name in groups))
+        names = located(engine, recipe, bool({"residual", "observed"} & set(parts)), keys, sizes)
         shown = shown_columns(engine, columns, list(outputs))
         modes = [Modes(fit, ":".join(groups), groups) for groups in factors]
         asked_for = ["population" if part == "conditional" else part for part in parts if part != MODE_VARIANCE]
-        reading = Reading(fit, engine, names, shown, asked_for, list(dict.fromkeys(name for groups in factors for name in groups)))
+        reading = Reading(fit, engine, names, shown, asked_for, keys)
     except BaseException:
         stack.close()
         raise
@@ -125,9 +126,9 @@ def _engine(fit: MixedFit, data: Any, options: Options | None) -> Any:
     return modes.reopened(fit, options) if data is None else closing(open_source(data, options=options))
 
 
-def located(engine: Engine, recipe: Recipe, observed: bool, conditional: bool, more: Sequence[str] = ()) -> Names:
+def located(engine: Engine, recipe: Recipe, observed: bool, keys: Sequence[str], more: Sequence[str] = ()) -> Names:
     """Where the columns that scoring needs stand in a source. Raises where one is missing or of another kind."""
-    return found(engine, recipe, [*value_names(recipe, observed), *(recipe.groups if conditional else ()), *more])
+    return found(engine, recipe, [*value_names(recipe, observed), *keys, *more])
 
 
 def found(engine: Engine, recipe: Recipe, wanted: Sequence[str]) -> Names:

@@ -38,12 +38,12 @@ def simulate(fit: MixedFit, n: int, seed: int | None, prefix: str) -> pa.RecordB
     try:
         engine = stack.enter_context(effects.reopened(fit))
         sizes = size_names(recipe)
-        where = located(engine, recipe, False, bool(fit.terms), sizes)
-        shown = shown_columns(engine, None, names)
         factors = (recipe.factors or (recipe.groups,)) if fit.terms else ()
+        keys = list(dict.fromkeys(name for groups in factors for name in groups))
+        where = located(engine, recipe, False, keys, sizes)
+        shown = shown_columns(engine, None, names)
         modes = [Modes(fit, ":".join(groups), groups) for groups in factors]
         drawn = [_effects(fit, mode, n, rng) for mode in modes]
-        keys = list(dict.fromkeys(name for groups in factors for name in groups))
         reading = Reading(fit, engine, where, shown, ["population", *(["size"] if sizes else [])], keys)
     except BaseException:
         stack.close()

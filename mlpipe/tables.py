@@ -166,7 +166,12 @@ def factor_names(groups: Sequence[str]) -> dict[str, str]:
     return out
 
 
+def reserved() -> set[str]:
+    """The names that no column of values has which fits are for: those of the manifest's own columns."""
+    return {"run_id", "model", "tables", "record", *_manifest(Entry("", None)).column_names}
+
+
 def by_columns(manifest: pa.Table) -> list[str]:
     """The columns of a run's manifest that say which values its fits are for."""
-    own = {"run_id", "model", "tables", "record", *_manifest(Entry("", None)).column_names}
+    own = reserved()
     return [name for name in manifest.column_names if name not in own and manifest.column(name).null_count < len(manifest)]

@@ -75,6 +75,17 @@ FOUND: dict[str, tuple[pa.Array, pa.Array, list[int]]] = {
         pa.array([Decimal(10**30), Decimal(10**30 + 1)], pa.decimal128(38)), pa.array([Decimal(10**30 + 1), Decimal(0)], pa.decimal128(38)),
         [1, -1],
     ),
+    "decimals known": (pa.array([Decimal("1.00"), Decimal("2.50")]), pa.array([2, 1, None, 2**63 - 1]), [-1, 0, -1, -1]),
+    "decimals known, unsigned": (pa.array([Decimal(2**64 - 1)], pa.decimal128(20)), pa.array([2**64 - 1, 1], pa.uint64()), [0, -1]),
+    "fine decimals": (pa.array([-1, 1, 3]), pa.array([Decimal("1.5"), Decimal(-1), None], pa.decimal128(38, 30)), [-1, 0, -1]),
+    "wide decimals": (pa.array([-1, 1], pa.int16()), pa.array([Decimal(2**64 + 1), Decimal(1)], pa.decimal128(38)), [-1, 1]),
+    "decimals, unsigned known": (
+        pa.array([5, 2**64 - 1], pa.uint64()), pa.array([Decimal(-1), Decimal(5), Decimal(2**64 - 1)], pa.decimal128(22, 1)), [-1, 0, 1],
+    ),
+    "decimals, doubles": (pa.array([Decimal("5.10")]), pa.array([5.1, 5.103, 1e300, float("inf")]), [0, -1, -1, -1]),
+    "doubles, decimals": (pa.array([5.1, 0.3]), pa.array([Decimal("0.30"), Decimal("5.10"), Decimal("5.11")]), [1, 0, -1]),
+    "nothing but nulls": (pa.array([3, 5]), pa.nulls(2), [-1, -1]),
+    "nothing but nulls, text": (pa.array(["a", "b"]), pa.nulls(2), [-1, -1]),
     "uuids": (pa.array([b"0" * 16, b"1" * 16], pa.uuid()), pa.array([b"1" * 16, b"2" * 16], pa.uuid()), [1, -1]),
     "enums": (
         enum(["low", "mid", "high"], ["low", "mid", "high"]), enum(["high", "low", None, "mid"], ["low", "mid", "high"]), [2, 0, -1, 1],
@@ -129,9 +140,17 @@ def test_three_columns() -> None:
     np.testing.assert_array_equal(shuffled[back], rows)
 
 
+MOMENTS = [pa.array([0], pa.timestamp("us")), pa.array([0], pa.duration("s")), pa.array([0], pa.time64("us"))]
+
+
 @pytest.mark.parametrize(
-    ("known", "values"), [(pa.array([1, 2]), pa.array(["1", "x"])), (pa.array([dt.time(1)]), pa.array([dt.date(2020, 1, 1)]))]
-)
+    ("known", "values"),
+    [
+        (pa.array([1, 2]), pa.array(["1", "x"])), (pa.array([dt.time(1)]), pa.array([dt.date(2020, 1, 1)])),
+        *((pa.array([0]), moment) for moment in MOMENTS), *((moment, pa.array([0])) for moment in MOMENTS),
+        (pa.array([0], pa.int32()), pa.array([0], pa.date32())), (pa.array([0], pa.date32()), pa.array([0], pa.int32())),
+    ],
+)  # fmt: skip
 def test_a_type_that_cannot_be_compared_is_named(known: pa.Array, values: pa.Array) -> None:
     with pytest.raises(DataError, match="'k0' is of type") as raised:
         levels(known).codes([values])

@@ -5,6 +5,7 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import polars as pl
 import pytest
@@ -141,3 +142,11 @@ def test_models_of_rows_summed_in_parts(by: tuple[str, ...], tmp_path: Path, mon
 def test_what_is_refused(models: list[Model], by: tuple[str, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fits_of(rows(300), models, by)
+
+
+@pytest.mark.parametrize("kind", ["region::blob", "to_days(year::int)"])
+def test_values_that_no_text_stands_for_are_refused(kind: str) -> None:
+    con = duckdb.connect()
+    con.register("rows", rows(300).to_arrow())
+    with pytest.raises(mp.DataError, match="'v' of type .* cannot say what a model is for"):
+        fits_of(mp.query(f"select *, {kind} as v from rows", con), [Model("a", "y ~ x + (1 | g)")], ("v",))

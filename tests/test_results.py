@@ -134,6 +134,9 @@ def test_policies_of_many(job: Any) -> None:
         ("", "[model] is missing"),
         ('[[models]]\nname = "a"\nformula = "y ~ x + (1 | g)"\n[model]\nformula = "y ~ 1"', "exclude each other"),
         ('[[models]]\nname = "a"\nformula = "y ~ x + (1 | g)"\n' * 2, "two models have one name"),
+        ('[model]\nformula = "y ~ x + (1 | g)"\nby = ["run_id"]\n', "'run_id': the tables of results have a column of this name"),
+        ('[model]\nformula = "y ~ x + (1 | g)"\nby = ["Seconds"]\n', "'Seconds': the tables of results have a column of this name"),
+        ('[model]\nformula = "y ~ x + (1 | g)"\nby = ["r", "R"]\n', "'R': the tables of results have a column of this name"),
         ('[[models]]\nname = "a"\nformula = "y ~ x + (1 | g)"\nweigths = "x"', "unknown key models.0.weigths"),
         ('[model]\nkind = "glm"\nfamily = "poisson"\nformula = "y ~ x"\nby = ["g"]', "are for linear mixed models"),
     ],
@@ -142,6 +145,13 @@ def test_mistakes(models: str, message: str, job: Any) -> None:
     with pytest.raises(mp.ConfigError) as caught:
         job(models, "out")
     assert message in caught.value.message
+
+
+def test_a_model_that_stops_a_job_is_named(job: Any) -> None:
+    other = '[[models]]\nname = "far"\nformula = "y ~ x + (1 | g)"\nwhere = "x > 1e9"\n'
+    read = job(f'[[models]]\nname = "all"\nformula = "y ~ x + (1 | g)"\n{other}', "out")
+    with pytest.raises(mp.DataError, match=r"\[\[models\]\] far: there is no row"):
+        jobs.fit_jobs(read, {})
 
 
 def _write(target: str, run: str, ready: Any, out: Any) -> None:

@@ -164,6 +164,7 @@ def test_targets_that_are_refused(predict: Predict, tmp_path: Path) -> None:
     for out, code, words in [
         ("theirs", 2, "is no directory of predictions"), ("file", 2, "is no directory of predictions"), ("fit", 2, "is no directory of"),
         ("lake", 2, "lie within each other"), ("lake/out", 2, "lie within each other"), (".", 2, "lie within each other"),
+        ("lake/all.parquet", 2, "lie within each other"), (f"lake/{NAMES[0]}", 2, "lie within each other"),
         ("/dev/null/x", 5, "cannot write"),
     ]:  # fmt: skip
         done = predict("lake", "--out", out)

@@ -402,6 +402,14 @@ def test_predictions_with_unseen_levels(effects: str | list[str], new_levels: st
         assert fitted.info["scored"]["unseen_levels"] == missing.sum()
 
 
+def test_keys_of_factors_that_are_left_out_need_not_be_there() -> None:
+    fitted, frame, _ = unseen()
+    want = fitted.predict(frame, effects=["b"]).read_all()["predicted"]
+    assert fitted.predict(frame.drop("a"), effects=["b"]).read_all()["predicted"].equals(want)
+    with pytest.raises(mp.ColumnNotFoundError, match="'b'"):
+        fitted.predict(frame.drop("b"), effects=["b"])
+
+
 def test_a_key_of_another_type_is_compared_by_value() -> None:
     """No rounding, no wrapping: 7.5 is not 7, 2^32 - 21 is not -21."""
     fitted = mp.lmm(SIMPLE, FRAME.with_columns(pl.col("a").cast(pl.Int32)))
@@ -523,6 +531,13 @@ def test_singular_fits_are_answers(random: str) -> None:
     assert residual["std_error"] == pytest.approx(fitted.sigma / np.sqrt(2 * 178), rel=0.2)
     assert np.isfinite(np.asarray(fitted.predict(frame).read_all()["predicted"])).all()
     assert "singular" in str(fitted)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1 / 3, 1e9])
+def test_a_response_without_variation_is_refused(value: float) -> None:
+    with pytest.raises(mp.DataError) as caught:
+        mp.lmm(SIMPLE, FRAME.with_columns(y=pl.lit(value)))
+    assert caught.value.code == "no_residual"
 
 
 def test_dropped_columns() -> None:

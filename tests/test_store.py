@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 import mlpipe as mp
 from mlpipe import atomic, datasets, store
+from mlpipe.engines import failures
 from mlpipe.many import Model, fit_many
 from mlpipe.plans import Request
 from mlpipe.tables import Entry, factor_names
@@ -418,3 +420,26 @@ def test_the_one_value_of_a_run_is_told_by_its_model(target: str, tmp_path: Path
     again, given = mp.load(tmp_path / target, model="m"), mp.load(tmp_path / target, by={"region": "north"})
     assert again.ranef().equals(given.ranef()) and again.ranef()["Region"].to_pylist()[0].isdigit()
     assert again.written == given.written and again.written["region"] == "north"
+
+
+@pytest.mark.parametrize("size", [1_000, 10_000, 13_000])
+def test_a_full_disk_leaves_no_database_that_cannot_be_opened(size: int, tmp_path: Path) -> None:
+    """Files may grow to `size` bytes: too few for the headers of a database, or for a transaction."""
+    fit = mp.lmm("reaction ~ days + (1 | subject)", datasets.path("sleepstudy"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(mp.ResourceError):
+            fit.write(tmp_path / "out.duckdb")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    fit.write(tmp_path / "out.duckdb")
+    assert mp.load(tmp_path / "out.duckdb").loglik == fit.loglik
+
+
+def test_a_commit_that_a_full_disk_refuses_is_worth_a_retry() -> None:
+    said = 'TransactionContext Error: Failed to commit: Could not write file "out.duckdb.wal": No space left on device'
+    with pytest.raises(mp.ResourceError, match="No space left") as caught, failures.translating():
+        raise duckdb.TransactionException(said)
+    assert caught.value.code == "io"

@@ -30,6 +30,8 @@ def explained(error: duckdb.Error) -> MlpipeError:
     if "Resource In Use" in message:
         hint = "read out or close the result that is still open on the connection"
         return ResourceError("the connection is busy", code="connection_busy", hint=hint)
+    if "Failed to commit" in message:  # a TransactionException, of a disk that is full
+        return ResourceError(message, code="io")
     for kind, code, hint_ in _RESOURCE:
         if isinstance(error, kind):
             return ResourceError(message, code=code, hint=hint_)

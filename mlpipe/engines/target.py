@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..options import Options
 
 _ATTACHED = "mlpipe_target"
+_HEADERS = 3 * 4_096  # bytes that a database has at least
 _MANIFEST = ("run_id", "tables", "record")
 _ROWS = exp.select("*").from_(exp.to_table("mlpipe_result_rows"))
 
@@ -118,15 +119,27 @@ def opened(target: Any, options: Options, *, read_only: bool) -> Iterator[Databa
             ((catalog, schema),) = target.execute("select current_database(), current_schema()").fetchall()
             yield Database(target, catalog, schema)
         return
-    workspace = Workspace(options.temp_directory)
+    workspace, fresh = Workspace(options.temp_directory), not Path(target).exists()
     con = connect(options, workspace)
     try:
         with translating():
-            con.execute(f"attach {render(exp.Literal.string(os.fspath(target)), 'duckdb')} as {_ATTACHED}{' (read_only)' * read_only}")
+            try:
+                con.execute(f"attach {render(exp.Literal.string(os.fspath(target)), 'duckdb')} as {_ATTACHED}{' (read_only)' * read_only}")
+            except duckdb.Error as error:
+                if fresh and "lock" not in str(error):  # that of another job is being made
+                    _remove_stump(Path(target))
+                raise
             yield Database(con, _ATTACHED, "main")
     finally:
         con.close()
         workspace.close()
+
+
+def _remove_stump(file: Path) -> None:
+    """Removes what a full disk left of a new database: less than its headers, which nothing could open again."""
+    with suppress(FileNotFoundError):
+        if file.stat().st_size < _HEADERS:
+            file.unlink()
 
 
 def write(target: Any, tables: Mapping[str, pa.Table], manifest: str, mode: str, run: str, options: Options) -> None:
@@ -146,7 +159,8 @@ def write(target: Any, tables: Mapping[str, pa.Table], manifest: str, mode: str,
                     _write(database, tables, manifest, mode, run)
             except BaseException:
                 if file is not None and fresh:  # while it is locked: nobody else can have begun to fill it
-                    file.unlink(missing_ok=True)
+                    for left in (file, file.with_name(f"{file.name}.wal")):
+                        left.unlink(missing_ok=True)
                 raise
     except DataError as error:
         if isinstance(error.__cause__, duckdb.Error):
