@@ -246,8 +246,8 @@ def _leverages(stats: SuffStats, counts: Array | None, options: Options | None) 
     limit, needed = (options or Options()).memory_bytes, Leverages.bytes(cells.sizes)
     if needed > limit // 2:
         raise ResourceError(
-            f"the leverages of {' and '.join(f'{m:,}' for m in cells.sizes)} absorbed levels need {needed / 1e6:,.0f} MB, more than half the "
-            f"memory limit of {limit / 1e6:,.0f} MB", code="memory_limit", hint='vcov="HC1", or raise memory_limit',
+            f"the leverages of {' and '.join(f'{m:,}' for m in cells.sizes)} absorbed levels need {needed / 1e6:,.0f} MB, more than half "
+            f"the memory limit of {limit / 1e6:,.0f} MB", code="memory_limit", hint='vcov="HC1", or raise memory_limit',
         )  # fmt: skip
     return Leverages(cells)
 

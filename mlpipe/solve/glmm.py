@@ -196,7 +196,13 @@ class _Search:
         out = np.ones(self.problem.size, dtype=bool)
         for j in self.zero:
             out[self.problem.column(j)] = False
+        out[-1] &= not self._vanished
         return np.flatnonzero(out)
+
+    @property
+    def _vanished(self) -> bool:
+        """Whether the family's parameter is as good as infinite: it stays there, and the others go on."""
+        return self.problem.shape and abs(float(self.psi[-1])) > self.problem.tau_bound
 
     def run(self, tol: float, max_evaluations: int, loose: bool, saved: Callable[[Array], None] | None) -> GLMMSolution:
         message, converged, score = "out of evaluations", False, math.inf
@@ -217,10 +223,8 @@ class _Search:
                     continue
                 if self._released():
                     continue
-                converged, message = True, "the scaled score is small"
-                break
-            if self.problem.shape and abs(self.psi[-1]) > self.problem.tau_bound:
-                message = "the family's parameter goes to infinity"
+                converged = not self._vanished
+                message = "the scaled score is small" if converged else "the family's parameter goes to infinity"
                 break
             if not self._move(self._limited(step), score):
                 if self._restarted():
@@ -326,6 +330,8 @@ class _Search:
         free = self.free
         directions = np.zeros((self.problem.size, len(free)))
         directions[free] = _whitened(self.curvature.at(self.look)[np.ix_(free, free)])
+        if self.problem.shape:  # one that the rows hardly tell: its logarithm moves by a tenth at most
+            directions /= np.maximum(1.0, 10.0 * DIFFERENCE * np.abs(directions[-1]))
         ahead = [self.psi + DIFFERENCE * v for v in directions.T]
         behind = [self.psi - DIFFERENCE * v for v in directions.T] if self.problem.central else []
         looks, base = self.problem.near([*ahead, *behind]), self.look.score
