@@ -162,11 +162,13 @@ class MixedFit:
         return intervals.confint(self, method, level, draws)
 
     def test(self, hypothesis: Any, ddf: str = "wald") -> pa.Table:
-        """Wald test of linear hypotheses on the fixed effects: `statistic` is χ² with `df`, or F with `df` and `df_denominator`.
+        """Wald test of linear hypotheses on the fixed effects: `statistic` is χ² with `df`, or F with `df` and `df_denominator` (those
+        of least squares have F, over the degrees of freedom of their t tests).
 
         `hypothesis`: text such as "x1 = x2 = 0" or "x1 - 2 * x2 = 1, x3 = 0", or a matrix (k, p) of contrasts that are zero.
         `ddf`: as in `tidy`; Satterthwaite's joint degrees of freedom are Fai and Cornelius's (1996).
-        Raises ConfigError for what cannot be read or names no coefficient.
+        Raises ConfigError for what cannot be read or names no coefficient, for equations that contradict each other, and for more of
+        them than the covariance can tell apart.
         """
         from . import hypotheses
 
