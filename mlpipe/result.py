@@ -369,8 +369,9 @@ class MixedFit:
         """Marginal means over the levels of a factor, or of combinations of factors (Searle, Speed and Milliken 1980), as R's emmeans.
 
         Over a grid of all factors' levels, equally weighted, with numeric covariates at their means over the rows (one scan, kept with
-        the fit) or as in `at`. Averages are of linear predictors; kind="response" transforms them back. effects="marginal" integrates
-        the random effects out and averages means. `ddf`: as in `tidy`, with t tests and intervals on `df` degrees of freedom.
+        the fit) or as in `at`. Averages are of linear predictors; kind="response" transforms them back, with their intervals, and keeps
+        their tests. effects="marginal" integrates the random effects out and averages means; its tests and intervals are by the link of
+        these. `ddf`: as in `tidy`, with t tests and intervals on `df` degrees of freedom. What is not estimable is null.
         """
         from . import means
 
