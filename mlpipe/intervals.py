@@ -45,7 +45,8 @@ def confint(fit: MixedFit, method: str, level: float, draws: int) -> pa.Table:
     else:
         rows = _wald(fit, level) if method == "wald" else _profiled(fit, level)
     names, low, high = (list(column) for column in zip(*rows, strict=True))
-    return pa.table({"term": names, "conf_low": pa.array(low, pa.float64()), "conf_high": pa.array(high, pa.float64())})
+    columns = {"conf_low": low, "conf_high": high}
+    return pa.table({"term": names} | {name: pa.array(ends, pa.float64(), mask=np.isnan(ends)) for name, ends in columns.items()})
 
 
 def random_names(fit: MixedFit) -> list[str]:

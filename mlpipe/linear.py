@@ -149,8 +149,7 @@ def _solution(
     with stage("solve", stats.info.setdefault("seconds", {}), None, options):
         left = within(stats) if absorb else pooled(stats)
         first = solved(stats, parsed, left)
-    if first.within_tss <= 0.0:
-        raise DataError("the response does not vary", code="no_residual")
+    _check_varies(first)
     if first.rss > EXPLAINED * first.within_tss:
         return stats, left, first, first.coefficients
     spread = math.sqrt(max(first.rss, 1e-30 * first.within_tss) / stats.n)
@@ -167,6 +166,14 @@ def _solution(
     e = response_vector(stats.recipe, first.response) - gamma
     total = replace(second, gamma=gamma, e=e, tss=first.tss, within_tss=first.within_tss, beta=second.beta)
     return replace(stats, info=again.info), left, total, first.coefficients + second.coefficients
+
+
+def _check_varies(solution: Solution) -> None:
+    """Raises DataError for a response that is constant, or within absorbed factors, but for what sums cannot tell from rounding."""
+    if solution.tss <= 0.0:
+        raise DataError("the response does not vary", code="no_residual")
+    if solution.within_tss <= LOST * solution.tss:
+        raise DataError("the response does not vary within the absorbed factors", code="no_residual")
 
 
 def _result(
@@ -332,6 +339,7 @@ def _from_statistics(
     with stage("solve", stats.info.setdefault("seconds", {}), None, options):
         left = within(stats) if absorb else pooled(stats)
         solution = solved(stats, parsed, left, **coding)
+    _check_varies(solution)
     if solution.rss <= LOST * solution.within_tss:
         raise DataError("the response is fitted exactly, or so nearly that the statistics cannot tell", code="no_residual")
     if solution.rss <= EXPLAINED * solution.within_tss:

@@ -211,7 +211,8 @@ class MixedFit:
 
     def icc(self, at: Mapping[str, Any] | None = None, level: float | None = None) -> dict[str, Any]:
         """Intraclass correlation per grouping factor: the share of the intercept variance (random slopes at zero), or, where `at` gives
-        values of all columns of the random part, of z'Ψz there (a list for lists). Generalized: on the latent scale.
+        values of all columns of the random part, of z'Ψz there (a list for lists). Generalized: on the latent scale. Raises ConfigError
+        where there is none, and without `at` where a factor has no intercept.
 
         `level`: (share, low, high) in place of a share, by the delta method on the logit scale.
         """

@@ -287,3 +287,13 @@ def test_what_does_not_vary_within_is_dropped() -> None:
     assert fit.names == ("ses", "sxFemale") and fit.dropped == ("meanses",) and caught[0].category is mp.RankWarning
     np.testing.assert_allclose(fit.beta, want["fixef"]["estimate"][:2], rtol=1e-9)
     np.testing.assert_allclose(np.sqrt(np.diag(fit.vcov())), want["fixef"]["se"][:2], rtol=1e-9)
+
+
+def test_a_response_that_is_constant_within_the_factors() -> None:
+    frame = FRAME.with_columns(y=pl.col("y").mean().over("firm"))
+    with pytest.raises(mp.DataError, match="does not vary within"):
+        mp.ols("y ~ x", frame, absorb="firm")
+    with pytest.raises(mp.DataError, match="does not vary within"):
+        mp.ols("y ~ x", mp.suffstats("y ~ x + (1 | firm)", frame), absorb="firm")
+    with pytest.raises(mp.DataError, match="does not vary$"):
+        mp.ols("y ~ x", FRAME.with_columns(y=pl.lit(3.0)))
