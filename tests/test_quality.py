@@ -10,8 +10,8 @@ import pytest
 import scipy.stats as st
 
 import mlpipe as mp
-from mlpipe.reading import shares
 from mlpipe import datasets
+from mlpipe.reading import shares
 from mlpipe.sketch import Sketch
 
 from .dense_glmm import variance
