@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ConfigError, DataError, did_you_mean
+from .errors import ConfigError, ConvergenceWarning, DataError, did_you_mean
 from .expr import label
 from .formula import Formula, Term
 from .generalized_result import GeneralizedFit
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 NUMBER = re.compile(r"\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?")
 WORD = re.compile(r"[^\s=,;+*/()-]+")
+WORSE = 1e-3  # log-likelihood that a larger model lacks, from which its search has gone wrong
+LESSER = "the smaller model fits better: the larger one is at a lesser maximum, fit it again from other values of start="
 REFITTED = "REML fits were refitted by maximum likelihood"
 
 
@@ -241,7 +244,10 @@ def _ratio(small: MixedFit, large: MixedFit, gain: float, notes: list[str]) -> d
     if df == 0:
         notes.append("as many parameters: no test")
         return {"statistic": statistic, "df": 0}
-    notes += doubts(small, large)
+    against = doubts(small, large)
+    notes += against
+    if not against and gain < -WORSE:
+        notes.append(LESSER)
     out = {"statistic": statistic, "df": df, "p_value": chi2_tail(statistic, df)}
     if not adds_variances(small, large):
         return out
@@ -284,6 +290,8 @@ def drop1(fit: MixedFit) -> pa.Table:
             )  # fmt: skip
         df = fit.n_params - smaller.n_params
         statistic = max(2.0 * (loglik - smaller.loglik), 0.0)
+        if loglik - smaller.loglik < -WORSE:
+            warnings.warn(f"without {_term_label(term)}: {LESSER}", ConvergenceWarning, stacklevel=3)
         rows.append({
             "term": _term_label(term), "n_params": smaller.n_params, "loglik": smaller.loglik,
             "aic": -2.0 * smaller.loglik + 2 * smaller.n_params, "statistic": statistic, "df": df,
@@ -316,8 +324,6 @@ def _term_label(term: Term) -> str:
 
 def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
     """The fit without a term: by ML from the statistics where it is linear, else from the source."""
-    import warnings
-
     from .fit import fitted, lmm
 
     text, recipe, options = without(formula, term), fit.recipe, fit.options

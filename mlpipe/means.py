@@ -61,7 +61,8 @@ def means(
     found = _found(fit, tests, term, kind, effects, at, data, options)
     texts = {"term": [found.term] * len(found.labels), "level": found.labels}
     unknown, se = _leaning(found.aliased), np.sqrt(np.diag(found.covariance))
-    table = _tested(texts, *_without(unknown, found.estimate, se, tests.each(found.slopes)), conf_level)
+    estimate, se, df = _without(unknown, found.estimate, se, tests.each(found.slopes))
+    table = _tested(texts, estimate, se, df, conf_level)
     return table if kind == "link" or fit.link == "identity" else _on_link(table, fit.link, conf_level)
 
 

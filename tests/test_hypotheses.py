@@ -244,3 +244,14 @@ def test_formulas_without_a_term() -> None:
         "log(y) ~ 1 + a + b + a:b + (1 + x || g) + (1 | a/h) + offset(z)",
         "log(y) ~ 1 + a + b + `odd name` + (1 + x || g) + (1 | a/h) + offset(z)",
     ]
+
+
+def test_a_larger_model_at_a_lesser_maximum_is_told() -> None:
+    """An optimum that a search missed must not pass for evidence of nothing."""
+    frame = pl.read_parquet(DATA / "sleepstudy.parquet").with_columns(odd=pl.col("Days") % 2)
+    small, large = (mp.lmm(f"Reaction ~ {fixed} + (1 | Subject)", frame, reml=False) for fixed in ("Days", "Days + odd"))
+    large.loglik = small.loglik - 1.0
+    row = mp.anova(small, large).to_pylist()[1]
+    assert row["statistic"] == 0.0 and "lesser maximum" in row["note"]
+    with pytest.warns(mp.ConvergenceWarning, match="without odd.*lesser maximum"):
+        large.drop1()
