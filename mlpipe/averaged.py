@@ -145,7 +145,8 @@ def effects(fit: MixedFit, data: Any, conf_level: float, options: Options | None
     if reach is not None:
         unknown = reach.unknown(total.n)
         estimates[-1][unknown] = errors[-1][unknown] = np.nan
-    return wald_table(texts, np.concatenate(estimates), np.concatenate(errors), conf_level)
+    degrees = float(getattr(fit, "df_test", np.inf))  # least squares' own
+    return wald_table(texts, np.concatenate(estimates), np.concatenate(errors), conf_level, degrees)
 
 
 class _Sums:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from .solve.lmm import solve
 from .solve.refit import free_of, refit
 from .solve.simulate import BlockSimulator, LevelSimulator, dense_effects
 from .spool import Spool
+from .verdict import warn
 
 if TYPE_CHECKING:
     from .again import Again
@@ -63,7 +63,7 @@ def bootstrap(fit: MixedFit, draws: int) -> np.ndarray:
         raise ConvergenceError("no bootstrap refit converged")
     if failed:
         message = f"{failed:,} of {draws:,} bootstrap refits did not converge and are left out of the intervals"
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+        warn(message, ConvergenceWarning)
     return out
 
 

@@ -18,6 +18,7 @@ from .intervals import ml_optimum
 from .nesting import adds_variances, check_comparable, doubts, one_more
 from .options import Options
 from .result import LMMFit
+from .verdict import warn
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -291,7 +292,7 @@ def drop1(fit: MixedFit) -> pa.Table:
         df = fit.n_params - smaller.n_params
         statistic = max(2.0 * (loglik - smaller.loglik), 0.0)
         if loglik - smaller.loglik < -WORSE:
-            warnings.warn(f"without {_term_label(term)}: {LESSER}", ConvergenceWarning, stacklevel=3)
+            warn(f"without {_term_label(term)}: {LESSER}", ConvergenceWarning)
         rows.append({
             "term": _term_label(term), "n_params": smaller.n_params, "loglik": smaller.loglik,
             "aic": -2.0 * smaller.loglik + 2 * smaller.n_params, "statistic": statistic, "df": df,

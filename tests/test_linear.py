@@ -297,3 +297,19 @@ def test_a_response_that_is_constant_within_the_factors() -> None:
         mp.ols("y ~ x", mp.suffstats("y ~ x + (1 | firm)", frame), absorb="firm")
     with pytest.raises(mp.DataError, match="does not vary$"):
         mp.ols("y ~ x", FRAME.with_columns(y=pl.lit(3.0)))
+
+
+def test_effects_are_tested_as_coefficients_are() -> None:
+    """By t on the fit's degrees of freedom, with clusters their number less one."""
+    for fit in (mp.ols("y ~ x + z", FRAME.head(12)), mp.ols("y ~ x + z", FRAME, cluster="region"), mp.ols("y ~ x", FRAME, absorb="firm")):
+        tests = {row["term"]: row for row in fit.tidy().to_pylist()}
+        for row in fit.effects().to_pylist():
+            for name in ("estimate", "std_error", "p_value", "conf_low", "conf_high"):
+                assert row[name] == pytest.approx(tests[row["term"]][name], rel=1e-6), (row["effect"], name)
+
+
+def test_predictions_with_absorbed_effects_have_no_interval() -> None:
+    fit = mp.ols("y ~ x", FRAME, absorb="firm")
+    for effects in ("conditional", "population"):
+        with pytest.raises(mp.ConfigError, match="absorbed effects have no interval"):
+            fit.predict(FRAME, effects=effects, interval="confidence")
