@@ -13,7 +13,10 @@ import scipy.optimize as so
 import scipy.stats as st
 
 import mlpipe as mp
-from mlpipe.solve.profile import BlockSurface, LevelSurface, Linear
+from mlpipe import intervals
+from mlpipe.inference import held
+from mlpipe.pins import Parametrisation
+from mlpipe.solve.profile import BlockSurface, LevelSurface, Linear, Profile
 
 from .dense import Dense, simulate
 from .dense_several import DenseSeveral, Grouping
@@ -253,3 +256,16 @@ def test_refits_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "_refitted", lambda *given: made(*given) * math.nan)
     with pytest.raises(mp.ConvergenceError, match="no bootstrap refit"):
         fit.confint("boot", draws=2)
+
+
+def test_a_profile_along_singular_matrices() -> None:
+    """There Λ's elements turn at once and gradients fail; 3.921114 is the limit by a dense search over the correlation and the rest."""
+    frame = pl.read_parquet(mp.datasets.path("sleepstudy"))
+    frame = frame.with_columns(pl.col("reaction") - pl.col("reaction").mean().over("subject"))
+    with pytest.warns(mp.SingularFitWarning):
+        fit = mp.lmm("reaction ~ days + (days | subject)", frame)
+    kept, best = intervals.ml_optimum(fit, held(fit))
+    phi = np.append(best.lambda_[intervals.free_of(kept.problem)], math.log(best.s2) / 2)
+    how = Parametrisation(kept.random, phi, best.covariance, relative=True, scale=kept.scale)
+    profile = Profile(BlockSurface(kept.problem), how.sd(0, 1), how.curvature(), best.value)
+    assert profile.minimum(3.921114).value - best.value == pytest.approx(Z**2, abs=1e-3)

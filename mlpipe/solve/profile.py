@@ -27,6 +27,7 @@ CLOSE = 2e-4  # of the signed root from its quantile, at which a limit is found:
 BETTER = 1e-3  # by which a pinned -2ℓ may not fall below the least one
 MOST_STEPS, MOST_POINTS = 200, 60
 MOST_HALVINGS = 30
+FEW, MOST_SIMPLICES = 8, 6  # free numbers that simplices can search, and how often they start
 
 
 class Linear(NamedTuple):
@@ -231,11 +232,29 @@ class Profile:
                     self.known.append((v, at.x))
                     return at
                 if H is self.inverse:
-                    break
+                    return self._by_values(at, v)
                 H = self.inverse
                 continue
             H = _updated(H, new.x - at.x, new.gradient - at.gradient)
             at = new
+        raise ConvergenceError(f"the profile did not converge at the value {v:g}")
+
+    def _by_values(self, at: _Point, v: float) -> _Point:
+        """The least -2ℓ at v by Nelder and Mead's (1965) simplices: where a covariance matrix loses rank elements of Λ may turn at once,
+        and gradients by them lead nowhere. Raises ConvergenceError where another simplex around the end finds a better point."""
+        from scipy.optimize import minimize
+
+        def value(x: Array) -> float:
+            return self.surface.look(self.pin.expand(x, v), None if self.pin.condition is None else Linear(self.pin.condition, v)).value
+
+        best, least = at.x, at.value
+        cheap = len(at.x) <= FEW and isinstance(self.surface, BlockSurface | LevelSurface)  # no passes over rows
+        for _ in range(MOST_SIMPLICES if cheap else 0):
+            found = minimize(value, best, method="Nelder-Mead", options={"xatol": 1e-4, "fatol": DECREMENT, "maxiter": 400 * len(best)})
+            settled, best, least = least - found.fun < 10.0 * DECREMENT, found.x, float(found.fun)
+            if settled:
+                self.known.append((v, best))
+                return self._at(best, v)
         raise ConvergenceError(f"the profile did not converge at the value {v:g}")
 
     def _line(self, at: _Point, step: Array, v: float, promise: float) -> _Point | None:
