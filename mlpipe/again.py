@@ -13,7 +13,7 @@ from .errors import ConfigError, DataError
 from .formula import parse
 from .generalized import gathered
 from .options import Options
-from .passes import Model, built, plain, plain_looks, resumed, star_point
+from .passes import Model, built, plain, plain_looks, resumed, star_point, tau_bound
 from .plans import Request
 from .several_generalized import JointModel
 from .several_generalized import resumed as joint_resumed
@@ -61,9 +61,11 @@ class Again:
     options: Options
 
     def refitted(self, spool: Spool) -> Found:
-        """The optimum with the responses of another spool, from the fit's own."""
-        model = replace(self.model, rows=replace(self.model.rows, spool=spool))
-        return _optimum(model, self.joint.over(model) if self.joint is not None else None, self.best.psi, self.options)
+        """The optimum with the responses of another spool, from the fit's own, a vanished overdispersion released."""
+        model, start = replace(self.model, rows=replace(self.model.rows, spool=spool)), self.best.psi.copy()
+        if model.density.family.shape:
+            start[-1] = np.clip(start[-1], -tau_bound(model) / 2.0, tau_bound(model) / 2.0)
+        return _optimum(model, self.joint.over(model) if self.joint is not None else None, start, self.options)
 
     def stars(self, lambda_: Array) -> list[Array]:
         """Λ's blocks, term by term in the order of `random`."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import expr
-from .covariates import Change, Rows, design, half_factor, note_scan, random_terms, scanned, touched
+from .covariates import ALIASED, Change, Rows, design, half_factor, note_scan, random_terms, scanned, touched, undetermined
 from .design import Variable, level_label
 from .formula import Formula
 from .integrals import Integrated, integrated, linked
@@ -121,11 +121,14 @@ def effects(fit: MixedFit, data: Any, conf_level: float, options: Options | None
     check_level(conf_level)
     means, goals = Means(fit), targets(fit.recipe, fit.parsed)
     total = _Sums(len(fit.names), len(means.covariance), len(goals))
+    reach = _Reach(fit, len(goals)) if fit.dropped else None
     with scanned(fit, data, options) as scan:
         changes = list(dict.fromkeys(change for goal in goals for change in goal.changes))
         places = {change: touched(change, fit.recipe) for change in changes}
         for rows in scan.rows(changes):
             total.add(means, rows, goals, places)
+            if reach is not None:
+                reach.add(rows, goals, places)
     note_scan(fit, "effects", data)
     V = means.covariance
     texts: dict[str, list[str]] = {"effect": [], "term": []}
@@ -137,9 +140,13 @@ def effects(fit: MixedFit, data: Any, conf_level: float, options: Options | None
     ):
         texts["effect"] += [kind] * len(names)
         texts["term"] += names
-        estimates.append(estimate)
+        estimates.append(np.array(estimate, dtype=float))
         errors.append(np.sqrt(np.maximum(np.diag(covariance), 0.0)))
-    return wald_table(texts, np.concatenate(estimates), np.concatenate(errors), conf_level)
+    if reach is not None:
+        unknown = reach.unknown(total.n)
+        estimates[-1][unknown] = errors[-1][unknown] = np.nan
+    degrees = float(getattr(fit, "df_test", np.inf))  # least squares' own
+    return wald_table(texts, np.concatenate(estimates), np.concatenate(errors), conf_level, degrees)
 
 
 class _Sums:
@@ -174,6 +181,34 @@ class _Sums:
         """The average marginal effects and their covariance."""
         J = self.gradient / self.n
         return self.effect / self.n, J @ V @ J.T
+
+
+class _Reach:
+    """Σ F F' of the rows, and per target that of the features which its effects compare: their difference where the link is the identity,
+    else both sides. Where these lean on what the rows do not determine, as an empty cell, the effect is not estimable."""
+
+    def __init__(self, fit: MixedFit, targets: int) -> None:
+        m = fit.recipe.n_covariates
+        self.fit, self.gram, self.of = fit, np.zeros((m, m)), np.zeros((targets, m, m))
+
+    def add(self, rows: Rows, goals: list[Target], places: dict[Change, list[int]]) -> None:
+        """Takes in a batch of rows."""
+        q = np.ones(rows.n) if rows.freq is None else rows.freq
+        self.gram += (rows.F * q) @ rows.F.T
+        order = {change: k for k, change in enumerate(places)}
+        for i, goal in enumerate(goals):
+            sides = []
+            for change in goal.changes:
+                D = rows.F.copy() if len(goal.changes) == 2 else np.zeros_like(rows.F)
+                D[places[change]] = rows.changed[order[change]]
+                sides.append(D)
+            for D in [sides[0] - sides[1]] if len(sides) == 2 and self.fit.link == "identity" else sides:
+                self.of[i] += (D * q) @ D.T
+
+    def unknown(self, n: float) -> Array:
+        """Which targets' effects are not estimable."""
+        N = undetermined(self.fit, self.gram, n)
+        return np.asarray(np.einsum("mk,imj,jk->ik", N, self.of, N).max(axis=1, initial=0.0) > ALIASED**2 * n)
 
 
 class _Changed:

@@ -52,6 +52,8 @@ def _check(fit: MixedFit, wanted: str, interval: str, level: float, factors: lis
         raise ConfigError(f"interval = {interval!r} is not one of {', '.join(known)}", hint=did_you_mean(str(interval), known))
     if not 0 < level < 1:
         raise ConfigError(f"level = {level!r} is not between 0 and 1")
+    if any(np.isinf(term.factor).any() for term in fit.terms):
+        raise ConfigError("predictions of a fit with absorbed effects have no interval: the effects have no errors", code="not_available")
     if not fit.residual_scaled:
         if interval == "prediction":
             raise ConfigError(

@@ -10,10 +10,11 @@ import numpy as np
 
 from . import several
 from .again import again
-from .errors import ConfigError
+from .errors import ConfigError, ConvergenceError, ConvergenceWarning
 from .generalized_result import PARAMETER, GeneralizedFit
 from .held import Held
 from .inference import check_size, held
+from .passes import tau_bound
 from .reduction import coded, lower_factor
 from .result import LMMFit
 from .solve.crossed import CrossedProblem
@@ -25,6 +26,7 @@ from .solve.lmm import solve
 from .solve.refit import free_of, refit
 from .solve.simulate import BlockSimulator, LevelSimulator, dense_effects
 from .spool import Spool
+from .verdict import warn
 
 if TYPE_CHECKING:
     from .again import Again
@@ -58,7 +60,10 @@ def bootstrap(fit: MixedFit, draws: int) -> np.ndarray:
     failed = int(np.isnan(out[:, -1]).sum())
     fit.info["bootstrap"] = {"draws": draws, "failed": failed}
     if failed == draws:
-        raise ConfigError("no bootstrap refit converged")
+        raise ConvergenceError("no bootstrap refit converged")
+    if failed:
+        message = f"{failed:,} of {draws:,} bootstrap refits did not converge and are left out of the intervals"
+        warn(message, ConvergenceWarning)
     return out
 
 
@@ -148,7 +153,8 @@ def _by_passes(fit: GeneralizedFit, draws: int, rng: np.random.Generator) -> Ite
             raw = [lower_factor(np.linalg.solve(found.random[place].R, stars[place])) for place in found.places]
             family = math.exp(power * made.psi[-1]) if model.density.family.shape else None
             out = parameters(raw, 1.0, family, np.linalg.solve(model.fixed.R, made.beta))
-            yield out if made.converged else np.full_like(out, np.nan)
+            vanished = family is not None and abs(made.psi[-1]) > tau_bound(model)  # overdispersion of counts: an estimate all the same
+            yield out if made.converged or vanished else np.full_like(out, np.nan)
 
 
 def _responses(found: Again, rng: np.random.Generator) -> dict[int, tuple[Cells, ...]]:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray
 
+NULL = 1e-8  # relative to the largest, below which a direction of the design is not there
+ALIASED = 1e-5  # of f'N (see `undetermined`), from which a combination is not estimable
+
 
 @dataclass(frozen=True)
 class Change:
@@ -287,6 +290,20 @@ def design(fit: MixedFit) -> Array:
         raise DataError("the coding of the fit's factors is not known", code="coding", hint="fit it again")
     T = recipe.matrix([kept[name] for name in fit.names])
     return np.asarray(T[: recipe.n_covariates])
+
+
+def undetermined(fit: MixedFit, gram: Array, n: float) -> Array:
+    """Directions N (covariate features, k) that n rows with Σ F F' = `gram` do not determine: a combination of coefficients by features f
+    is estimable where f'N is zero (Searle, Speed and Milliken 1980), which else is about 1 in size."""
+    coding, m = fit.info.get("coding") or {}, fit.recipe.n_covariates
+    columns = Coding(fit.recipe, fit.parsed, coding.get("contrasts"), coding.get("levels") or {}).columns(fit.parsed.fixed)
+    T = fit.recipe.matrix(columns)[:m]
+    Q = np.linalg.qr(T / np.linalg.norm(T, axis=0))[0]
+    G = Q.T @ gram @ Q / n
+    scale = np.sqrt(np.maximum(np.diag(G), 0.0))
+    scale[scale < 1e-12 * scale.max()] = 1.0  # of an empty cell's column
+    values, vectors = np.linalg.eigh(G / np.outer(scale, scale))
+    return np.asarray(Q @ (vectors[:, values < NULL * values[-1]] / scale[:, None]))
 
 
 def random_terms(fit: MixedFit) -> tuple[RandomTerm, ...]:

@@ -17,7 +17,7 @@ from .passes import START_CHUNKS, START_SHARE, START_TOLERANCE, Model, built, pl
 from .planning import prepare
 from .plans import Plan, Request
 from .progress import Watch, stage
-from .robust import names_of
+from .robust import few, names_of
 from .solve.density import density
 from .solve.gee import CORRELATIONS, GEESolution, Look, Working, solve_gee
 from .solve.kernel import Chunk
@@ -78,6 +78,8 @@ def gee(
     )  # fmt: skip
     plan, rows = _rows(data, request, corr, options)
     with rows.spool:
+        if kind != "model":
+            few(kind, [rows.spool.n_blocks])
         model = built(parse(formula), plan, rows, density(*checked_family(family, link, quasi=True)), 1)
         times = _times(model, corr)
         working = Working(model.density, model.Q, corr, times, bool(freq))

@@ -13,6 +13,7 @@ from .errors import ConfigError, did_you_mean
 from .generalized_result import GeneralizedFit, common
 from .layout import coefficients as digits
 from .layout import printable
+from .robust import few
 from .solve.sandwich import covariance
 
 if TYPE_CHECKING:
@@ -92,11 +93,13 @@ class GEEFit(GeneralizedFit):
 
     def vcov(self, kind: str | None = None) -> Array:
         """The covariance of the coefficients (p, p); `kind`: another than that of the fit, one of "robust", "model",
-        "kauermann-carroll", "mancl-derouen"."""
+        "kauermann-carroll", "mancl-derouen". Raises ConfigError for others, DataError for a sandwich of one block."""
         if kind is None:
             return self.covariance
         if kind not in KINDS:
             raise ConfigError(f"kind = {kind!r} is not known", hint=did_you_mean(str(kind), list(KINDS)))
+        if kind != "model":
+            few(kind, [self.n_blocks])
         return np.array(self.covariances[kind])
 
     def correlation(self) -> pa.Table:

@@ -3,19 +3,22 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ConfigError, DataError, did_you_mean
+from .errors import ConfigError, ConvergenceWarning, DataError, did_you_mean
 from .expr import label
 from .formula import Formula, Term
 from .generalized_result import GeneralizedFit
 from .inference import Tests, chi2_tail, held
 from .intervals import ml_optimum
+from .nesting import adds_variances, check_comparable, doubts, one_more
 from .options import Options
 from .result import LMMFit
+from .verdict import warn
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 NUMBER = re.compile(r"\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?")
 WORD = re.compile(r"[^\s=,;+*/()-]+")
+WORSE = 1e-3  # log-likelihood that a larger model lacks, from which its search has gone wrong
+LESSER = "the smaller model fits better: the larger one is at a lesser maximum, fit it again from other values of start="
 REFITTED = "REML fits were refitted by maximum likelihood"
 
 
@@ -36,7 +41,7 @@ def test(fit: MixedFit, hypothesis: Any, ddf: str) -> pa.Table:
 
     L, value, text = contrasts(fit, hypothesis)
     found = Tests(fit, ddf).joint(L, value)
-    wald = ddf == "wald"
+    wald = ddf == "wald" and math.isinf(found.df)
     return pa.table({
         "hypothesis": pa.array([text]),
         "test": pa.array(["chi2" if wald else "F"]),
@@ -49,6 +54,18 @@ def test(fit: MixedFit, hypothesis: Any, ddf: str) -> pa.Table:
 
 def contrasts(fit: MixedFit, hypothesis: Any) -> tuple[np.ndarray, np.ndarray, str]:
     """L (k, p), its value (k,), and a text of the hypothesis Lβ = value."""
+    try:
+        return _read(fit, hypothesis)
+    except ConfigError:
+        for name in fit.dropped:
+            if isinstance(hypothesis, str) and name in hypothesis:
+                raise ConfigError(
+                    f"the coefficient {name!r} was dropped: the rows do not determine it", code="hypothesis", hint=", ".join(fit.names)
+                ) from None
+        raise
+
+
+def _read(fit: MixedFit, hypothesis: Any) -> tuple[np.ndarray, np.ndarray, str]:
     names = list(fit.names)
     if isinstance(hypothesis, str):
         return *_parsed(hypothesis, names), hypothesis
@@ -78,6 +95,8 @@ def _parsed(text: str, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     stacked = np.array(rows)
     if not stacked[:, :-1].any(axis=1).all():
         raise ConfigError(f"{text!r} has an equation without a coefficient", code="hypothesis")
+    if not np.isfinite(stacked).all():
+        raise ConfigError(f"{text!r} has a number that is too large", code="hypothesis")
     return stacked[:, :-1], -stacked[:, -1]
 
 
@@ -191,7 +210,8 @@ def anova(*fits: MixedFit) -> pa.Table:
     and its covariances, the null hypothesis is on the boundary: `p_boundary` is that of the mixture ½χ²(r) + ½χ²(r + 1) (Self and
     Liang 1987; Stram and Lee 1994), `p_value` is conservative.
 
-    Raises ConfigError for fewer than two fits, or fits of different responses, rows or likelihoods.
+    Raises ConfigError for fewer than two fits, or fits of different responses, rows, weights or likelihoods. What speaks against one model
+    being part of the other is in `note`.
     """
     import pyarrow as pa
 
@@ -225,51 +245,20 @@ def _ratio(small: MixedFit, large: MixedFit, gain: float, notes: list[str]) -> d
     if df == 0:
         notes.append("as many parameters: no test")
         return {"statistic": statistic, "df": 0}
-    if not set(small.names) <= set(large.names):
-        notes.append("the fixed effects are not nested by name: the test holds only if the models are")
+    against = doubts(small, large)
+    notes += against
+    if not against and gain < -WORSE:
+        notes.append(LESSER)
     out = {"statistic": statistic, "df": df, "p_value": chi2_tail(statistic, df)}
-    added = len(large.theta) - len(small.theta)
-    if added == 0:
+    if not adds_variances(small, large):
         return out
-    extra = _one_more(small, large)
+    extra = one_more(small, large)
     if extra is None or set(small.names) != set(large.names):
         notes.append("variances are tested at zero, on the boundary of their range: the p-value is conservative (Self and Liang 1987)")
         return out
     mixed = 0.5 * (chi2_tail(statistic, extra) if extra else float(statistic <= 0.0)) + 0.5 * chi2_tail(statistic, extra + 1)
     notes.append(f"a variance is tested at zero: p_boundary is from ½χ²({extra}) + ½χ²({extra + 1}) (Stram and Lee 1994)")
     return out | {"p_boundary": min(mixed, 1.0)}
-
-
-def _one_more(small: MixedFit, large: MixedFit) -> int | None:
-    """How many covariances come with the one random effect that the larger model has more, else None."""
-    left = [(term.group, frozenset(term.names)) for term in small.terms]
-    right = [(term.group, frozenset(term.names)) for term in large.terms]
-    fewer, more = [t for t in left if t not in right], [t for t in right if t not in left]
-    if not fewer and len(more) == 1 and len(more[0][1]) == 1:
-        return 0
-    if len(fewer) == len(more) == 1 and fewer[0][0] == more[0][0] and fewer[0][1] < more[0][1] and len(more[0][1] - fewer[0][1]) == 1:
-        return len(fewer[0][1])
-    return None
-
-
-def check_comparable(fits: Sequence[MixedFit]) -> None:
-    """Raises ConfigError where likelihoods cannot be compared."""
-    if len(fits) < 2:
-        raise ConfigError("anova compares two fits or more")
-    first = fits[0]
-    for fit in fits:
-        if math.isnan(fit.loglik):
-            raise ConfigError(f"the fit of {fit.formula!r} has no likelihood", hint="quasi families have none")
-        if fit.response != first.response or not math.isclose(fit.nobs, first.nobs, rel_tol=1e-12) or fit.rows != first.rows:
-            raise ConfigError(
-                f"the fits are not of the same response and rows ({first.rows:,} and {fit.rows:,})", code="not_comparable",
-                hint="rows with missing values in a column that only one model uses differ: drop them first",
-            )  # fmt: skip
-        if (fit.family, getattr(fit, "link", None)) != (first.family, getattr(first, "link", None)):
-            raise ConfigError("the fits have different families or links", code="not_comparable")
-        nodes = {getattr(other, "nagq", 1) for other in fits if other.terms}
-        if len(nodes) > 1:
-            raise ConfigError(f"the fits have different numbers of quadrature nodes: {sorted(nodes)}", code="not_comparable")
 
 
 def ml_loglik(fit: MixedFit) -> float:
@@ -302,6 +291,8 @@ def drop1(fit: MixedFit) -> pa.Table:
             )  # fmt: skip
         df = fit.n_params - smaller.n_params
         statistic = max(2.0 * (loglik - smaller.loglik), 0.0)
+        if loglik - smaller.loglik < -WORSE:
+            warn(f"without {_term_label(term)}: {LESSER}", ConvergenceWarning)
         rows.append({
             "term": _term_label(term), "n_params": smaller.n_params, "loglik": smaller.loglik,
             "aic": -2.0 * smaller.loglik + 2 * smaller.n_params, "statistic": statistic, "df": df,
@@ -334,8 +325,6 @@ def _term_label(term: Term) -> str:
 
 def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
     """The fit without a term: by ML from the statistics where it is linear, else from the source."""
-    import warnings
-
     from .fit import fitted, lmm
 
     text, recipe, options = without(formula, term), fit.recipe, fit.options

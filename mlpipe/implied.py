@@ -58,12 +58,13 @@ def block(fit: MixedFit, data: Any, key: Any, options: Options | None) -> pa.Tab
     covariance = np.zeros((n, n))
     covariance[i, j] = pair_covariances(fit.link, (eta[i], eta[j]), (v[i], v[j]), C[i, j])
     covariance = np.triu(covariance, 1) + np.triu(covariance, 1).T + np.diag(variance)
-    sd = np.sqrt(variance)
+    with np.errstate(invalid="ignore", divide="ignore"):  # links whose means have no integral
+        sd = np.sqrt(variance)
+        correlation = covariance / np.outer(sd, sd)
     a, b = (x.ravel() for x in np.indices((n, n)))
-    return pa.table({
-        "row1": a + 1, "row2": b + 1, "mean1": mean[a], "mean2": mean[b], "covariance": covariance.ravel(),
-        "correlation": (covariance / np.outer(sd, sd)).ravel(),
-    })  # fmt: skip
+    reals = {"mean1": mean[a], "mean2": mean[b], "covariance": covariance.ravel(), "correlation": correlation.ravel()}
+    columns = {name: pa.array(values, mask=~np.isfinite(values)) for name, values in reals.items()}
+    return pa.table({"row1": a + 1, "row2": b + 1} | columns)
 
 
 def _chosen(fit: MixedFit, key: Any) -> dict[str, Any]:

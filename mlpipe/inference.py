@@ -95,36 +95,56 @@ class Tests:
         return self._held.covariance(self._adjusted.adjusted) if self.ddf == "kenward-roger" else self.fit.covariance
 
     def each(self, L: np.ndarray) -> np.ndarray:
-        """Degrees of freedom (k,) of a t test of each row of L (k, p); by Wald's method those of least squares, else infinite."""
+        """Degrees of freedom (k,) of a t test of each row of L (k, p); by Wald's method those of least squares, else infinite, as of rows
+        that are zero."""
         if self.ddf == "wald":
             return np.full(len(L), getattr(self.fit, "df_test", np.inf))
         star = self._held.star_contrasts(L)
         if self.ddf == "kenward-roger":
-            return np.array([self._adjusted.test(row[None])[0] for row in star])
+            return np.array([self._adjusted.test(row[None])[0] if row.any() else math.inf for row in star])
         covariance = self._held.in_solver_order(self.fit.theta_covariance)
         return degrees.satterthwaite(self._derivatives, self._lambda, self._held.free, covariance, star)
 
     def joint(self, L: np.ndarray, value: np.ndarray) -> FTest:
-        """The F test of Lβ = value; rows of L (k, p) that repeat others are left out."""
+        """The F test of Lβ = value, by Wald's method over the residual degrees of freedom of least squares, else χ²; rows of L (k, p) that
+        repeat others are left out. Raises ConfigError where they contradict these, or where the covariance has not their rank."""
         V = self.covariance
-        difference = L @ self.fit.beta - value
-        values, vectors = np.linalg.eigh(L @ V @ L.T)
-        at = values > 1e-10 * max(float(values.max(initial=0.0)), 1e-300)
-        k = int(at.sum())
-        if not k:
-            raise ConfigError("the hypothesis says nothing of the coefficients", code="hypothesis")
-        turned = vectors[:, at].T
-        squares = (turned @ difference) ** 2 / values[at]
-        statistic = float(squares.sum()) / k
+        if not np.isfinite(V).all():
+            raise ConfigError("the covariance of the coefficients is not known: the fit has not converged", code="hypothesis")
+        turned, k = _independent(L * np.sqrt(np.maximum(np.diag(V), 0.0)), value)
+        difference = turned @ (L @ self.fit.beta - value)
+        middle = turned @ L @ V @ L.T @ turned.T
+        d = np.sqrt(np.maximum(np.diag(middle), 1e-300))
+        if not np.linalg.eigvalsh(middle / np.outer(d, d))[0] > 1e-12:
+            raise ConfigError(
+                f"the covariance of the coefficients does not tell {k} equations apart", code="hypothesis",
+                hint="there are too few clusters for them" if getattr(self.fit, "cluster", ()) else "test fewer at once",
+            )  # fmt: skip
+        statistic = float(difference @ np.linalg.solve(middle, difference)) / k
         if self.ddf == "wald":
-            return FTest(statistic, k, math.inf, chi2_tail(statistic * k, k))
-        rows = turned @ L
+            df = float(getattr(self.fit, "df_test", math.inf))
+            return FTest(statistic, k, df, f_tail(statistic, k, df))
         if self.ddf == "satterthwaite":
-            df = degrees.joint(self.each(rows))
+            rows = degrees.uncorrelated(L, V)
+            df = degrees.joint(self.each(rows if len(rows) == k else degrees.uncorrelated(turned @ L, V)))
         else:
-            df, scale = self._adjusted.test(self._held.star_contrasts(rows))
+            df, scale = self._adjusted.test(self._held.star_contrasts(turned @ L))
             statistic *= scale
         return FTest(statistic, k, df, f_tail(statistic, k, df))
+
+
+def _independent(L: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, int]:
+    """A matrix (k, rows) that makes independent rows of those of L, in units of standard errors."""
+    size = np.linalg.norm(L, axis=1)
+    if not size.any():
+        raise ConfigError("the hypothesis says nothing of the coefficients", code="hypothesis")
+    scale = 1.0 / np.where(size > 0.0, size, 1.0)
+    U, s, _ = np.linalg.svd(L * scale[:, None], full_matrices=True)
+    k = int((s > 1e-7 * s[0]).sum())
+    rest = U[:, k:].T @ (scale * value)
+    if (np.abs(rest) > 1e-7 * np.linalg.norm(scale * value)).any():
+        raise ConfigError("the equations contradict each other", code="hypothesis")
+    return U[:, :k].T * scale, k
 
 
 def check_size(fit: LMMFit, problem: LMMProblem | CrossedProblem, second: bool) -> None:

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from .errors import ConfigError, did_you_mean
 from .generalized_result import PARAMETER, GeneralizedFit
 from .held import Held
 from .inference import check_size, held
-from .pins import Parametrisation
+from .pins import REACH, Parametrisation
 from .result import LMMFit
 from .solve.crossed import CrossedProblem
 from .solve.profile import BlockSurface, LevelSurface, Pin, Profile, Surface
@@ -44,7 +45,8 @@ def confint(fit: MixedFit, method: str, level: float, draws: int) -> pa.Table:
     else:
         rows = _wald(fit, level) if method == "wald" else _profiled(fit, level)
     names, low, high = (list(column) for column in zip(*rows, strict=True))
-    return pa.table({"term": names, "conf_low": pa.array(low, pa.float64()), "conf_high": pa.array(high, pa.float64())})
+    columns = {"conf_low": low, "conf_high": high}
+    return pa.table({"term": names} | {name: pa.array(ends, pa.float64(), mask=np.isnan(ends)) for name, ends in columns.items()})
 
 
 def random_names(fit: MixedFit) -> list[str]:
@@ -160,15 +162,30 @@ def _by_passes(fit: GeneralizedFit, z: float) -> list[Interval]:
         phi, covariance = best.psi[order], best.vcov[np.ix_(order, order)]
         how = Parametrisation(found.random, phi, covariance, relative=False)
         pins = _random_pins(fit, how, found.places)
-        if found.model.density.family.shape:
-            power = PARAMETER[fit.base_family][1]
-            value = math.exp(power * phi[-1])
-            error = abs(power) * value * math.sqrt(covariance[-1, -1])
-            pins.append((
-                str(family_name(fit)),
-                how.element(len(phi) - 1, lambda tau: math.exp(power * tau), lambda v: math.log(v) / power, error),
-            ))  # fmt: skip
+        moved = len(pins)
         inverse = np.linalg.inv(found.model.fixed.R)
         for name, c in zip(fit.names, inverse, strict=True):
             pins.append((name, how.coefficient(c, float(c @ best.beta), math.sqrt(float(c @ best.vcov[:p, :p] @ c)))))
-        return _limits(fit, best.surface, pins, how.curvature(), -2.0 * best.loglik, z)
+        curvature, shape = how.curvature(), found.model.density.family.shape
+        if shape:
+            curvature[-1, -1] += 2.0 / REACH**2  # a parameter at 0 or infinity leaves its logarithm undetermined
+        rows = _limits(fit, best.surface, pins, curvature, -2.0 * best.loglik, z)
+        if not shape:
+            return rows
+        tau = _toward_poisson(fit, how.logarithm(len(phi) - 1, math.sqrt(covariance[-1, -1])))
+        [(_, *limits)] = _limits(fit, best.surface, [("", tau)], curvature, -2.0 * best.loglik, z)
+        return [*rows[:moved], (str(family_name(fit)), *_ends(limits, tau, PARAMETER[fit.base_family][1])), *rows[moved:]]
+
+
+def _toward_poisson(fit: GeneralizedFit, tau: Pin) -> Pin:
+    """A negative binomial's parameter ends where it is as good as Poisson: beyond it a sum of its logarithms has no digits."""
+    if fit.base_family == "negbinomial":
+        return replace(tau, most=max(tau.estimate, REACH + math.log(float(fit.info["mean_response"]))))
+    return replace(tau, least=min(tau.estimate, -REACH)) if fit.base_family == "negbinomial1" else tau
+
+
+def _ends(limits: Sequence[float], tau: Pin, power: float) -> tuple[float, float]:
+    """The limits of exp(power tau); 0 or infinite where the profile of tau has no end."""
+    ends = {tau.least: 0.0 if power > 0.0 else math.inf, tau.most: math.inf if power > 0.0 else 0.0}
+    low, high = (ends[t] if t in ends else math.exp(power * t) for t in limits)
+    return min(low, high), max(low, high)

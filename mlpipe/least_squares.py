@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
     from .factors import Crossed
+    from .solve.absorb import Cells
 
 Array = np.ndarray
 
@@ -107,21 +108,28 @@ def within(stats: SuffStats) -> Projection:
         assert stats.blocks is not None
         found = Projection(stats.gram - block_products(stats, lambda n: 1.0 / n), (":".join(recipe.groups),), (stats.blocks.n_blocks,))
     else:
-        found = _within_several(stats, constant)
+        found = _within_several(stats)
     gram = found.gram.copy()
     gram[constant] = gram[:, constant] = 0.0  # exactly taken out
     return replace(found, gram=gram)
 
 
-def _within_several(stats: SuffStats, constant: int) -> Projection:
+def cells_of(stats: SuffStats) -> tuple[Cells, list[Array]]:
+    """The weights of levels and pairs of levels of several factors, and per factor the sums of features (m, F)."""
     from .solve.absorb import Cells
 
     crossed, recipe = stats.crossed, stats.recipe
     assert crossed is not None
-    pairs = {pair: k for k, pair in enumerate(recipe.pairs())}
+    constant, pairs = recipe.features.index(()), {pair: k for k, pair in enumerate(recipe.pairs())}
     at = [pairs[(constant, j)] if (constant, j) in pairs else pairs[(j, constant)] for j in range(len(recipe.features))]
     sums = [factor.sums[at].T for factor in crossed.factors]
-    cells = Cells([s[:, constant] for s in sums], _cross(crossed, constant))
+    return Cells([s[:, constant] for s in sums], _cross(crossed, constant)), sums
+
+
+def _within_several(stats: SuffStats) -> Projection:
+    crossed = stats.crossed
+    assert crossed is not None
+    cells, sums = cells_of(stats)
     solved = cells.solve(sums)
     if not solved.converged:
         raise ConvergenceError(f"the effects of {len(sums)} factors were not found in {solved.steps:,} steps of conjugate gradients")

@@ -13,20 +13,21 @@ import numpy as np
 
 from . import robust
 from .arrays import column
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, ResourceError
 from .formula import Formula, parse
-from .least_squares import Projection, Solution, loglik, pooled, solved, within
+from .least_squares import Projection, Solution, cells_of, loglik, pooled, solved, within
 from .levels import Levels
 from .linear_result import OLSFit, absorbed_term
 from .options import Options
 from .progress import stage
 from .reduction import response_vector
 from .robust import Fitted, Meat, Source
-from .solve.sandwich import CR, cluster_factor, covariance, half, row_factor, ways
+from .solve.sandwich import CR, LEVERED, cluster_factor, covariance, half, row_factor, ways
 from .verdict import report
 
 if TYPE_CHECKING:
     from .plans import Plan, Request
+    from .solve.absorb import Leverages
     from .stats import SuffStats
 
 Array = np.ndarray
@@ -60,7 +61,8 @@ def ols(
             its block sums; several from conjugate gradients on the cells of their levels.
         cluster: column(s) whose rows may be correlated; several cluster in several ways (Cameron, Gelbach and Miller 2011).
         vcov: "HC0" to "HC3" (White 1980; MacKinnon and White 1985); with `cluster` "CR0", "CR1" (the default) or "CR2" (Bell and
-            McCaffrey 2002, for rows of variance sigma²/w); None for sigma² (X'WX)⁻¹. They read the rows once more.
+            McCaffrey 2002, for rows of variance sigma²/w; absorbed factors must lie within the clusters); None for sigma² (X'WX)⁻¹.
+            They read the rows once more. Absorbed effects have leverages as their indicators would.
 
     `weights`, `freq`, `offset`, `levels`, `contrasts`, `na` and `options` are as in `mlpipe.lmm`.
 
@@ -147,8 +149,7 @@ def _solution(
     with stage("solve", stats.info.setdefault("seconds", {}), None, options):
         left = within(stats) if absorb else pooled(stats)
         first = solved(stats, parsed, left)
-    if first.within_tss <= 0.0:
-        raise DataError("the response does not vary", code="no_residual")
+    _check_varies(first)
     if first.rss > EXPLAINED * first.within_tss:
         return stats, left, first, first.coefficients
     spread = math.sqrt(max(first.rss, 1e-30 * first.within_tss) / stats.n)
@@ -165,6 +166,14 @@ def _solution(
     e = response_vector(stats.recipe, first.response) - gamma
     total = replace(second, gamma=gamma, e=e, tss=first.tss, within_tss=first.within_tss, beta=second.beta)
     return replace(stats, info=again.info), left, total, first.coefficients + second.coefficients
+
+
+def _check_varies(solution: Solution) -> None:
+    """Raises DataError for a response that is constant, or within absorbed factors, but for what sums cannot tell from rounding."""
+    if solution.tss <= 0.0:
+        raise DataError("the response does not vary", code="no_residual")
+    if solution.within_tss <= LOST * solution.tss:
+        raise DataError("the response does not vary within the absorbed factors", code="no_residual")
 
 
 def _result(
@@ -208,9 +217,13 @@ def _robust(
     one = len(absorb) == 1
     fitted = Fitted(stats.recipe, solution.fixed.Q, solution.e, half(solution.bread), left.effects)
     own = one and clusters == absorb  # the clusters' own sums tell what was absorbed
+    counts: Array | None = None
     if one and not own:
-        fitted = replace(fitted, absorbed=(_means(source, stats),))
+        levels, means, counts = _means(source, stats)
+        fitted = replace(fitted, absorbed=((levels, means),))
         fit.info["passes"] += 1
+    if absorb and kind in LEVERED:
+        fitted = replace(fitted, leverages=_leverages(stats, counts, fit.options))
     if kind not in CR:
         fit.info["passes"] += 1
         meat = robust.of_rows(source, fitted, kind).matrix * row_factor(kind, stats.n, len(fit.beta) + left.rank)
@@ -224,7 +237,26 @@ def _robust(
     else:
         meats = [robust.of_clusters(source, fitted, keys, kind, within=own) for keys, _ in found]
         fit.info["passes"] += len(meats)
+    if kind == "CR2" and any(inside != set(left.groups) for inside in nested):
+        raise ConfigError(
+            "CR2 needs absorbed factors that lie within the clusters: across them their effects have leverages too", code="vcov",
+            hint='vcov="CR1", or the factor as a term of the formula',
+        )  # fmt: skip
     _combined(fit, solution, left, kind, clusters, meats, nested)
+
+
+def _leverages(stats: SuffStats, counts: Array | None, options: Options | None) -> Leverages:
+    """Of absorbed effects: of one factor by the weights of its levels. Raises ResourceError where those of several need too much memory."""
+    from .solve.absorb import Cells, Leverages
+
+    cells = Cells([counts], {}) if counts is not None else cells_of(stats)[0]
+    limit, needed = (options or Options()).memory_bytes, Leverages.bytes(cells.sizes)
+    if needed > limit // 2:
+        raise ResourceError(
+            f"the leverages of {' and '.join(f'{m:,}' for m in cells.sizes)} absorbed levels need {needed / 1e6:,.0f} MB, more than half "
+            f"the memory limit of {limit / 1e6:,.0f} MB", code="memory_limit", hint='vcov="HC1", or raise memory_limit',
+        )  # fmt: skip
+    return Leverages(cells)
 
 
 def _combined(
@@ -244,8 +276,8 @@ def _combined(
         fit.info["notes"] = [*fit.info["notes"], "clustering in several ways gave a negative variance: too few clusters for it"]
 
 
-def _means(source: Source, stats: SuffStats) -> tuple[Levels, Array]:
-    """The levels of one absorbed factor and the means of all features in each, by a grouped query."""
+def _means(source: Source, stats: SuffStats) -> tuple[Levels, Array, Array]:
+    """The levels of one absorbed factor, the means of all features in each and their weights, by a grouped query."""
     import pyarrow as pa
 
     from . import statements
@@ -259,7 +291,7 @@ def _means(source: Source, stats: SuffStats) -> tuple[Levels, Array]:
     sums = np.stack([column(table, f"p_{i}_{j}") for i, j in pairs], axis=1)
     keys = pa.table({group: table.column(source.names.key(group).name) for group in recipe.groups})
     levels = Levels(":".join(recipe.groups), recipe.groups, keys)
-    return levels, sums / sums[:, [constant]]
+    return levels, sums / sums[:, [constant]], sums[:, constant]
 
 
 def _keep_effects(fit: OLSFit, stats: SuffStats, left: Projection, solution: Solution, engine: Any) -> None:
@@ -307,6 +339,7 @@ def _from_statistics(
     with stage("solve", stats.info.setdefault("seconds", {}), None, options):
         left = within(stats) if absorb else pooled(stats)
         solution = solved(stats, parsed, left, **coding)
+    _check_varies(solution)
     if solution.rss <= LOST * solution.within_tss:
         raise DataError("the response is fitted exactly, or so nearly that the statistics cannot tell", code="no_residual")
     if solution.rss <= EXPLAINED * solution.within_tss:

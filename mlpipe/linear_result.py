@@ -103,14 +103,17 @@ class OLSFit(MixedFit):
         return out | ({"within": 1.0 - self.rss / self.within_tss} if self.terms else {})
 
     def f_statistic(self) -> dict[str, float]:
-        """Wald's F of all slopes: "f", "df1", "df2", "p_value"; by `vcov()`, so robust where that is."""
+        """Wald's F of all slopes: "f", "df1", "df2", "p_value"; by `vcov()`, so robust where that is. NaN where that has not their rank, as
+        with fewer clusters than slopes."""
         from scipy.special import fdtrc
 
         slopes = [i for i, name in enumerate(self.names) if name != "(Intercept)"]
         if not slopes:
             raise ConfigError("the model has no slopes to test")
         b, V = self.beta[slopes], self.covariance[np.ix_(slopes, slopes)]
-        f = float(b @ np.linalg.pinv(V, hermitian=True) @ b) / len(slopes)
+        d = np.sqrt(np.maximum(np.diag(V), 1e-300))
+        whole = np.linalg.eigvalsh(V / np.outer(d, d))[0] > 1e-12
+        f = float((b / d) @ np.linalg.solve(V / np.outer(d, d), b / d)) / len(slopes) if whole else math.nan
         return {"f": f, "df1": float(len(slopes)), "df2": self.df_test, "p_value": float(fdtrc(len(slopes), self.df_test, f))}
 
     def summary(self) -> str:
@@ -142,7 +145,8 @@ class OLSFit(MixedFit):
         if any(name != "(Intercept)" for name in self.names):
             found = self.f_statistic()
             degrees = f"{found['df1']:.0f} and {found['df2']:.15g}"
-            out.append(f"F-statistic: {found['f']:.4g} on {degrees} df, p-value: {p_value(found['p_value'])}")
+            known = f"{found['f']:.4g} on {degrees} df, p-value: {p_value(found['p_value'])}"
+            out.append(f"F-statistic: {'none: too few clusters for all slopes' if math.isnan(found['f']) else known}")
         return out
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ConfigError
+from .robust import few
 from .solve.kernel import Chunk
 from .solve.sandwich import CERTAIN, cluster_factor, corrected, half, row_factor
 
@@ -107,7 +108,10 @@ def pearson(model: Model, psi: Array) -> float:
 
 def sandwich(model: Model, psi: Array, bread: Array, kind: str) -> Array:
     """bread · Σ s s' · bread with s the score of a block of rows (CR) or of a row (HC), in the solver's coordinates (Liang and Zeger
-    1986). HC2, HC3 and CR2 correct the scores by the leverages of √W X, W the weights of Fisher scoring (McCaffrey and Bell 2006)."""
+    1986). HC2, HC3 and CR2 correct the scores by the leverages of √W X, W the weights of Fisher scoring (McCaffrey and Bell 2006).
+    Raises DataError for one cluster."""
+    if kind.startswith("CR"):
+        few(kind, [model.rows.spool.n_blocks])
     Q, density = model.Q, model.density
     gamma, tau = Q @ psi[: Q.shape[1]], float(psi[-1]) if density.family.shape else 0.0
     clustered, levered = kind.startswith("CR"), kind in ("HC2", "HC3", "CR2")

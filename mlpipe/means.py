@@ -15,12 +15,12 @@ import numpy as np
 
 from . import expr
 from .averaged import Means
-from .covariates import covariate_means, evaluated, note_scan, random_terms, scanned
+from .covariates import ALIASED, covariate_means, evaluated, note_scan, random_terms, scanned, undetermined
 from .design import Level, Variable, level_label
 from .errors import ConfigError, did_you_mean
 from .inference import Tests, t_quantile, t_tail
+from .integrals import linked
 from .predictions import value_names
-from .reduction import Coding
 from .solve.link import LINKS
 from .wald import check_level, wald_table
 
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 MOST_CELLS = 1_000_000
 ADJUSTMENTS = ("tukey", "bonferroni", "holm", "none")
 METHODS = ("pairwise", "reference")
-NULL = 1e-8  # relative to the largest, below which a direction of the design is not there
 
 
 class Found(NamedTuple):
-    """Means of cells of levels: `term`, the cells' `labels`, their estimates (L,) and covariance (L, L), NaN where not estimable; `slopes`
-    (L, p) of their linear predictors by the coefficients."""
+    """Means of cells of levels: `term`, the cells' `labels`, their estimates (L,) and covariance (L, L); `slopes` (L, p) of their linear
+    predictors by the coefficients; `aliased` (L, k), how much these lean on what the rows do not determine."""
 
     term: str
     labels: list[str]
     estimate: Array
     covariance: Array
     slopes: Array
+    aliased: Array
 
 
 def means(
@@ -60,7 +60,10 @@ def means(
         raise ConfigError("a fit with absorbed effects has no means", hint="it has contrasts", code="not_available")
     found = _found(fit, tests, term, kind, effects, at, data, options)
     texts = {"term": [found.term] * len(found.labels), "level": found.labels}
-    return _tested(texts, found.estimate, np.sqrt(np.diag(found.covariance)), tests.each(found.slopes), conf_level)
+    unknown, se = _leaning(found.aliased), np.sqrt(np.diag(found.covariance))
+    estimate, se, df = _without(unknown, found.estimate, se, tests.each(found.slopes))
+    table = _tested(texts, estimate, se, df, conf_level)
+    return table if kind == "link" or fit.link == "identity" else _on_link(table, fit.link, conf_level)
 
 
 def contrasts(
@@ -77,13 +80,45 @@ def contrasts(
         raise ConfigError('adjust="tukey" is for all pairwise differences', hint='adjust="bonferroni" or "holm"')
     found = _found(fit, tests, term, kind, effects, at, data, options)
     names, K = _coefficients(method, found.labels)
-    se = np.sqrt(np.maximum(np.diag(_through(K, found.covariance)), 0.0))
+    se = np.sqrt(np.maximum(np.diag(K @ found.covariance @ K.T), 0.0))
     texts = {"term": [found.term] * len(names), "contrast": names}
-    estimate, df = _through_vector(K, found.estimate), tests.each(K @ found.slopes)
+    linear = kind == "link" or fit.link == "identity"  # there a difference may be estimable where its means are not
+    unknown = _leaning(K @ found.aliased) if linear else (K[:, _leaning(found.aliased)] != 0.0).any(axis=1)
+    estimate, se, df = _without(unknown, K @ found.estimate, se, tests.each(K @ found.slopes))
     table = _tested(texts, estimate, se, df, conf_level)
     if adjust == "none" or not names:
         return table
     return _with_tests(table, *_adjusted(adjust, table, df, len(found.labels), conf_level))
+
+
+def _leaning(aliased: Array) -> Array:
+    """Which combinations are not estimable."""
+    return np.asarray(np.abs(aliased).max(axis=1, initial=0.0) > ALIASED)
+
+
+def _without(unknown: Array, *values: Array) -> list[Array]:
+    """The values, NaN where they are not estimable."""
+    return [np.where(unknown, math.nan, x) for x in values]
+
+
+def _on_link(table: pa.Table, link: str, conf_level: float) -> pa.Table:
+    """Means on the response's scale with the tests of their links' values and the intervals of these put back, as emmeans has them."""
+    import pyarrow as pa
+
+    mu, se, df = (_column(table, name) for name in ("estimate", "std_error", "df"))
+    df = np.where(np.isfinite(df), df, np.inf)
+    means = LINKS[link].means
+    with np.errstate(all="ignore"):
+        eta = linked(link, mu, 1.0 - mu)
+        error = se / np.abs(means(eta).d1)
+        half = np.array([t_quantile(conf_level, k) for k in df]) * error
+        ends = np.stack([means(eta - half).mu, means(eta + half).mu])  # some links fall
+        t = eta / error
+    p = np.array([t_tail(each, k) for each, k in zip(t, df, strict=True)])
+    for name, values in {"statistic": t, "p_value": p, "conf_low": ends.min(axis=0), "conf_high": ends.max(axis=0)}.items():
+        column = pa.array(values, pa.float64(), mask=~np.isfinite(values))
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    return table
 
 
 def _tested(texts: Mapping[str, Sequence[Any]], estimate: Array, se: Array, df: Array, conf_level: float) -> pa.Table:
@@ -137,10 +172,8 @@ def _found(
         estimate, J = (eta, slopes) if back is None else (back.mu, back.d1[:, None] * slopes)
     slopes = slopes @ model.R
     covariance = slopes @ tests.covariance @ slopes.T if tests.ddf != "wald" else J @ model.covariance @ J.T
-    if fit.dropped:
-        unknown = _not_estimable(fit, A, rows.F, data, options)
-        estimate[unknown] = covariance[unknown] = covariance[:, unknown] = math.nan
-    return Found(":".join(wanted), grid.labels, estimate, covariance, slopes)
+    aliased = A @ _aliased(fit, rows.F, data, options) if fit.dropped else np.zeros((len(A), 0))
+    return Found(":".join(wanted), grid.labels, estimate, covariance, slopes, aliased)
 
 
 class _Grid:
@@ -172,7 +205,7 @@ class _Grid:
         self.columns: dict[str, list[Any]] = {name: [cell[i] for cell in cells] for i, name in enumerate(order)}
         self.labels = [":".join(map(level_label, cell)) for cell in product(*(levels[name] for name in first))]
         numeric = [name for name in others if name not in levels]
-        given = {name: float(at[name]) for name in numeric if name in at}
+        given = {name: _number(name, at[name]) for name in numeric if name in at}
         unknown = [name for name in numeric if name not in given]
         given |= covariate_means(fit, unknown, data, options) if unknown else {}
         self.columns |= {name: [given[name]] * len(cells) for name in numeric}
@@ -202,6 +235,13 @@ def _fixed_columns(fit: MixedFit) -> set[str]:
     return {name for node in nodes for name in expr.columns(node)}
 
 
+def _number(name: str, value: Any) -> float:
+    """The value at which `at` holds a numeric covariate. Raises ConfigError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        raise ConfigError(f"at holds the covariate {name!r} at {value!r}, which is not one finite number", code="at", column=name)
+    return float(value)
+
+
 def _levels(variable: Variable, chosen: Any) -> list[Level]:
     """The levels of a factor, or those that `at` names. Raises ConfigError for others."""
     levels = list(variable.levels)
@@ -216,24 +256,16 @@ def _levels(variable: Variable, chosen: Any) -> list[Level]:
     return [known[text] for text in texts]
 
 
-def _not_estimable(fit: MixedFit, A: Array, F: Array, data: Any, options: Options | None) -> Array:
-    """Which means use a combination of coefficients that the rows do not determine: one scan for the features' cross-products."""
-    m = fit.recipe.n_covariates
+def _aliased(fit: MixedFit, F: Array, data: Any, options: Options | None) -> Array:
+    """How much features F (m, cells) lean on what the rows do not determine, (cells, k): one scan for the features' cross-products."""
+    m, n = fit.recipe.n_covariates, 0.0
     gram = np.zeros((m, m))
     with scanned(fit, data, options) as scan:
         for rows in scan.rows():
             gram += rows.F @ rows.F.T
+            n += rows.n
     note_scan(fit, "which means are estimable", data)
-    coding = fit.info.get("coding") or {}
-    columns = Coding(fit.recipe, fit.parsed, coding.get("contrasts"), coding.get("levels") or {}).columns(fit.parsed.fixed)
-    T = fit.recipe.matrix(columns)[:m]
-    scale = np.sqrt(np.maximum(np.einsum("ij,ik,kj->j", T, gram, T), 0.0))
-    scale[scale == 0.0] = 1.0  # of an empty cell's column
-    values, vectors = np.linalg.eigh((T / scale).T @ gram @ (T / scale))
-    null = vectors[:, values < NULL * values[-1]] / scale[:, None]
-    X = A @ (T.T @ F).T
-    size = np.linalg.norm(X, axis=1) * np.linalg.norm(null, axis=0).max(initial=0.0)
-    return np.asarray(np.abs(X @ null).max(axis=1, initial=0.0) > 1e-6 * size)
+    return np.asarray(F.T @ undetermined(fit, gram, n))
 
 
 # -- contrasts
@@ -256,20 +288,6 @@ def _coefficients(method: str | Mapping[str, Sequence[float]], labels: list[str]
     return [f"{labels[i]} - {labels[j]}" for i, j in pairs], K
 
 
-def _through_vector(K: Array, x: Array) -> Array:
-    """K x, where a NaN counts only if its coefficient does."""
-    out = K @ np.nan_to_num(x)
-    out[(K[:, np.isnan(x)] != 0.0).any(axis=1)] = math.nan
-    return np.asarray(out)
-
-
-def _through(K: Array, V: Array) -> Array:
-    unknown = np.isnan(np.diag(V))
-    out = K @ np.nan_to_num(V) @ K.T
-    out[(K[:, unknown] != 0.0).any(axis=1)] = math.nan
-    return np.asarray(out)
-
-
 def _adjusted(adjust: str, table: pa.Table, df: Array, levels: int, conf_level: float) -> tuple[Array, Array]:
     """Adjusted p values, and critical values of intervals: of a family of `levels` means, or of as many tests as are estimable."""
     p = _column(table, "p_value")
@@ -281,6 +299,7 @@ def _adjusted(adjust: str, table: pa.Table, df: Array, levels: int, conf_level: 
     from scipy.stats import studentized_range
 
     size = np.abs(_column(table, "statistic")) * math.sqrt(2.0)
+    df = np.where(np.isnan(df), np.inf, df)
     own, where = np.unique(df, return_inverse=True)  # quantiles take a while
     critical = np.array([studentized_range.ppf(conf_level, levels, k) for k in own])[where] / math.sqrt(2.0)
     return np.clip(studentized_range.sf(size, levels, df), 0.0, 1.0), critical

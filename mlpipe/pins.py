@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from .reduction import Random, lower_factor
 from .solve.profile import Pin
 
 Array = np.ndarray
+REACH = 16.0  # of a parameter's logarithm, from which it is as good as 0 or infinite
 SMALL = 0.05  # of a typical standard deviation, from which a search leaves a variance of zero
 
 
@@ -72,7 +73,7 @@ class Parametrisation:
 
     def whole(self, condition: Array, estimate: float, error: float) -> Pin:
         """A combination c'β of coefficients that the surface eliminates."""
-        return Pin(lambda x, v: x, self.moved(), estimate, error, condition=condition)
+        return Pin(lambda x, v: x, self.moved(), estimate, error, condition=condition, unit=error)
 
     def coefficient(self, c: Array, estimate: float, error: float) -> Pin:
         """A combination c'β* of coefficients that are part of e."""
@@ -84,7 +85,7 @@ class Parametrisation:
         def expand(x: Array, v: float) -> Array:
             return np.concatenate([x[:d], basis @ x[d : d + p - 1] + along * v, x[d + p - 1 :]])
 
-        return Pin(expand, start, estimate, error)
+        return Pin(expand, start, estimate, error, unit=error)
 
     def element(self, at: int, value: Callable[[float], float], inverse: Callable[[float], float], error: float) -> Pin:
         """A positive function of one element of e, `value` and its `inverse`."""
@@ -93,12 +94,20 @@ class Parametrisation:
         def expand(x: Array, v: float) -> Array:
             return np.insert(x, at, inverse(v))
 
-        return Pin(expand, np.delete(phi, at), value(self.phi[at]), error, least=0.0, closed=False)
+        estimate = value(self.phi[at])
+        return Pin(expand, np.delete(phi, at), estimate, error, least=0.0, closed=False, unit=estimate)
+
+    def logarithm(self, at: int, error: float) -> Pin:
+        """An element of e that is the logarithm of a parameter, within REACH of its estimate."""
+        phi, estimate = self.moved(), float(self.phi[at])
+        return Pin(lambda x, v: np.insert(x, at, v), np.delete(phi, at), estimate, error, estimate - REACH, estimate + REACH)
 
     def sd(self, k: int, i: int) -> Pin:
         """The standard deviation of coefficient i of term k: it comes first in T, whose first element it then is."""
         q = len(self.random[k].names)
-        return self._of_term(k, [i, *(j for j in range(q) if j != i)], _sd_rows, math.sqrt(self._raw(k)[i, i]), 0.0, math.inf)
+        typical = float(np.linalg.norm(np.linalg.inv(self.random[k].R)[i])) * self._unit(self.phi)  # of an element of Λ that is 1
+        pin = self._of_term(k, [i, *(j for j in range(q) if j != i)], _sd_rows, math.sqrt(self._raw(k)[i, i]), 0.0, math.inf)
+        return replace(pin, unit=typical)
 
     def cor(self, k: int, i: int, j: int) -> Pin:
         """The correlation of coefficients i and j of term k: they come first in T."""

@@ -72,6 +72,7 @@ def icc(fit: MixedFit, at: Mapping[str, Any] | None, level: float | None) -> dic
     if level is not None:
         check_level(level, "level")
     if at is None:
+        _check_intercepts(fit)
         made = _shares(fit, [_intercepts(fit)])
         return {group: _shown(fit, share, 0, level) for group, share in made.items()}
     points, single = _points(fit, at)
@@ -84,6 +85,15 @@ def _check_random(fit: MixedFit) -> None:
     """Raises ConfigError where there are no random effects."""
     if not random_terms(fit):
         raise ConfigError("the model has no random effects", code="no_random_effects")
+
+
+def _check_intercepts(fit: MixedFit) -> None:
+    """Raises ConfigError for a factor whose random part has no intercept: where its share is meant is then not said."""
+    for group in fit.groups:
+        if not any("(Intercept)" in term.names for term in fit.terms if term.group == group):
+            names = ", ".join(f"{name!r}: …" for name in _random_columns(fit))
+            message = f"the random part of {group} has no intercept: its share depends on the covariates"
+            raise ConfigError(message, code="at", hint=f"at={{{names}}}")
 
 
 def _intercepts(fit: MixedFit) -> list[Array]:

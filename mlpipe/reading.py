@@ -274,11 +274,11 @@ def _correlated(group: str, names: tuple[str, ...], r: float) -> Iterator[str]:
 
 
 def shares(fit: MixedFit) -> dict[str, float]:
-    """The intraclass correlations; none for families whose residuals have no variance on the latent scale."""
+    """The intraclass correlations; none for families whose residuals have no variance on the latent scale, nor without intercepts."""
     try:
         return {group: share for group, share in fit.icc().items() if math.isfinite(share)}
     except ConfigError as error:
-        if error.code != "no_latent_scale":
+        if error.code not in ("no_latent_scale", "at"):
             raise
         return {}
 

@@ -162,11 +162,13 @@ class MixedFit:
         return intervals.confint(self, method, level, draws)
 
     def test(self, hypothesis: Any, ddf: str = "wald") -> pa.Table:
-        """Wald test of linear hypotheses on the fixed effects: `statistic` is χ² with `df`, or F with `df` and `df_denominator`.
+        """Wald test of linear hypotheses on the fixed effects: `statistic` is χ² with `df`, or F with `df` and `df_denominator` (those
+        of least squares have F, over the degrees of freedom of their t tests).
 
         `hypothesis`: text such as "x1 = x2 = 0" or "x1 - 2 * x2 = 1, x3 = 0", or a matrix (k, p) of contrasts that are zero.
         `ddf`: as in `tidy`; Satterthwaite's joint degrees of freedom are Fai and Cornelius's (1996).
-        Raises ConfigError for what cannot be read or names no coefficient.
+        Raises ConfigError for what cannot be read or names no coefficient, for equations that contradict each other, and for more of
+        them than the covariance can tell apart.
         """
         from . import hypotheses
 
@@ -209,7 +211,8 @@ class MixedFit:
 
     def icc(self, at: Mapping[str, Any] | None = None, level: float | None = None) -> dict[str, Any]:
         """Intraclass correlation per grouping factor: the share of the intercept variance (random slopes at zero), or, where `at` gives
-        values of all columns of the random part, of z'Ψz there (a list for lists). Generalized: on the latent scale.
+        values of all columns of the random part, of z'Ψz there (a list for lists). Generalized: on the latent scale. Raises ConfigError
+        where there is none, and without `at` where a factor has no intercept.
 
         `level`: (share, low, high) in place of a share, by the delta method on the logit scale.
         """
@@ -367,8 +370,9 @@ class MixedFit:
         """Marginal means over the levels of a factor, or of combinations of factors (Searle, Speed and Milliken 1980), as R's emmeans.
 
         Over a grid of all factors' levels, equally weighted, with numeric covariates at their means over the rows (one scan, kept with
-        the fit) or as in `at`. Averages are of linear predictors; kind="response" transforms them back. effects="marginal" integrates
-        the random effects out and averages means. `ddf`: as in `tidy`, with t tests and intervals on `df` degrees of freedom.
+        the fit) or as in `at`. Averages are of linear predictors; kind="response" transforms them back, with their intervals, and keeps
+        their tests. effects="marginal" integrates the random effects out and averages means; its tests and intervals are by the link of
+        these. `ddf`: as in `tidy`, with t tests and intervals on `df` degrees of freedom. What is not estimable is null.
         """
         from . import means
 

@@ -20,6 +20,7 @@ from .sql import Names
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .solve.absorb import Leverages
     from .stats import SuffStats
 
     Array = np.ndarray
@@ -47,7 +48,8 @@ class Meat:
 class Fitted:
     """A least-squares fit over features: columns F Q (`Q` (F, p)), residual F e (`e` (F,)), bread LL' = (X'WX)⁻¹ (`L` (p, p)).
 
-    `absorbed`: per factor its levels and their effects on every feature (m, F), where effects were absorbed.
+    `absorbed`: per factor its levels and their effects on every feature (m, F), where effects were absorbed; `leverages`, what these add
+    to those of the rows.
     """
 
     recipe: Recipe
@@ -55,6 +57,7 @@ class Fitted:
     e: Array
     L: Array
     absorbed: tuple[tuple[Levels, Array], ...] = ()
+    leverages: Leverages | None = None
 
 
 @dataclass
@@ -137,9 +140,10 @@ def of_rows(source: Source, fitted: Fitted, kind: str) -> Meat:
     """The meat of HC0 to HC3 (White 1980; MacKinnon and White 1985), in one pass."""
     total = np.zeros((len(fitted.L),) * 2)
     for table, F, w, q in batches(source, fitted.recipe, keys=bool(fitted.absorbed)):
-        X, e, _ = _columns(table, F, fitted, source.names)
-        root = None if w is None else np.sqrt(w)
-        total += row_meat(X, e, fitted.L, kind, q) if root is None else row_meat(X * root, e * root, fitted.L, kind, q)
+        X, e, held = _columns(table, F, fitted, source.names)
+        size = np.ones(1) if w is None else w
+        more = 0.0 if fitted.leverages is None else size * fitted.leverages.at(held)
+        total += row_meat(X * np.sqrt(size), e * np.sqrt(size), fitted.L, kind, q, more)
     return Meat(total)
 
 

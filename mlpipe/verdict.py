@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 def report(fit: Any, options: Options) -> None:
     """Warnings for what the fields of a fit say, at the line that asked for it. Raises ConvergenceError where the options ask for it."""
     if fit.dropped:
-        _warn(f"coefficients repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning)
+        warn(f"coefficients repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning)
     if separated := fit.info.get("separation"):
-        _warn(f"{', '.join(separated)} separate(s) the outcomes: these estimates go to infinity", SeparationWarning)
+        warn(f"{', '.join(separated)} separate(s) the outcomes: these estimates go to infinity", SeparationWarning)
     if fit.singular:
-        _warn("the fit is singular: a random-effects covariance is on the boundary", SingularFitWarning)
+        warn("the fit is singular: a random-effects covariance is on the boundary", SingularFitWarning)
     if not fit.converged:
         message = f"the fit did not converge: {fit.message} (scaled score {fit.score:.2g} after {fit.evaluations} evaluations)"
         if options.on_nonconvergence == "raise":
             raise ConvergenceError(message)
-        _warn(message, ConvergenceWarning)
+        warn(message, ConvergenceWarning)
 
 
-def _warn(message: str, category: type[Warning]) -> None:
+def warn(message: str, category: type[Warning]) -> None:
     """At the first frame outside of the package."""
     own, level, frame = __name__.partition(".")[0], 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == own:

@@ -22,8 +22,11 @@ def check_level(level: float, name: str = "conf_level") -> None:
         raise ConfigError(f"{name} = {level!r} is not between 0 and 1")
 
 
-def wald_table(texts: Mapping[str, Sequence[Any]], estimate: np.ndarray, se: np.ndarray, conf_level: float) -> pa.Table:
-    """A table of the columns `texts`, then estimate, std_error, z statistic, p_value and the Wald interval; what is not finite is null."""
+def wald_table(
+    texts: Mapping[str, Sequence[Any]], estimate: np.ndarray, se: np.ndarray, conf_level: float, degrees: float = math.inf
+) -> pa.Table:
+    """A table of the columns `texts`, then estimate, std_error, z statistic (t on finite `degrees` of freedom), p_value and the Wald
+    interval; what is not finite is null."""
     import pyarrow as pa
 
     check_level(conf_level)
@@ -31,6 +34,10 @@ def wald_table(texts: Mapping[str, Sequence[Any]], estimate: np.ndarray, se: np.
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = np.where(se > 0.0, estimate / se, math.nan)
     p = np.array([math.erfc(abs(s) / math.sqrt(2.0)) for s in statistic])
+    if math.isfinite(degrees):
+        from scipy.special import stdtr, stdtrit
+
+        z, p = float(stdtrit(degrees, 0.5 + conf_level / 2)), 2.0 * stdtr(degrees, -np.abs(statistic))
     values = (estimate, se, statistic, p, estimate - z * se, estimate + z * se)
     columns = {name: pa.array(list(column)) for name, column in texts.items()}
     return pa.table(columns | {name: _nullable(v) for name, v in zip(COLUMNS, values, strict=True)})

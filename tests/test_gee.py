@@ -209,3 +209,18 @@ def test_against_geepack(corr: str) -> None:
     np.testing.assert_allclose(np.sqrt(np.diag(fit.vcov("model"))), want["se_model_based"], rtol=1e-6)
     np.testing.assert_allclose(fit.alpha, want["alpha"], atol=1e-6)
     assert fit.scale == pytest.approx(want["scale_phi"], rel=1e-6) and fit.qic()["qicu"] == pytest.approx(want["qic"]["QICu"], rel=1e-6)
+
+
+def test_one_block_has_no_sandwich() -> None:
+    """Its score is zero at the estimates, and so would be all standard errors."""
+    rng = np.random.default_rng(3)
+    frame = pl.DataFrame({"g": ["a"] * 30, "x": rng.normal(size=30), "y": rng.normal(size=30)})
+    for vcov in (None, "mancl-derouen"):
+        with pytest.raises(mp.DataError, match="fewer than two clusters"):
+            mp.gee("y ~ x", frame, groups="g", corr="independence", vcov=vcov)
+    fit = mp.gee("y ~ x", frame, groups="g", corr="independence", vcov="model")
+    assert fit.vcov()[1, 1] > 1e-3
+    with pytest.raises(mp.DataError, match="fewer than two clusters"):
+        fit.vcov("robust")
+    with pytest.raises(mp.DataError, match="fewer than two clusters"):
+        mp.glm("y ~ x", frame, family="gaussian", cluster="g")

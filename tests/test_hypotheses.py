@@ -70,6 +70,55 @@ def test_names_with_operators_are_whole() -> None:
     assert L[0, fit.names.index("I(age - 11)")] == 1.0 and L[0, fit.names.index(name)] == -1.0 and value[0] == 0.5
 
 
+def test_equations_that_contradict_each_other(cake: mp.LMMFit) -> None:
+    for text in ("temp = 0, temp = 1", "temp = recipeB = 0, temp - recipeB = 1"):
+        with pytest.raises(mp.ConfigError, match="contradict"):
+            cake.test(text)
+    assert one(cake.test("temp = 1, 2 * temp = 2"))["df"] == 1
+    with pytest.raises(mp.ConfigError, match="too large"):
+        cake.test("temp = 1e400")
+
+
+def test_least_squares_has_f_tests_over_its_degrees_of_freedom() -> None:
+    """Those of a linear hypothesis: the rise of the residual sum of squares; of one coefficient the square of its t; of clusters over their
+    number less one."""
+    frame = pl.read_parquet(DATA / "sleepstudy.parquet").head(25).with_columns(odd=pl.col("Days") % 2)
+    fit, small = mp.ols("Reaction ~ Days + odd", frame), mp.ols("Reaction ~ 1", frame)
+    row = one(fit.test("Days = odd = 0"))
+    f = (small.rss - fit.rss) / 2 / (fit.rss / 22)
+    assert (row["test"], row["df"], row["df_denominator"]) == ("F", 2, 22.0)
+    assert (row["statistic"], row["p_value"]) == pytest.approx((f, stats.f.sf(f, 2, 22)))
+    clustered = mp.ols("Reaction ~ Days + odd", frame, cluster="Subject")
+    row, alone = one(clustered.test("Days = 0")), clustered.tidy().to_pylist()[1]
+    assert row["df_denominator"] == 2.0 and row["p_value"] == pytest.approx(alone["p_value"])
+
+
+def test_more_equations_than_clusters_tell_apart() -> None:
+    frame = pl.read_parquet(DATA / "sleepstudy.parquet").head(20).with_columns(odd=pl.col("Days") % 2)
+    fit = mp.ols("Reaction ~ Days + odd", frame, cluster="Subject")
+    assert one(fit.test("Days = 0"))["df"] == 1
+    with pytest.raises(mp.ConfigError, match="does not tell 2 equations apart"):
+        fit.test("Days = odd = 0")
+    assert np.isnan(fit.f_statistic()["f"]) and np.isnan(fit.f_statistic()["p_value"])
+    assert "F-statistic: none" in str(fit)
+
+
+def test_the_units_of_covariates_do_not_matter_to_a_joint_test() -> None:
+    frame = pl.read_parquet(DATA / "sleepstudy.parquet").with_columns(odd=(pl.col("Days") % 2).cast(float))
+    for ddf in ("wald", "satterthwaite", "kenward-roger"):
+        plain = one(mp.lmm("Reaction ~ Days + odd + (1 | Subject)", frame).test("Days = odd = 0", ddf=ddf))
+        wild = one(mp.lmm("Reaction ~ Days + odd + (1 | Subject)", frame.with_columns(pl.col.odd * 1e9)).test("Days = odd = 0", ddf=ddf))
+        assert wild["df"] == 2 and wild["statistic"] == pytest.approx(plain["statistic"], rel=1e-6)
+        assert wild["p_value"] == pytest.approx(plain["p_value"], rel=1e-4)
+
+
+def test_a_coefficient_that_was_dropped_is_told() -> None:
+    with pytest.warns(mp.RankWarning):
+        fit = mp.ols("Reaction ~ Days + I(2 * Days)", DATA / "sleepstudy.parquet")
+    with pytest.raises(mp.ConfigError, match="was dropped"):
+        fit.test("I(2 * Days) = 0")
+
+
 def test_f_tests_are_lmertest_s() -> None:
     spec = json.loads((REFERENCE / "fits" / "machines_interaction_group.json").read_text())
     fit = mp.lmm(spec["model"]["formula"], DATA / "Machines.parquet")
@@ -121,6 +170,42 @@ def test_fits_that_cannot_be_compared() -> None:
         mp.anova(fit, mp.lmm("Reaction ~ 1 + (1 | Subject)", frame.head(160)))
 
 
+def test_rows_and_weights_that_differ_are_refused() -> None:
+    """As many rows, but others: the response's mean tells."""
+    frame = pl.read_parquet(DATA / "sleepstudy.parquet").with_row_index("i").with_columns(w=1.0 + pl.col.i % 3, odd=pl.col.i % 2)
+    frame = frame.with_columns(early=pl.when(pl.col.i > 4).then("Days"), late=pl.when(pl.col.i < 175).then("odd"))
+    for function, end in ((mp.lmm, " + (1 | Subject)"), (mp.glm, "")):
+        more = {"family": "gaussian"} if function is mp.glm else {}
+        first, second = (function(f"Reaction ~ {name}{end}", frame, **more) for name in ("early", "late"))
+        assert first.rows == second.rows
+        with pytest.raises(mp.ConfigError, match="same response and rows"):
+            mp.anova(first, second)
+        weighted = function(f"Reaction ~ Days + odd{end}", frame, weights="w", **more)
+        with pytest.raises(mp.ConfigError, match="different weights: None and w"):
+            mp.anova(function(f"Reaction ~ Days{end}", frame, **more), weighted)
+    with pytest.raises(mp.ConfigError, match="different responses"):
+        mp.anova(mp.ols("Reaction ~ Days", frame), mp.ols("log(Reaction) ~ Days", frame))
+    with pytest.raises(mp.ConfigError, match="anova compares fits, not int"):
+        mp.anova(first, 3)  # type: ignore[arg-type]
+
+
+def test_models_that_are_not_nested_are_told() -> None:
+    frame = pl.read_parquet(DATA / "sleepstudy.parquet").with_columns(odd=pl.col("Days") % 2, week=pl.col("Days") // 5)
+    plain = mp.lmm("Reaction ~ Days + (1 | Subject)", frame)
+    with pytest.warns(mp.SingularFitWarning):
+        other = mp.lmm("Reaction ~ Days + odd + (1 | week)", frame)
+    assert "random effects are not nested" in mp.anova(plain, other).to_pylist()[1]["note"]
+    moved = mp.lmm("Reaction ~ Days + odd + offset(odd) + (1 | Subject)", frame)
+    assert mp.anova(plain, moved).to_pylist()[1]["note"] == "the offsets differ: the test holds only if the models are nested"
+
+
+def test_a_correlation_of_zero_is_not_on_the_boundary() -> None:
+    frame = pl.read_parquet(DATA / "sleepstudy.parquet")
+    row = mp.anova(*(mp.lmm(f"Reaction ~ Days + (Days {bar} Subject)", frame, reml=False) for bar in ("||", "|"))).to_pylist()[1]
+    assert row["df"] == 1 and row["note"] is None and row["p_boundary"] is None
+    assert row["p_value"] == pytest.approx(stats.chi2.sf(row["statistic"], 1))
+
+
 def test_drop1_is_anova_term_by_term(cake: mp.LMMFit) -> None:
     fit = mp.lmm("angle ~ recipe + temp + (1 | recipe:replicate)", DATA / "cake.parquet")
     rows = {row["term"]: row for row in fit.drop1().to_pylist()}
@@ -159,3 +244,14 @@ def test_formulas_without_a_term() -> None:
         "log(y) ~ 1 + a + b + a:b + (1 + x || g) + (1 | a/h) + offset(z)",
         "log(y) ~ 1 + a + b + `odd name` + (1 + x || g) + (1 | a/h) + offset(z)",
     ]
+
+
+def test_a_larger_model_at_a_lesser_maximum_is_told() -> None:
+    """An optimum that a search missed must not pass for evidence of nothing."""
+    frame = pl.read_parquet(DATA / "sleepstudy.parquet").with_columns(odd=pl.col("Days") % 2)
+    small, large = (mp.lmm(f"Reaction ~ {fixed} + (1 | Subject)", frame, reml=False) for fixed in ("Days", "Days + odd"))
+    large.loglik = small.loglik - 1.0
+    row = mp.anova(small, large).to_pylist()[1]
+    assert row["statistic"] == 0.0 and "lesser maximum" in row["note"]
+    with pytest.warns(mp.ConvergenceWarning, match="without odd.*lesser maximum"):
+        large.drop1()

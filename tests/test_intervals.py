@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import scipy.optimize as so
 import scipy.stats as st
 
 import mlpipe as mp
-from mlpipe.solve.profile import BlockSurface, LevelSurface, Linear
+from mlpipe import intervals
+from mlpipe.inference import held
+from mlpipe.pins import Parametrisation
+from mlpipe.solve.profile import BlockSurface, LevelSurface, Linear, Profile
 
 from .dense import Dense, simulate
 from .dense_several import DenseSeveral, Grouping
@@ -26,8 +30,8 @@ def frame_of(model: Dense) -> pl.DataFrame:
     return pl.DataFrame({"y": model.y, "g": model.block, "w": model.w, **columns})
 
 
-def limits(fit: Any, method: str = "profile") -> dict[str, tuple[float, float]]:
-    return {row["term"]: (row["conf_low"], row["conf_high"]) for row in fit.confint(method=method).to_pylist()}
+def limits(fit: Any, method: str = "profile", draws: int = 1000) -> dict[str, tuple[float, float]]:
+    return {row["term"]: (row["conf_low"], row["conf_high"]) for row in fit.confint(method=method, draws=draws).to_pylist()}
 
 
 def dense_limit(model: Dense, pinned: str, v: float) -> float:
@@ -192,3 +196,76 @@ def test_requests_that_make_no_sense() -> None:
     fit.held = fit.source = None
     with pytest.raises(mp.DataError, match="neither its statistics nor its data"):
         fit.confint(method="profile")
+
+
+@pytest.mark.parametrize("scale", [1e8, 1e-8])
+@pytest.mark.parametrize("flat", [False, True])
+def test_profiles_do_not_depend_on_the_units_of_the_response(scale: float, flat: bool) -> None:
+    frame = pl.read_parquet(mp.datasets.path("sleepstudy"))
+    if flat:  # a variance of zero
+        frame = frame.with_columns(pl.col("reaction") - pl.col("reaction").mean().over("subject"))
+    formula = f"reaction ~ days + ({'1' if flat else 'days'} | subject)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mp.SingularFitWarning)
+        plain = limits(mp.lmm(formula, frame))
+        other = limits(mp.lmm(formula, frame.with_columns(pl.col("reaction") * scale)))
+    for name, ends in plain.items():
+        unit = 1.0 if name.startswith("cor") else scale
+        assert np.array(other[name]) / unit == pytest.approx(np.array(ends), rel=1e-5, abs=1e-5), name
+
+
+def counts(less: bool) -> pl.DataFrame:
+    """Counts of 30 blocks, as good as Poisson's or less dispersed."""
+    rng = np.random.default_rng(5)
+    g, x = np.repeat(np.arange(30), 6), rng.normal(size=180)
+    eta = 0.3 * x + rng.normal(0.0, 0.3, 30)[g]
+    y = rng.binomial(8, 0.3 * np.exp(eta - eta.max() + 0.5)) if less else rng.negative_binomial(20, 20 / (20 + np.exp(eta)))
+    return pl.DataFrame({"g": g, "x": x, "y": y})
+
+
+@pytest.mark.parametrize("less", [False, True])
+@pytest.mark.parametrize(("family", "parameter"), [("negbinomial", "k"), ("negbinomial1", "alpha")])
+def test_overdispersion_may_have_no_limit_on_the_side_of_poisson(family: str, parameter: str, less: bool) -> None:
+    """Where the deviance of Poisson is within the quantile the interval of k has no upper end, that of alpha begins at 0."""
+    frame = counts(less)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mp.ConvergenceWarning)
+        fit = mp.glmm("y ~ x + (1 | g)", frame, family=family)
+        boot = limits(mp.glmm("y ~ x + (1 | g)", frame, family=family, options=mp.Options(seed=1)), "boot", 20) if less else {}
+    poisson = mp.glmm("y ~ x + (1 | g)", frame, family="poisson")
+    assert fit.loglik - poisson.loglik < Z**2 / 2
+    found, plain = limits(fit), limits(poisson)
+    low, high = found.pop(parameter)
+    assert (high == math.inf and low > 1.0) if parameter == "k" else (low == 0.0 and 0.0 < high < 1.0)
+    if less:  # the rest is Poisson's
+        assert fit.loglik == pytest.approx(poisson.loglik, abs=1e-4) and "infinity" in fit.message
+        assert fit.beta == pytest.approx(poisson.beta, abs=1e-4)
+        assert set(boot) == {*found, parameter}
+    for name, ends in found.items():
+        assert ends == pytest.approx(plain[name], abs=1e-4 if less else 0.1), name
+
+
+def test_refits_that_fail_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlpipe import bootstrap
+
+    fit, made = mp.lmm("reaction ~ days + (1 | subject)", mp.datasets.path("sleepstudy")), bootstrap._refitted
+    outcomes = iter([True, False, True])
+    monkeypatch.setattr(bootstrap, "_refitted", lambda *given: made(*given) * (1.0 if next(outcomes) else math.nan))
+    with pytest.warns(mp.ConvergenceWarning, match="1 of 3 bootstrap refits"):
+        fit.confint("boot", draws=3)
+    monkeypatch.setattr(bootstrap, "_refitted", lambda *given: made(*given) * math.nan)
+    with pytest.raises(mp.ConvergenceError, match="no bootstrap refit"):
+        fit.confint("boot", draws=2)
+
+
+def test_a_profile_along_singular_matrices() -> None:
+    """There Λ's elements turn at once and gradients fail; 3.921114 is the limit by a dense search over the correlation and the rest."""
+    frame = pl.read_parquet(mp.datasets.path("sleepstudy"))
+    frame = frame.with_columns(pl.col("reaction") - pl.col("reaction").mean().over("subject"))
+    with pytest.warns(mp.SingularFitWarning):
+        fit = mp.lmm("reaction ~ days + (days | subject)", frame)
+    kept, best = intervals.ml_optimum(fit, held(fit))
+    phi = np.append(best.lambda_[intervals.free_of(kept.problem)], math.log(best.s2) / 2)
+    how = Parametrisation(kept.random, phi, best.covariance, relative=True, scale=kept.scale)
+    profile = Profile(BlockSurface(kept.problem), how.sd(0, 1), how.curvature(), best.value)
+    assert profile.minimum(3.921114).value - best.value == pytest.approx(Z**2, abs=1e-3)

@@ -123,24 +123,42 @@ def test_absorbed(absorb: tuple[str, ...], weights: str | None) -> None:
         assert len(fit.ranef(group)) == FRAME[group].n_unique()
 
 
-@pytest.mark.parametrize("kind", ["HC0", "HC1", "HC3", "CR0", "CR1", "CR2"])
+@pytest.mark.parametrize("kind", ["HC0", "HC1", "HC2", "HC3"])
+@pytest.mark.parametrize("absorb", [("firm",), ("firm", "worker"), ("firm", "worker", "year")])
+@pytest.mark.parametrize("weights", [None, "w"])
+def test_absorbed_and_robust_to_rows(kind: str, absorb: tuple[str, ...], weights: str | None) -> None:
+    """The leverages of the absorbed effects count: all is that of least squares on their indicators."""
+    full, w = np.column_stack([dense.dummies(*(codes(name) for name in absorb)), SHIFTED[:, 1:]]), W if weights else ONES
+    fit = mp.ols("y ~ x + z", FRAME, absorb=absorb, vcov=kind, weights=weights)
+    slopes_agree(fit, dense.coefficients(full, Y, w), dense.rows_covariance(full, Y, w, kind), rtol=1e-7)
+
+
+def test_leverages_of_absorbed_effects_need_memory() -> None:
+    options = mp.Options(memory_limit="300MB")
+    frame = pl.DataFrame({"a": range(3000), "b": [k * 7 % 2999 for k in range(3000)]}).select(pl.all().repeat_by(2).explode())
+    frame = frame.with_columns(y=pl.Series(np.random.default_rng(0).normal(size=6000)), x=pl.Series(np.arange(6000) % 11))
+    with pytest.raises(mp.ResourceError, match="absorbed levels need"):
+        mp.ols("y ~ x", pl.concat([frame, frame]), absorb=["a", "b"], vcov="HC3", options=options)
+
+
+@pytest.mark.parametrize("kind", ["CR0", "CR1", "CR2"])
 @pytest.mark.parametrize("absorb", [("firm",), ("firm", "worker")])
 @pytest.mark.parametrize("cluster", [("firm",), ("region",), ("firm", "year")])
-def test_absorbed_and_robust(kind: str, absorb: tuple[str, ...], cluster: tuple[str, ...]) -> None:
+def test_absorbed_and_clustered(kind: str, absorb: tuple[str, ...], cluster: tuple[str, ...]) -> None:
     D = dense.dummies(*(codes(name) for name in absorb))
-    Xd, yd = dense.partialled(D, W, SHIFTED[:, 1:]), dense.partialled(D, W, Y)
-    if kind.startswith("HC"):
-        fit = mp.ols("y ~ x + z", FRAME, absorb=absorb, vcov=kind, weights="w")
-        V = dense.rows_covariance(Xd, yd, W, kind, k=D.shape[1])
-    else:
-        fit = mp.ols("y ~ x + z", FRAME, absorb=absorb, vcov=kind, cluster=cluster, weights="w")
-        V = np.zeros((2, 2))
-        for keys, sign in ((cluster[:1], 1.0), (cluster[1:], 1.0), (cluster, -1.0)) if len(cluster) == 2 else ((cluster, 1.0),):
-            code = np.unique(np.column_stack([codes(name) for name in keys]), axis=0, return_inverse=True)[1].ravel()
-            nested = keys in (("firm",), ("region",))  # firms lie within both
-            counted = 3 + (0 if nested else 14) + (D.shape[1] - 14 if len(absorb) == 2 else 0)
-            V += sign * dense.one_way(Xd, yd, W, code, kind, counted)
-    slopes_agree(fit, dense.coefficients(Xd, yd, W), V, rtol=1e-7)
+    full = np.column_stack([D, SHIFTED[:, 1:]])
+    if kind == "CR2" and (len(absorb) > 1 or len(cluster) > 1):
+        with pytest.raises(mp.ConfigError, match="lie within the clusters"):
+            mp.ols("y ~ x + z", FRAME, absorb=absorb, vcov=kind, cluster=cluster, weights="w")
+        return
+    fit = mp.ols("y ~ x + z", FRAME, absorb=absorb, vcov=kind, cluster=cluster, weights="w")
+    V = np.zeros((full.shape[1],) * 2)
+    for keys, sign in ((cluster[:1], 1.0), (cluster[1:], 1.0), (cluster, -1.0)) if len(cluster) == 2 else ((cluster, 1.0),):
+        code = np.unique(np.column_stack([codes(name) for name in keys]), axis=0, return_inverse=True)[1].ravel()
+        nested = keys in (("firm",), ("region",))  # firms lie within both
+        counted = 3 + (0 if nested else 14) + (D.shape[1] - 14 if len(absorb) == 2 else 0)
+        V += sign * dense.one_way(full, Y, W, code, kind, counted)
+    slopes_agree(fit, dense.coefficients(full, Y, W), V, rtol=1e-7)
 
 
 def test_two_disconnected_parts_lose_one_more_degree() -> None:
@@ -151,8 +169,8 @@ def test_two_disconnected_parts_lose_one_more_degree() -> None:
 
 @pytest.mark.parametrize("kind", TYPED_KINDS)
 def test_engines_agree(kind: str, tmp_path: Path) -> None:
-    want = mp.ols("y ~ x + c", FRAME, absorb="firm", cluster="worker", vcov="CR2", weights="w")
-    fit = mp.ols("y ~ x + c", as_data(FRAME, kind, tmp_path), absorb="firm", cluster="worker", vcov="CR2", weights="w")
+    want = mp.ols("y ~ x + c", FRAME, absorb="firm", cluster="region", vcov="CR2", weights="w")
+    fit = mp.ols("y ~ x + c", as_data(FRAME, kind, tmp_path), absorb="firm", cluster="region", vcov="CR2", weights="w")
     np.testing.assert_allclose(fit.beta, want.beta, rtol=1e-9)
     np.testing.assert_allclose(fit.vcov(), want.vcov(), rtol=1e-8)
     assert len(fit.ranef()) == 14
@@ -269,3 +287,29 @@ def test_what_does_not_vary_within_is_dropped() -> None:
     assert fit.names == ("ses", "sxFemale") and fit.dropped == ("meanses",) and caught[0].category is mp.RankWarning
     np.testing.assert_allclose(fit.beta, want["fixef"]["estimate"][:2], rtol=1e-9)
     np.testing.assert_allclose(np.sqrt(np.diag(fit.vcov())), want["fixef"]["se"][:2], rtol=1e-9)
+
+
+def test_a_response_that_is_constant_within_the_factors() -> None:
+    frame = FRAME.with_columns(y=pl.col("y").mean().over("firm"))
+    with pytest.raises(mp.DataError, match="does not vary within"):
+        mp.ols("y ~ x", frame, absorb="firm")
+    with pytest.raises(mp.DataError, match="does not vary within"):
+        mp.ols("y ~ x", mp.suffstats("y ~ x + (1 | firm)", frame), absorb="firm")
+    with pytest.raises(mp.DataError, match="does not vary$"):
+        mp.ols("y ~ x", FRAME.with_columns(y=pl.lit(3.0)))
+
+
+def test_effects_are_tested_as_coefficients_are() -> None:
+    """By t on the fit's degrees of freedom, with clusters their number less one."""
+    for fit in (mp.ols("y ~ x + z", FRAME.head(12)), mp.ols("y ~ x + z", FRAME, cluster="region"), mp.ols("y ~ x", FRAME, absorb="firm")):
+        tests = {row["term"]: row for row in fit.tidy().to_pylist()}
+        for row in fit.effects().to_pylist():
+            for name in ("estimate", "std_error", "p_value", "conf_low", "conf_high"):
+                assert row[name] == pytest.approx(tests[row["term"]][name], rel=1e-6), (row["effect"], name)
+
+
+def test_predictions_with_absorbed_effects_have_no_interval() -> None:
+    fit = mp.ols("y ~ x", FRAME, absorb="firm")
+    for effects in ("conditional", "population"):
+        with pytest.raises(mp.ConfigError, match="absorbed effects have no interval"):
+            fit.predict(FRAME, effects=effects, interval="confidence")

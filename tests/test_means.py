@@ -178,6 +178,71 @@ def test_an_empty_cell_is_not_estimable() -> None:
     assert contrasts["a - c"] is None and contrasts["a - b"] is not None
 
 
+def test_an_empty_cell_beside_a_covariate_far_from_zero() -> None:
+    """What is estimable does not hang on where a covariate's zero is."""
+    frame = simulated("poisson", "log").with_columns(flag=pl.col.x > 1.1).filter(~((pl.col.t == "c") & pl.col.flag))
+    for shift in (0.0, 1e6):
+        with pytest.warns(mp.RankWarning):
+            fit = mp.lmm("y ~ t * flag + x + (1 | g)", frame.with_columns(pl.col.x + shift))
+        known = {row["level"]: row["estimate"] for row in fit.means(["t", "flag"]).to_pylist()}
+        assert [level for level, value in known.items() if value is None] == ["c:TRUE"]
+
+
+def test_a_contrast_may_be_estimable_where_its_means_are_not() -> None:
+    """A covariate that depends on the site alone: at its mean over rows no site's mean is there, but differences between treatments are."""
+    rng = np.random.default_rng(2)
+    frame = pl.DataFrame({"site": rng.choice(list("abc"), 90), "t": rng.choice(["u", "v"], 90), "y": rng.normal(size=90)})
+    frame = frame.with_columns(z=pl.col.site.replace_strict({"a": 1.0, "b": 4.0, "c": 2.0}))
+    with pytest.warns(mp.RankWarning):
+        fit = mp.ols("y ~ t + site + z", frame)
+    assert fit.means("t")["estimate"].to_pylist() == [None, None] and fit.means("t")["df"].to_pylist() == [None, None]
+    row = fit.contrasts("t").to_pylist()[0]
+    assert (row["estimate"], row["std_error"]) == pytest.approx((-fit.fixef()["tv"], np.sqrt(fit.vcov()[1, 1])))
+    assert fit.contrasts("site")["estimate"].to_pylist() == [None] * 3
+    with pytest.warns(mp.RankWarning):
+        curved = mp.glm("b ~ t + site + z", frame.with_columns(b=pl.col.y > 0), family="binomial")
+    assert curved.contrasts("t")["estimate"].to_pylist() == [None]  # a difference of means that are not known
+    assert curved.contrasts("t", kind="link")["estimate"].to_pylist()[0] == pytest.approx(-curved.fixef()["tv"])
+
+
+def test_effects_over_an_empty_cell_are_not_estimable() -> None:
+    frame = simulated("poisson", "log").with_columns(flag=pl.col.x > 1.1).filter(~((pl.col.t == "c") & pl.col.flag))
+    for function, more in ((mp.lmm, {}), (mp.glmm, {"family": "poisson"})):
+        with pytest.warns(mp.RankWarning):
+            fit = function("y ~ t * flag + x + (1 | g)", frame, **more)
+        average = [row for row in fit.effects().to_pylist() if row["effect"] == "average_marginal"]
+        known = {row["term"]: row["estimate"] for row in average}
+        assert known["tc"] is None and known["flagTRUE"] is None and known["tb"] is not None and known["x"] is not None
+        assert {row["term"] for row in average if row["std_error"] is None} == {"tc", "flagTRUE"}
+
+
+@pytest.mark.parametrize("effects", ["population", "marginal"])
+def test_intervals_of_means_are_those_of_their_links(fitted: tuple[Any, pl.DataFrame], effects: str) -> None:
+    """As emmeans has them: a probability's interval stays between 0 and 1, and its test is of a log odds of zero."""
+    rows = fitted[0].means("t", effects=effects, conf_level=0.999).to_pylist()
+    linear = fitted[0].means("t", kind="link", conf_level=0.999).to_pylist()
+    for row, link in zip(rows, linear, strict=True):
+        eta, mu = np.log(row["estimate"] / (1 - row["estimate"])), row["estimate"]
+        half = st.norm.isf(0.0005) * row["std_error"] / (mu * (1 - mu))
+        assert (row["conf_low"], row["conf_high"]) == pytest.approx((1 / (1 + np.exp(half - eta)), 1 / (1 + np.exp(-half - eta))))
+        assert row["statistic"] == pytest.approx(eta / row["std_error"] * mu * (1 - mu))
+        if effects == "population":
+            assert (row["statistic"], row["p_value"]) == pytest.approx((link["statistic"], link["p_value"]))
+
+
+def test_a_contrast_of_nothing() -> None:
+    fit = mp.lmm("yield ~ Variety + (1 | Block)", oats())
+    for ddf in ("wald", "satterthwaite", "kenward-roger"):
+        row = fit.contrasts("Variety", {"nothing": [0, 0, 0]}, ddf=ddf).to_pylist()[0]
+        assert row["estimate"] == 0.0 and row["p_value"] is None
+
+
+@pytest.mark.parametrize("value", ["much", [1.0, 2.0], float("nan"), None, True])
+def test_a_covariate_is_held_at_one_number(fitted: tuple[Any, pl.DataFrame], value: Any) -> None:
+    with pytest.raises(mp.ConfigError, match="not one finite number"):
+        fitted[0].means("t", at={"x": value})
+
+
 def test_other_links_of_plain_models_and_loaded_fits(tmp_path: Path) -> None:
     frame = simulated("poisson", "log")
     fit = mp.glm("y ~ x + t", frame, family="poisson")

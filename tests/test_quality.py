@@ -11,6 +11,7 @@ import scipy.stats as st
 
 import mlpipe as mp
 from mlpipe import datasets
+from mlpipe.reading import shares
 from mlpipe.sketch import Sketch
 
 from .dense_glmm import variance
@@ -222,3 +223,15 @@ def test_a_large_sketch_keeps_its_bound(order: str) -> None:
     assert (sketch.n, sketch.low, sketch.high) == (n, 0, n - 1)
     assert (sketch.mean, sketch.sd) == pytest.approx((values.mean(), values.std(ddof=1)))
     assert sketch.kurtosis == pytest.approx(st.kurtosis(values)) and sketch.skewness == pytest.approx(0, abs=1e-9)
+
+
+def test_a_random_part_without_an_intercept_needs_at() -> None:
+    """At zero of a number its share would be 0, and of a factor there is no such place."""
+    frame = pl.read_parquet(mp.datasets.path("sleepstudy")).with_columns(late=pl.col("days") > 4)
+    for term in ("0 + days", "0 + late"):
+        fit = mp.lmm(f"reaction ~ days + ({term} | subject)", frame)
+        with pytest.raises(mp.ConfigError, match="no intercept"):
+            fit.icc()
+        assert shares(fit) == {}  # in a report
+        name = term.split()[-1]
+        assert 0.0 < fit.icc(at={name: True if name == "late" else 3.0})["subject"] < 1.0

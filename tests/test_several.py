@@ -645,6 +645,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "fit" / "fit.json").read_text())["fit"]["formula"] == "y ~ x + (1|a) + (1|b)"
 
 
+
 @pytest.mark.parametrize("columns", [None, ["x"], ["population"]])
 def test_a_key_called_like_a_part_of_the_prediction(columns: list[str] | None) -> None:
     """Shown or not, whatever else the statement computes under that name."""
@@ -656,3 +657,36 @@ def test_a_key_called_like_a_part_of_the_prediction(columns: list[str] | None) -
     plain = frame.rename({"population": "g"})
     want = mp.lmm("y ~ x + (x | g)", plain).augment(plain).read_all()["fitted"]
     np.testing.assert_allclose(fit.augment(frame, columns=columns).read_all()["fitted"], want, rtol=1e-9)
+
+
+def slopes_of_a_factor(seed: int) -> pl.DataFrame:
+    """Effects of a factor's levels that are nearly one random number a group."""
+    r = np.random.default_rng(seed)
+    g, f = r.integers(0, 10, 160), r.choice(["p", "q", "r"], 160)
+    effects = r.normal(size=(10, 1)) * 0.3 * r.normal(size=(1, 3))
+    eta = 0.5 + effects[g, np.searchsorted(["p", "q", "r"], f)]
+    return pl.DataFrame({"g": g, "f": f, "c": r.poisson(np.exp(eta)), "y": eta + r.normal(size=160), "h": r.integers(0, 6, 160)})
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("lmm", 1), ("lmm", 8), ("lmm", 13), ("glmm", 0), ("glmm", 14)])
+def test_a_singular_fit_is_a_maximum_in_every_direction(kind: str, seed: int) -> None:
+    """Where a column of Λ ends at zero none of its elements may lead up by itself, and yet several together."""
+    frame, more = slopes_of_a_factor(seed), {"family": "poisson"} if kind == "glmm" else {"reml": False}
+    formula = "c ~ f + (f | g)" if kind == "glmm" else "y ~ f + (f | g) + (1 | h)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mp.SingularFitWarning)
+        fit = getattr(mp, kind)(formula, frame, **more)
+        for k in range(2):
+            start = 0.5 * np.random.default_rng(100 + k).normal(size=len(fit.theta))
+            assert getattr(mp, kind)(formula, frame, start=start.tolist(), **more).loglik == pytest.approx(fit.loglik, abs=1e-6)
+
+
+def test_several_variances_may_all_be_zero() -> None:
+    frame = pl.DataFrame({"a": np.tile(np.arange(6), 20), "b": np.repeat(np.arange(20), 6)})
+    e = np.random.default_rng(4).normal(size=(20, 6))
+    e = e - e.mean(axis=0) - e.mean(axis=1, keepdims=True)
+    frame = frame.with_columns(y=e.ravel(), x=pl.Series(np.random.default_rng(5).normal(size=120)))
+    with pytest.warns(mp.SingularFitWarning):
+        fit = mp.lmm("y ~ x + (1 | a) + (1 + x | b)", frame, reml=False)
+    assert fit.converged and not fit.theta.any()
+    assert fit.loglik == pytest.approx(mp.ols("y ~ x", frame).loglik)

@@ -81,6 +81,44 @@ class Cells:
         return Absorbed(effects, rank, exact, steps, converged)
 
 
+class Leverages:
+    """The leverages v'N⁻v of rows by their levels, v the indicators of these: the largest factor eliminated, the rest by a dense matrix."""
+
+    def __init__(self, cells: Cells) -> None:
+        self.first = int(np.argmax(cells.sizes))
+        self.rest = [k for k in range(len(cells.sizes)) if k != self.first]
+        self.own = 1.0 / cells.diagonal[self.first]
+        if not self.rest:
+            return
+        self.starts = np.cumsum([0, *(cells.sizes[k] for k in self.rest)])
+        down = sp.vstack([cells.cross[k, self.first] for k in self.rest]).tocsr()
+        across = (down @ sp.diags(self.own)).toarray()
+        N = sp.bmat([[cells._block(k, j) for j in self.rest] for k in self.rest]).toarray()
+        d = 1.0 / np.sqrt(np.diag(N))
+        values, vectors = np.linalg.eigh((N - across @ down.T) * np.outer(d, d))
+        kept = values > 1e-10
+        half = d[:, None] * vectors[:, kept] / np.sqrt(values[kept])
+        self.inverse, self.across = half @ half.T, half @ (half.T @ across)
+        self.own = self.own + np.einsum("ij,ij->j", across, self.across)
+
+    @staticmethod
+    def bytes(sizes: Sequence[int]) -> int:
+        """The memory of the dense matrices."""
+        rest = sum(sizes) - max(sizes)
+        return 8 * rest * (2 * max(sizes) + 4 * rest)
+
+    def at(self, codes: Sequence[np.ndarray]) -> Array:
+        """(n,) of rows of these levels, one code (n,) a factor."""
+        level = codes[self.first]
+        out = self.own[level]
+        places = [self.starts[i] + codes[k] for i, k in enumerate(self.rest)]
+        for a in places:
+            out = out - 2.0 * self.across[a, level]
+            for b in places:
+                out = out + self.inverse[a, b]
+        return np.asarray(out)
+
+
 def _gradients(
     apply: Callable[[Array], Array], b: Array, size: Array, counts: Array, tolerance: float
 ) -> tuple[Array, int, bool]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from .link import Array, Means
 
+LARGE = 1e3  # from which asymptotic series of the gamma function and its derivatives are exact
 FLOOR = 1e-60  # of mu and 1 - mu where their powers are divided by
 
 
@@ -173,14 +174,29 @@ class NegativeBinomial(Family):
         return ByShape(k * bracket, k * (y - m.mu) / sum_**2, -2.0 * k * (y - m.mu) / sum_**3 - k / sum_**2, k * bracket + k * k * slope)
 
 
-def _rising(y: Array, k: float) -> Array:
+def _rising(y: Array, k: Array | float) -> Array:
     """log Γ(y + k) - log Γ(k) - y log k, by the difference of Stirling's series where the functions themselves would cancel."""
     from scipy.special import gammaln
 
-    if k < 1e3:
-        return np.asarray(gammaln(y + k) - math.lgamma(k) - y * math.log(k))
-    tail = (1.0 / (y + k) - 1.0 / k) / 12.0 - (1.0 / (y + k) ** 3 - 1.0 / k**3) / 360.0
-    return np.asarray((y + k - 0.5) * np.log1p(y / k) - y + tail)
+    tail = (1.0 / (y + k) - 1.0 / k) / 12.0 - ((1.0 / (y + k)) ** 3 - (1.0 / k) ** 3) / 360.0
+    stirling = (y + k - 0.5) * np.log1p(y / k) - y + tail
+    return np.asarray(np.where(np.less(k, LARGE), gammaln(y + k) - gammaln(k) - y * np.log(k), stirling))
+
+
+def _polygammas(y: Array, r: Array) -> tuple[Array, Array, Array]:
+    """ψ(y + r) - ψ(r) and of its two derivatives, by the differences of their asymptotic series where r is large."""
+    from scipy.special import digamma, polygamma
+
+    a, b, large = 1.0 / (y + r), 1.0 / r, r >= LARGE
+    by = [-y * a * b]  # a^n - b^n = (a - b) (a^(n-1) + … + b^(n-1))
+    by += [by[0] * sum(a**i * b ** (n - i) for i in range(n + 1)) for n in range(1, 5)]
+    series = (
+        np.log1p(y * b) - by[0] / 2.0 - by[1] / 12.0 + by[3] / 120.0, by[0] + by[1] / 2.0 + by[2] / 6.0 - by[4] / 30.0,
+        -by[1] - by[2] - by[3] / 2.0,
+    )  # fmt: skip
+    exact = (digamma(y + r) - digamma(r), *(polygamma(n, y + r) - polygamma(n, r) for n in (1, 2)))
+    d0, d1, d2 = (np.where(large, s, e) for s, e in zip(series, exact, strict=True))
+    return d0, d1, d2
 
 
 class NegativeBinomial1(Family):
@@ -190,25 +206,19 @@ class NegativeBinomial1(Family):
     links = ("log", "identity", "sqrt")
 
     def loglik(self, m: Means, c: Cells, tau: float) -> Array:
-        from scipy.special import gammaln
-
-        r = m.mu * math.exp(-tau)
-        return np.asarray(gammaln(c.y + r) - gammaln(r) - r * math.log1p(math.exp(tau)) - c.y * math.log1p(math.exp(-tau)))
-
-    def _gammas(self, r: Array, y: Array) -> tuple[Array, Array, Array]:
-        from scipy.special import digamma, polygamma
-
-        return digamma(y + r) - digamma(r), polygamma(1, y + r) - polygamma(1, r), polygamma(2, y + r) - polygamma(2, r)
+        alpha = math.exp(tau)
+        r, rest = m.mu / alpha, math.log1p(alpha)
+        return np.asarray(_rising(c.y, r) + c.y * (np.log(m.mu) - rest) - r * rest)
 
     def by_mean(self, m: Means, c: Cells, tau: float) -> tuple[Array, Array, Array]:
         alpha = math.exp(tau)
-        d0, d1, d2 = self._gammas(m.mu / alpha, c.y)
+        d0, d1, d2 = _polygammas(c.y, m.mu / alpha)
         return (d0 - math.log1p(alpha)) / alpha, d1 / alpha**2, d2 / alpha**3
 
     def by_shape(self, m: Means, c: Cells, tau: float) -> ByShape:
         alpha = math.exp(tau)
         r, share = m.mu / alpha, alpha / (1.0 + alpha)
-        d0, d1, d2 = self._gammas(r, c.y)
+        d0, d1, d2 = _polygammas(c.y, r)
         bracket = d0 - math.log1p(alpha)
         first = -r * bracket + c.y - (c.y + r) * share
         second = r * bracket + r * r * d1 + 2.0 * r * share - (c.y + r) * share / (1.0 + alpha)

@@ -196,7 +196,13 @@ class _Search:
         out = np.ones(self.problem.size, dtype=bool)
         for j in self.zero:
             out[self.problem.column(j)] = False
+        out[-1] &= not self._vanished
         return np.flatnonzero(out)
+
+    @property
+    def _vanished(self) -> bool:
+        """Whether the family's parameter is as good as infinite: it stays there, and the others go on."""
+        return self.problem.shape and abs(float(self.psi[-1])) > self.problem.tau_bound
 
     def run(self, tol: float, max_evaluations: int, loose: bool, saved: Callable[[Array], None] | None) -> GLMMSolution:
         message, converged, score = "out of evaluations", False, math.inf
@@ -217,10 +223,8 @@ class _Search:
                     continue
                 if self._released():
                     continue
-                converged, message = True, "the scaled score is small"
-                break
-            if self.problem.shape and abs(self.psi[-1]) > self.problem.tau_bound:
-                message = "the family's parameter goes to infinity"
+                converged = not self._vanished
+                message = "the scaled score is small" if converged else "the family's parameter goes to infinity"
                 break
             if not self._move(self._limited(step), score):
                 if self._restarted():
@@ -266,18 +270,31 @@ class _Search:
         return math.sqrt(max(float(column @ self.problem.typical @ column), 0.0))
 
     def _released(self) -> bool:
-        """Whether a column at zero would rather not be: then the search goes on from a small one."""
+        """Whether a column at zero would rather not be, in whatever direction: then the search goes on from a small one.
+
+        With column j at zero the score of its elements at t e_i is -t times a column of G, the derivative by ΛΛ': a direction along which
+        G is negative leads up, though none of the elements may by itself.
+        """
         if not self.zero or self.released >= MAX_RELEASES:
             return False
-        points = []
-        for j in sorted(self.zero):
-            tried = self.psi.copy()
-            tried[self.problem.column(j)[0]] = 0.2 * SMALL / math.sqrt(max(self.problem.typical[j, j], 1e-300))
-            points.append(tried)
-        looks = self.problem.near(points)
+        columns = [(j, self.problem.column(j)) for j in sorted(self.zero)]
+        points, size = [], 0.2 * SMALL / np.sqrt(np.maximum(np.diag(self.problem.typical), 1e-300))
+        rows = {at: size[self.problem.entries[at - self.problem.p][0]] for _, column in columns for at in column.tolist()}
+        for at, step in rows.items():
+            points.append(self.psi.copy())
+            points[-1][at] = step
+        looks = dict(zip(rows, self.problem.near(points), strict=True))
         self.evaluations += 1
-        for j, tried, look in zip(sorted(self.zero), points, looks, strict=True):
-            if look.loglik > self.look.loglik + 1e-9 * abs(self.look.loglik) and look.score[self.problem.column(j)[0]] > 0.0:
+        for j, column in columns:
+            steps = np.array([rows[at] for at in column.tolist()])
+            S = np.column_stack([looks[at].score[column] for at in column.tolist()]) * steps[:, None]
+            values, vectors = np.linalg.eigh((S + S.T) / 2.0)
+            tried = self.psi.copy()
+            tried[column] = steps * vectors[:, -1]
+            if not values[-1] > 0.0:
+                continue
+            look = self.problem.near([tried])[0] if len(column) > 1 else looks[int(column[0])]
+            if look.loglik > self.look.loglik + 1e-9 * abs(self.look.loglik) and float(look.score[column] @ tried[column]) > 0.0:
                 self._stand(tried, self.problem.look(tried), self.zero - {j})
                 self.released += 1
                 return True
@@ -324,8 +341,12 @@ class _Search:
     def _differences(self) -> Array:
         """By differences of the score along directions that make the information nearly the identity."""
         free = self.free
+        if not len(free):  # all variances are zero, and there is nothing else
+            return np.zeros((self.problem.size,) * 2)
         directions = np.zeros((self.problem.size, len(free)))
         directions[free] = _whitened(self.curvature.at(self.look)[np.ix_(free, free)])
+        if self.problem.shape:  # one that the rows hardly tell: its logarithm moves by a tenth at most
+            directions /= np.maximum(1.0, 10.0 * DIFFERENCE * np.abs(directions[-1]))
         ahead = [self.psi + DIFFERENCE * v for v in directions.T]
         behind = [self.psi - DIFFERENCE * v for v in directions.T] if self.problem.central else []
         looks, base = self.problem.near([*ahead, *behind]), self.look.score

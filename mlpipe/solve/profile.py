@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mlpipe.errors import ConvergenceError
+from mlpipe.errors import ConvergenceError, DataError
 
 from .blocks import Array, Index
 from .crossed import CrossedProblem, Exact
@@ -27,6 +27,7 @@ CLOSE = 2e-4  # of the signed root from its quantile, at which a limit is found:
 BETTER = 1e-3  # by which a pinned -2ℓ may not fall below the least one
 MOST_STEPS, MOST_POINTS = 200, 60
 MOST_HALVINGS = 30
+FEW, MOST_SIMPLICES = 8, 6  # free numbers that simplices can search, and how often they start
 
 
 class Linear(NamedTuple):
@@ -77,7 +78,10 @@ class BlockSurface:
 
     def look(self, phi: Array, condition: Linear | None) -> Look:
         problem, lambda_, s2 = self.problem, lower(self.free, phi[:-1], self.problem.q), math.exp(2.0 * phi[-1])
-        at = evaluate(problem, lambda_, s2)
+        try:
+            at = evaluate(problem, lambda_, s2)
+        except DataError:  # far out
+            return Look(math.inf, np.zeros(len(phi)))
         beta, rss, slope = _conditioned(at.beta, at.r_inverse @ at.r_inverse.T, at.rss, condition)
         v = np.append(-beta, 1.0)
         tt = np.einsum("j,ajbk,k->ab", v, at.sums.hh, v)
@@ -121,7 +125,10 @@ class PassSurface:
         assert condition is None
         p, d = self.problem.p, self.d
         psi = np.concatenate([phi[d : d + p], phi[:d], phi[d + p :]])
-        found = self.problem.look(psi)
+        try:
+            found = self.problem.look(psi)
+        except OverflowError:  # far out
+            return Look(math.inf, np.zeros(len(phi)))
         score = np.concatenate([found.score[p : p + d], found.score[:p], found.score[p + d :]])
         return Look(-2.0 * found.loglik, -2.0 * score)
 
@@ -134,7 +141,10 @@ class PlainSurface:
 
     def look(self, phi: Array, condition: Linear | None) -> Look:
         assert condition is None
-        found = self.looks(phi, False)
+        try:
+            found = self.looks(phi, False)
+        except OverflowError:
+            return Look(math.inf, np.zeros(len(phi)))
         return Look(-2.0 * found.loglik, -2.0 * found.score)
 
 
@@ -146,7 +156,8 @@ class Pin:
     """A quantity that is pinned.
 
     `expand(x, v)` gives φ, `start` is x at the estimate, `estimate` v, `error` its standard error (NaN where unknown), `least`, `most` the
-    ends of its domain, which are models themselves if `closed`, `condition` the c of a linear condition on β, in place of v in `expand`.
+    ends of its domain, which are models themselves if `closed`, `condition` the c of a linear condition on β, in place of v in `expand`;
+    `unit` a size of v that is neither small nor large.
     """
 
     expand: Callable[[Array, float], Array]
@@ -157,6 +168,7 @@ class Pin:
     most: float = math.inf
     condition: Array | None = None
     closed: bool = True
+    unit: float = 1.0
 
 
 def jacobian(pin: Pin, x: Array, v: float) -> tuple[Array, Array]:
@@ -166,7 +178,7 @@ def jacobian(pin: Pin, x: Array, v: float) -> tuple[Array, Array]:
         step = np.zeros(len(x))
         step[k] = 1e-5 * max(abs(x[k]), 1e-2)
         columns.append((pin.expand(x + step, v) - pin.expand(x - step, v)) / (2.0 * step[k]))
-    h = 1e-5 * max(abs(v), 1e-2)
+    h = 1e-5 * max(abs(v), 1e-2 * pin.unit)
     ahead, behind = min(v + h, pin.most), max(v - h, pin.least)
     by_v = (pin.expand(x, ahead) - pin.expand(x, behind)) / (ahead - behind)
     return (np.column_stack(columns) if columns else np.zeros((len(by_v), 0))), by_v
@@ -220,11 +232,29 @@ class Profile:
                     self.known.append((v, at.x))
                     return at
                 if H is self.inverse:
-                    break
+                    return self._by_values(at, v)
                 H = self.inverse
                 continue
             H = _updated(H, new.x - at.x, new.gradient - at.gradient)
             at = new
+        raise ConvergenceError(f"the profile did not converge at the value {v:g}")
+
+    def _by_values(self, at: _Point, v: float) -> _Point:
+        """The least -2ℓ at v by Nelder and Mead's (1965) simplices: where a covariance matrix loses rank elements of Λ may turn at once,
+        and gradients by them lead nowhere. Raises ConvergenceError where another simplex around the end finds a better point."""
+        from scipy.optimize import minimize
+
+        def value(x: Array) -> float:
+            return self.surface.look(self.pin.expand(x, v), None if self.pin.condition is None else Linear(self.pin.condition, v)).value
+
+        best, least = at.x, at.value
+        cheap = len(at.x) <= FEW and isinstance(self.surface, BlockSurface | LevelSurface)  # no passes over rows
+        for _ in range(MOST_SIMPLICES if cheap else 0):
+            found = minimize(value, best, method="Nelder-Mead", options={"xatol": 1e-4, "fatol": DECREMENT, "maxiter": 400 * len(best)})
+            settled, best, least = least - found.fun < 10.0 * DECREMENT, found.x, float(found.fun)
+            if settled:
+                self.known.append((v, best))
+                return self._at(best, v)
         raise ConvergenceError(f"the profile did not converge at the value {v:g}")
 
     def _line(self, at: _Point, step: Array, v: float, promise: float) -> _Point | None:
@@ -254,7 +284,7 @@ class Profile:
         end = pin.most if upper else pin.least
         if pin.estimate == end:
             return end
-        error = pin.error if math.isfinite(pin.error) and pin.error > 0.0 else max(abs(pin.estimate), 0.1)
+        error = pin.error if math.isfinite(pin.error) and pin.error > 0.0 else max(abs(pin.estimate), 0.1 * pin.unit)
         inner, outer, v = pin.estimate, math.inf * sign, pin.estimate + sign * z * error
         for _ in range(MOST_POINTS):
             if (v - end) * sign >= 0.0:
@@ -264,7 +294,7 @@ class Profile:
             if abs(short) < CLOSE or (v == end and short > 0.0):
                 return v
             inner, outer = (v, outer) if short > 0.0 else (inner, v)
-            if abs(outer - inner) < 1e-9 * max(1.0, abs(v)):
+            if abs(outer - inner) < 1e-9 * max(pin.unit, abs(v)):
                 return v
             step = short / slope if slope > 0.0 else math.inf
             v = self._next(v + sign * step, inner, outer, sign, error)

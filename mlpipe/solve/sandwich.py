@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 CERTAIN = 1e-10  # 1 minus a leverage, below which rows or directions are fitted exactly: their residuals are zero and stay so
 HC = ("HC0", "HC1", "HC2", "HC3")
+LEVERED = ("HC2", "HC3")  # those that need the leverages of rows
 CR = ("CR0", "CR1", "CR2")
 
 
@@ -41,12 +42,12 @@ def corrected(scores: Array, grams: Array, L: Array) -> Array:
     return np.asarray(scores + np.einsum("bij,bj->ib", M @ L @ U, along))
 
 
-def row_meat(X: Array, e: Array, L: Array, kind: str, freq: Array | None = None) -> Array:
-    """Σ x x' e² / (1 - h)^k over rows (p, n) with leverages h = |L'x|²; k = 0 (HC0, HC1), 1 (HC2), 2 (HC3); `freq`: rows that stand for
-    several."""
+def row_meat(X: Array, e: Array, L: Array, kind: str, freq: Array | None = None, absorbed: Array | float = 0.0) -> Array:
+    """Σ x x' e² / (1 - h)^k over rows (p, n) with leverages h = |L'x|² + `absorbed`, those of effects taken out of x; k = 0 (HC0, HC1), 1
+    (HC2), 2 (HC3); `freq`: rows that stand for several."""
     squares = e**2
-    if kind in ("HC2", "HC3"):
-        left = 1.0 - ((L.T @ X) ** 2).sum(axis=0)
+    if kind in LEVERED:
+        left = 1.0 - ((L.T @ X) ** 2).sum(axis=0) - absorbed
         fitted = left < CERTAIN
         left = np.where(fitted, 1.0, left)
         squares = np.where(fitted, 0.0, squares / (left if kind == "HC2" else left**2))
