@@ -22,6 +22,7 @@ from .compressed import Compressed
 from .design import bases, code
 from .engines.arrange import Arranger
 from .engines.base import Engine, fingerprint
+from .engines.dialects import UNTYPED
 from .errors import ConfigError, DataError, MlpipeError
 from .features import Recipe
 from .formula import parse
@@ -242,15 +243,18 @@ def _read(engine: Engine, request: Request, base: Recipe, *, merges: bool) -> tu
     counts = {"rows": 0, "rows_read": 0, "rows_dropped": 0, "dropped": {}, "passes": 0}
     nothing = {**counts, "notes": [], "engine": engine.dialect, "inputs": {}}
     plan = None
+    schema = engine.schema()
     try:
+        if untyped := [name for name, kind in base.kinds.items() if schema[name].kind != kind]:
+            raise DataError(f"the column {untyped[0]!r} has no values", code="no_rows", column=untyped[0])
         plan = prepare(engine, request, like=base)
         stats = collect(plan) if request.family is None else kept(plan, merges=merges)
     except DataError as error:
         if error.code not in ("empty", "no_rows") or (error.code == "no_rows" and request.na == "raise"):
             raise
-        if plan is None:
+        if error.code == "empty" and plan is None:
             return None, nothing
-        total = row_count(plan.engine)
+        total = row_count(engine if plan is None else plan.engine)
         return None, {**nothing, "rows_read": total, "rows_dropped": total, "passes": 1}
     facts = {name: stats.info[name] for name in ("rows_read", "rows_dropped", "dropped", "passes", "notes", "engine")}
     return stats, {"rows": stats.rows, **facts, "inputs": _inputs(plan)}
@@ -262,7 +266,7 @@ def _check_schema(engine: Engine, base: Recipe, types: dict[str, str]) -> None:
     for name, kind in base.kinds.items():
         if name not in schema:
             raise DataError(f"there is no column {name!r}", code="schema_changed", column=name, hint=REBASE)
-        if schema[name].kind != kind:
+        if schema[name].kind != kind and schema[name].name != UNTYPED:
             what = f"the column {name!r} is {schema[name].name}, it was {types[name]} when the store was made"
             raise DataError(what, code="schema_changed", column=name, hint=REBASE)
 

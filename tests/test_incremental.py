@@ -200,6 +200,17 @@ def test_partitions_without_a_usable_row_count_as_read(run: Run, tmp_path: Path)
     same(fit, mp.lmm(FORMULA, files))
 
 
+@pytest.mark.parametrize("name", ["x", "f", "g"])
+def test_a_column_written_without_a_type(name: str, run: Run, tmp_path: Path) -> None:
+    """What Polars and pandas write where a day has no value at all, whatever the column is on other days."""
+    files = lake(tmp_path / "lake", 1, 3)
+    run()
+    day(4).with_columns(pl.lit(None).alias(name)).write_parquet(files / "d04.parquet")
+    fit = run()
+    assert names(fit) == ["d04"] and fit.info["rows_dropped"] == 400 and fit.info["rows_read"] == 1600
+    same(fit, mp.lmm(FORMULA, files))
+
+
 @pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
 def test_weights_slopes_and_missing_values(run: Run, tmp_path: Path) -> None:
     files = lake(tmp_path / "lake", 1, 2)

@@ -43,10 +43,11 @@ class Family(NamedTuple):
     value: Convert
 
 
+UNTYPED = '"NULL"'  # of a Parquet column that was written without a value
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "UHUGEINT", "BIGNUM")
 _OTHER = Family("other", "other", lambda column: column)
 _FAMILIES = {
-    Family("number", "number", _double): (*INTEGERS, "FLOAT", "DOUBLE", "DECIMAL", '"NULL"'),
+    Family("number", "number", _double): (*INTEGERS, "FLOAT", "DOUBLE", "DECIMAL", UNTYPED),
     Family("date", "number", _days): ("DATE",),
     Family("timestamp", "number", _instant): (
         "TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS",
@@ -76,11 +77,12 @@ _IN_FLOAT = {"FLOAT", "TINYINT", "UTINYINT", "SMALLINT", "USMALLINT"}
 
 def widens(types: Collection[str]) -> bool:
     """Whether columns of these DuckDB types are one column, in its widest type, without a change of meaning."""
-    families = {duckdb_family(name).name for name in set(types)}
-    if "FLOAT" in types and "DOUBLE" not in types and not set(types) <= _IN_FLOAT:  # DuckDB would read them as FLOAT, which loses digits
+    typed = set(types) - {UNTYPED}
+    families = {duckdb_family(name).name for name in typed}
+    if "FLOAT" in typed and "DOUBLE" not in typed and not typed <= _IN_FLOAT:  # DuckDB would read them as FLOAT, which loses digits
         return False
     if "other" in families:
-        return len(set(types)) == 1
+        return len(typed) == 1
     return len(families) == 1 or any(families <= group for group in _WIDENING)
 
 

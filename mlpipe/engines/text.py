@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlglot import exp
 
 from ..errors import ColumnNotFoundError, DataError, did_you_mean
-from .dialects import call, cast, render, widens
+from .dialects import UNTYPED, call, cast, render, widens
 from .files import Merged, Variant, merge, refuse_case
 from .parquet import FileTable, check_hive, literals
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _DIALECT = ("Delimiter", "Quote", "Escape", "NewLineDelimiter", "Comment", "SkipRows", "HasHeader", "DateFormat", "TimestampFormat")
-_NONE, _NULL = "(empty)", '"NULL"'
+_NONE = "(empty)"
 FIELD = "mlpipe_"  # and the position in the table: what DuckDB calls a column of a CSV file
 
 
@@ -138,9 +138,9 @@ def json_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str
     """The table of JSON files, objects one a line or in an array; `types` win over those found."""
     found = [_json_types(con, file, types) for file in files]
     first: dict[str, str] = {}  # what a column without values is: the first file's type that has some, or text
-    for name, kind in ((name, kind) for each in found for name, kind in each.items() if kind != _NULL):
+    for name, kind in ((name, kind) for each in found for name, kind in each.items() if kind != UNTYPED):
         first.setdefault(name, kind)
-    settled = [{name: first.get(name, "VARCHAR") if kind == _NULL else kind for name, kind in each.items()} for each in found]
+    settled = [{name: first.get(name, "VARCHAR") if kind == UNTYPED else kind for name, kind in each.items()} for each in found]
     variants = [Variant((file,), each) for file, each in zip(files, settled, strict=True)]
     refuse_case(variants)
     merged = merge(variants)
