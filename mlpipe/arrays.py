@@ -29,9 +29,12 @@ def arrow(values: np.ndarray, kind: pa.DataType | None = None) -> pa.Array:
 
 
 def doubles(values: pa.Array) -> np.ndarray:
-    """Doubles (n,) with nulls as NaN."""
+    """Doubles (n,) with nulls as NaN; of nothing but nulls where there is no type."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
+    if pa.types.is_null(values.type):
+        return np.full(len(values), np.nan)
     return np.from_dlpack(pc.fill_null(values, float("nan")) if values.null_count else values)
 
 

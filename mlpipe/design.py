@@ -274,8 +274,10 @@ def _coded_columns(variable: Variable, full: bool) -> list[DesignColumn]:
 def _contrast(variable: Variable, labels: Sequence[str]) -> tuple[list[str], list[list[float]]]:
     """R's contrast matrix, one row of level weights a column, and the columns' names."""
     size = len(labels)
+    column = next(iter(expr.columns(variable.expression)), None)
+    if not size:
+        raise DataError(f"none of the rows can be used: {variable.label} has no level among them", code="no_rows", column=column)
     if size < 2:
-        column = next(iter(expr.columns(variable.expression)), None)
         raise DataError(f"{variable.label} has fewer than two levels among the rows used", hint="leave it out", column=column)
     numbers = [str(k) for k in range(1, size)]
     if variable.contrast == "treatment":

@@ -22,7 +22,6 @@ from .compressed import Compressed
 from .design import bases, code
 from .engines.arrange import Arranger
 from .engines.base import Engine, fingerprint
-from .engines.dialects import UNTYPED
 from .errors import ConfigError, DataError, MlpipeError
 from .features import Recipe
 from .formula import parse
@@ -266,7 +265,7 @@ def _check_schema(engine: Engine, base: Recipe, types: dict[str, str]) -> None:
     for name, kind in base.kinds.items():
         if name not in schema:
             raise DataError(f"there is no column {name!r}", code="schema_changed", column=name, hint=REBASE)
-        if schema[name].kind != kind and schema[name].name != UNTYPED:
+        if schema[name].kind != kind and not schema[name].untyped:
             what = f"the column {name!r} is {schema[name].name}, it was {types[name]} when the store was made"
             raise DataError(what, code="schema_changed", column=name, hint=REBASE)
 

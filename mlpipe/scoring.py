@@ -140,7 +140,7 @@ def found(engine: Engine, recipe: Recipe, wanted: Sequence[str]) -> Names:
         if name not in schema:
             raise ColumnNotFoundError(f"there is no column {name!r}", column=name, hint=did_you_mean(name, list(schema)))
     for name in wanted:
-        if schema[name].kind != recipe.kinds[name]:
+        if schema[name].kind != recipe.kinds[name] and not schema[name].untyped:
             raise DataError(
                 f"the column {name!r} is of kind {schema[name].kind} ({schema[name].name}), the fit had {recipe.kinds[name]}",
                 code="column_type",

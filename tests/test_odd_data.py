@@ -212,3 +212,32 @@ def test_as_many_random_effects_as_rows_are_refused(random: str) -> None:
     assert caught.value.code == "unidentified" and caught.value.column == "plate"
     held = mp.lmm("diameter ~ 1 + (1 | plate) + (1 | sample)", data)
     assert held.converged
+
+
+@pytest.mark.parametrize("name", ["x", "f", "b", "g"])
+def test_rows_to_predict_with_a_column_without_a_type(name: str, tmp_path: Path) -> None:
+    """What Polars and pandas write where all of its values are missing."""
+    rng = np.random.default_rng(4)
+    frame = data().with_columns(f=pl.Series([f"l{i}" for i in rng.integers(0, 3, 200)]), b=pl.Series(rng.random(200) < 0.5))
+    frame = frame.with_columns(pl.col("g").cast(pl.String))
+    fit = mp.lmm("y ~ x * f + b + (x | g)", frame)
+    rows = frame.head(20).with_columns(pl.lit(None).alias(name))
+    rows.write_parquet(tmp_path / "rows.parquet")
+    for source in (tmp_path / "rows.parquet", rows, rows.to_arrow(), rows.lazy()):
+        found = fit.predict(source).read_all()["predicted"]
+        assert found.null_count == (0 if name == "g" else 20)
+        assert fit.info["scored"]["unseen_levels"] == (20 if name == "g" else 0)
+        if name == "g":
+            np.testing.assert_allclose(found, fit.predict(source, effects="population").read_all()["predicted"])
+
+
+@pytest.mark.parametrize("name", ["x", "f", "g", "y"])
+def test_rows_to_fit_with_a_column_without_a_type(name: str, tmp_path: Path) -> None:
+    frame = data().with_columns(f=pl.when(pl.col("x") > 0).then(pl.lit("a")).otherwise(pl.lit("b"))).with_columns(pl.lit(None).alias(name))
+    frame.write_parquet(tmp_path / "rows.parquet")
+    for source in (tmp_path / "rows.parquet", frame, frame.to_arrow()):
+        for formula in ("y ~ x + (1 | g)", "y ~ x + f + (1 | g)"):
+            if name in formula:
+                with pytest.raises(mp.DataError, match="none of the .*rows can be used") as caught:
+                    mp.lmm(formula, source)
+                assert caught.value.code == "no_rows"

@@ -29,7 +29,8 @@ class ColumnType:
     `kind`: what a covariate of this type becomes, "other" (lists, structs, binary) for what cannot be one; `name`: the
     engine's own name of the type, for messages; `levels`: the order the type declares (Polars Enum, DuckDB ENUM, ordered
     Arrow or pandas dictionary, the Arrow schema in a Parquet footer), else None; `exact_integer`: integers, whose values
-    beyond 2⁵³ lose digits as DOUBLE; `own`: the column's Arrow type where the source has one, which results of queries need not have.
+    beyond 2⁵³ lose digits as DOUBLE; `own`: the column's Arrow type where the source has one, which results of queries need not have;
+    `untyped`: a column of nothing but nulls that was written without a type.
     """
 
     kind: Kind
@@ -37,6 +38,7 @@ class ColumnType:
     levels: tuple[str, ...] | None = None
     exact_integer: bool = False
     own: pa.DataType | None = None
+    untyped: bool = False
 
 
 @dataclass(frozen=True)

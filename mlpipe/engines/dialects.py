@@ -47,7 +47,8 @@ UNTYPED = '"NULL"'  # of a Parquet column that was written without a value
 INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "UHUGEINT", "BIGNUM")
 _OTHER = Family("other", "other", lambda column: column)
 _FAMILIES = {
-    Family("number", "number", _double): (*INTEGERS, "FLOAT", "DOUBLE", "DECIMAL", UNTYPED),
+    Family("number", "number", _double): (*INTEGERS, "FLOAT", "DOUBLE", "DECIMAL"),
+    Family("untyped", "number", lambda column: column): (UNTYPED,),
     Family("date", "number", _days): ("DATE",),
     Family("timestamp", "number", _instant): (
         "TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS",
@@ -68,7 +69,7 @@ def duckdb_family(type_name: str) -> Family:
 
 def duckdb_type(type_name: str, levels: tuple[str, ...] | None) -> ColumnType:
     """The ColumnType of a DuckDB type."""
-    return ColumnType(duckdb_family(type_name).kind, type_name, levels, type_name in INTEGERS)
+    return ColumnType(duckdb_family(type_name).kind, type_name, levels, type_name in INTEGERS, untyped=type_name == UNTYPED)
 
 
 _BEYOND_DOUBLE = {"BIGINT", "UBIGINT", "HUGEINT", "UHUGEINT", "DECIMAL"}

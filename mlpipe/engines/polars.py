@@ -132,14 +132,14 @@ def _converted(dtype: pl.DataType) -> _Converted:
 
 def _column_type(dtype: pl.DataType) -> ColumnType:
     levels = tuple(dtype.categories) if isinstance(dtype, pl.Enum) else None
-    return ColumnType(_converted(dtype).kind, str(dtype), levels, dtype.is_integer())
+    return ColumnType(_converted(dtype).kind, str(dtype), levels, dtype.is_integer(), untyped=dtype == pl.Null)
 
 
 def _value(i: int, name: str, dtype: pl.DataType) -> pl.Expr:
     kind, per_unit = _converted(dtype)
     if kind == "other":
         raise DataError(f"column {name!r} has type {dtype}, which cannot be a covariate", code="column_type", column=name)
-    if kind == "logical":
+    if kind == "logical" or dtype == pl.Null:
         return pl.nth(i)
     if kind == "text":
         return pl.nth(i).cast(pl.String)
