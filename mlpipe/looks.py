@@ -155,7 +155,8 @@ class Looks:
             self._note_wide_integers(nodes, row)
             self._refuse_huge(nodes, row)
             scalings = {atom: scaling(row, k) for k, (atom, _) in enumerate(atoms)}
-        omitted = {label: max(counts, key=lambda level: counts[level]) for label, counts in self.counts.items() if counts}
+        # of levels that are as frequent one that does not depend on the order in which the scan gave them
+        omitted = {label: max(sorted(counts, key=str), key=lambda level: counts[level]) for label, counts in self.counts.items() if counts}
         covariates = [v for label, v in variables.items() if label not in self.shell.responses]
         return Coordinates(scalings, level_labels(variables.values()), omitted).with_products(covariates)
 

@@ -133,6 +133,14 @@ def test_the_plan_shows_the_statements_that_run() -> None:
     assert all(text in str(plan) for text in plan.sql.values())
 
 
+@pytest.mark.parametrize("order", range(6))
+def test_the_statements_do_not_depend_on_the_order_of_the_rows(order: int) -> None:
+    """Of levels that are as frequent always the same one is left out of the sums."""
+    shuffled = FRAME.sample(fraction=1.0, shuffle=True, seed=order)
+    formula = "y ~ year * `it's` + site + (1 + year | g)"
+    assert mp.plan("lmm", formula, shuffled).sql == mp.plan("lmm", formula, FRAME).sql
+
+
 # ---- nothing that a user's data or formula holds reaches the parser of an engine as SQL
 
 HOSTILE = [
