@@ -5,9 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .covariates import offset_of
+from .covariates import offset_of, random_terms
 from .errors import ConfigError
 from .reduction import response_vector
 
@@ -71,8 +69,8 @@ def doubts(small: MixedFit, large: MixedFit) -> list[str]:
     out = []
     if not set(small.names) <= set(large.names):
         out.append("the fixed effects are not nested by name: the test holds only if the models are")
-    held = [(term.group, set(term.names)) for term in _random(large)]
-    if not all(any(group == term.group and set(term.names) <= names for group, names in held) for term in _random(small)):
+    held = [(term.group, set(term.names)) for term in random_terms(large)]
+    if not all(any(group == term.group and set(term.names) <= names for group, names in held) for term in random_terms(small)):
         out.append("the random effects are not nested by name: the test holds only if the models are")
     if offset_of(small.recipe) != offset_of(large.recipe):
         out.append("the offsets differ: the test holds only if the models are nested")
@@ -81,8 +79,8 @@ def doubts(small: MixedFit, large: MixedFit) -> list[str]:
 
 def adds_variances(small: MixedFit, large: MixedFit) -> bool:
     """Whether the larger model has random effects that the smaller has not, not only further covariances."""
-    have = {(term.group, name) for term in _random(small) for name in term.names}
-    return any((term.group, name) not in have for term in _random(large) for name in term.names)
+    have = {(term.group, name) for term in random_terms(small) for name in term.names}
+    return any((term.group, name) not in have for term in random_terms(large) for name in term.names)
 
 
 def one_more(small: MixedFit, large: MixedFit) -> int | None:
@@ -95,8 +93,3 @@ def one_more(small: MixedFit, large: MixedFit) -> int | None:
     if len(fewer) == len(more) == 1 and fewer[0][0] == more[0][0] and fewer[0][1] < more[0][1] and len(more[0][1] - fewer[0][1]) == 1:
         return len(fewer[0][1])
     return None
-
-
-def _random(fit: MixedFit) -> list[Any]:
-    """The random terms, absorbed effects not among them."""
-    return [term for term in fit.terms if np.isfinite(term.factor).all()]
