@@ -9,7 +9,7 @@ import numpy as np
 
 from .arrays import arrow, plain_interval
 from .errors import DataError
-from .places import Known, Places, valid
+from .places import Known, Places
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,23 +21,21 @@ class Index:
     """The place of each value among the distinct ones of a key column `name`; -1 for null and unknown values."""
 
     def __init__(self, name: str, values: pa.Array) -> None:
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         self.name, self.values = name, pc.unique(_bare(values))
-        whole = _signed(self.values.type)
-        self.numbers = Places(np.from_dlpack(self.values).astype(np.int64)) if whole else None
-        self.known = None if whole else Known(self.values)
+        self.whole = _signed(self.values.type)  # then of any width
+        self.known = Known(self.values.cast(pa.int64()) if self.whole else self.values)
 
     def codes(self, values: pa.Array) -> np.ndarray:
         """The codes (n,) of values. Raises DataError for a type that cannot hold the same values."""
+        import pyarrow as pa
+
         values = _bare(values)
-        if self.known is not None:
-            return self.known.find(self._alike(values))
-        assert self.numbers is not None
-        if not _signed(values.type):
+        if not (self.whole and _signed(values.type)):
             values = self._alike(values)
-        found = self.numbers.find(np.from_dlpack(values.fill_null(0) if values.null_count else values).astype(np.int64, copy=False))
-        return np.where(valid(values), found, -1) if values.null_count else found
+        return self.known.find(values.cast(pa.int64()) if self.whole else values)
 
     def _alike(self, values: pa.Array) -> pa.Array:
         """The values in the type of the known ones; null where that type cannot hold them."""

@@ -141,7 +141,7 @@ class Known:
         numbers, exact = found
         out = self.places.find(numbers)
         if values.null_count:
-            out = np.where(valid(values), out, -1)
+            out = np.where(_true(values.is_valid()), out, -1)
         return out if exact else self._checked(values, out)
 
     def _checked(self, values: pa.Array, places: np.ndarray) -> np.ndarray:
@@ -159,11 +159,6 @@ class Known:
             again = rows[wrong]
             places[again] = _index_in(values.take(arrow(again, pa.int64())), self.values)
         return places
-
-
-def valid(values: pa.Array) -> np.ndarray:
-    """Which values (n,) are not null."""
-    return _true(values.is_valid())
 
 
 def _true(values: pa.Array) -> np.ndarray:
