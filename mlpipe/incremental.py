@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
     State = SuffStats | Compressed
 
-VANISHED = ("error", "drop", "keep")
 REBASE = "mlpipe run --rebase makes the store anew"
 
 
