@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray
 
-STEP = 1e-4  # of the linear predictor, in the central difference along a covariate
+STEP = 1e-4  # of the linear predictor, in central differences of the derivatives of means over random effects
 APART = "delta-method errors of means over the random effects take coefficients and covariance parameters as independent"
 KINDS = ("subject_specific", "population_average", "average_marginal")
 
@@ -77,7 +77,7 @@ class Means:
         return means, np.vstack(gradient)
 
     def _variance_slopes(self, F: Array, h: Array) -> Array:
-        """d z'Ψz / d theta*, entries of each lower triangle by column."""
+        """2 (Q'F_z)_i h_j, which is d z'Ψz / d theta* for h = half' F_z: entries of each lower triangle by column."""
         out, at = [], 0
         for term in self.terms:
             k, scaled = len(term.names), self.fit.effect_scale * term.Q.T @ F[self.z]
@@ -85,15 +85,28 @@ class Means:
             at += k
         return np.stack(out)
 
-    def along(self, F: Array, D: Array, offset: Array | None) -> tuple[Array, Array]:
-        """The derivative (n,) of the mean along the direction D of the features, and its gradient, by a central difference whose step
-        moves each row's linear predictor by STEP."""
-        speed = np.abs(self.gamma @ D)
-        if self.half is not None:
-            speed = speed + np.sqrt(((self.half.T @ D[self.z]) ** 2).sum(axis=0))
-        t = STEP / np.maximum(speed, 1e-8)
-        (up, g_up), (down, g_down) = self.at(F + t * D, offset), self.at(F - t * D, offset)
-        return (up.mu - down.mu) / (2.0 * t), (g_up - g_down) / (2.0 * t)
+    def along(self, F: Array, D: Array, offset: Array | None, moved: Array | None) -> tuple[Array, Array]:
+        """The derivative (n,) of the mean along the direction D of the features and `moved` of the offset, and its gradient."""
+        eta = self.gamma @ F + (0.0 if offset is None else offset)
+        slope = self.gamma @ D + (0.0 if moved is None else moved)
+        if self.half is None:
+            at = integrated(self.link, eta, None)
+            return at.by_eta * slope, (self.Q.T @ F) * (2.0 * at.by_variance * slope) + (self.Q.T @ D) * at.by_eta
+        h, d = self.half.T @ F[self.z], self.half.T @ D[self.z]
+        at = integrated(self.link, eta, (h**2).sum(axis=0))
+        by_eta, by_variance = self._second(eta, slope, h, d)
+        over_theta = self._variance_slopes(F, h) * by_variance + (self._variance_slopes(F, d) + self._variance_slopes(D, h)) * at.by_variance
+        value = at.by_eta * slope + at.by_variance * 2.0 * (h * d).sum(axis=0)
+        return value, np.vstack([(self.Q.T @ F) * by_eta + (self.Q.T @ D) * at.by_eta, over_theta])
+
+    def _second(self, eta: Array, slope: Array, h: Array, d: Array) -> tuple[Array, Array]:
+        """Derivatives of the mean's by eta and by the variance |h|² along (slope, d), by a central difference whose step moves each row's
+        linear predictor and random part by STEP, relative to their size where that is less than 1 and the link ends at 0."""
+        speed = np.abs(slope) + np.sqrt((d**2).sum(axis=0))
+        size = np.minimum(np.abs(eta), 1.0) if LINKS[self.link].partial else 1.0
+        t = STEP * size / np.where(speed > 0.0, speed, 1.0)
+        up, down = (integrated(self.link, eta + step * slope, ((h + step * d) ** 2).sum(axis=0)) for step in (t, -t))
+        return (up.by_eta - down.by_eta) / (2.0 * t), (up.by_variance - down.by_variance) / (2.0 * t)
 
 
 def parameter_covariance(fit: MixedFit) -> Array:
@@ -225,18 +238,21 @@ class _Changed:
             change = goal.changes[0]
             D = np.zeros_like(self.rows.F)
             D[self.places[change]] = self.rows.changed[self.order[change]]
-            return self.means.along(self.rows.F, D, self.rows.offset)
+            return self.means.along(self.rows.F, D, self.rows.offset, self._offset(change))
         (level, g_level), (base, g_base) = (self._after(change) for change in goal.changes)
         return level - base, g_level - g_base
 
     def _after(self, change: Change) -> tuple[Array, Array]:
         if change not in self.held:
-            F, k = self.rows.F.copy(), self.order[change]
-            F[self.places[change]] = self.rows.changed[k]
-            offset = self.rows.more.get(f"offset_{k}")
-            at, gradient = self.means.at(F, self.rows.offset if offset is None else np.from_dlpack(offset))
+            F, offset = self.rows.F.copy(), self._offset(change)
+            F[self.places[change]] = self.rows.changed[self.order[change]]
+            at, gradient = self.means.at(F, self.rows.offset if offset is None else offset)
             self.held[change] = at.mu, gradient
         return self.held[change]
+
+    def _offset(self, change: Change) -> Array | None:
+        """The offset after the change, or its derivative; None where the change does not reach it."""
+        return self.rows.offsets.get(self.order[change])
 
 
 # -- what has an effect

@@ -46,13 +46,14 @@ class Change:
 
 @dataclass
 class Rows:
-    """A batch of n rows: features `F` (m, n); `offset`, `freq` (n,) or None; per change the features after it, or their derivatives;
-    `more`: further columns by name."""
+    """A batch of n rows: features `F` (m, n); `offset`, `freq` (n,) or None; per change the features after it, or their derivatives, and
+    in `offsets` the offset likewise where the change, by its number, reaches it; `more`: further columns by name."""
 
     F: Array
     offset: Array | None
     freq: Array | None
     changed: list[Array] = field(default_factory=list)
+    offsets: dict[int, Array] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,8 +104,8 @@ class Scan:
         if offset is not None:
             columns.append(named(numeric(offset, names), "offset"))
             for k, change in enumerate(changes):
-                moved = substituted(offset, change.node, change.to) if change.to is not None else None
-                if moved is not None and moved != offset:
+                moved = _of_offset(change, offset)
+                if moved is not None:
                     columns.append(named(numeric(moved, names), f"offset_{k}"))
         if recipe.freq:
             columns.append(named(numeric(parse_expression(recipe.freq), names), "q"))
@@ -133,7 +134,9 @@ class Scan:
         rows = Rows(F, column(batch, "offset") if "offset" in held else None, column(batch, "q") if "q" in held else None)
         for k, places in enumerate(reached):
             rows.changed.append(np.stack([column(batch, f"g{k}_{i}") for i in places]) if places else np.zeros((0, batch.num_rows)))
-        rows.more = {name: batch.column(name) for name in [*more, *(name for name in held if name.startswith("offset_"))]}
+            if f"offset_{k}" in held:
+                rows.offsets[k] = column(batch, f"offset_{k}")
+        rows.more = {name: batch.column(name) for name in more}
         return rows
 
 
@@ -252,6 +255,15 @@ def _after(change: Change, feature: Monomial, recipe: Recipe, names: Names) -> e
     return sql.feature(feature, replace(recipe, variables=variables), names)
 
 
+def _of_offset(change: Change, offset: expr.Node) -> expr.Node | None:
+    """The offset after a change, or its derivative; None where it is as before, or does not depend on the column."""
+    if change.to is None:
+        assert isinstance(change.node, expr.Column)
+        return derivative(offset, change.node.name)
+    moved = substituted(offset, change.node, change.to)
+    return None if moved == offset else moved
+
+
 def _moved(variable: Variable, node: expr.Node, to: expr.Node) -> Variable:
     columns = tuple(substituted(c, node, to) for c in variable.columns)
     return replace(variable, expression=substituted(variable.expression, node, to), columns=columns)
@@ -263,13 +275,13 @@ def _slope(name: str, feature: Monomial, recipe: Recipe, names: Names) -> exp.Ex
     from .sql import number, numeric, plus, times
 
     terms = []
-    for atom in feature:
+    for i, atom in enumerate(feature):
         if atom not in recipe.coordinates.scalings:
             continue
         node = derivative(recipe.variables[atom.variable].columns[int(atom.part) - 1], name)
         if node is not None:
             slope = times(numeric(node, names), number(1.0 / recipe.coordinates.scalings[atom][1]))
-            others = tuple(a for a in feature if a != atom)
+            others = feature[:i] + feature[i + 1 :]  # of a square one factor stays
             terms.append(times(slope, written(others, recipe, names)) if others else slope)
     return reduce(plus, terms)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .marginal import trapezoid
+from .marginal import nodes, trapezoid
 from .solve.link import LINKS
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def integrated(link: str, eta: Array, variance: Array | None) -> Integrated:
 def _quadrature(link: str, eta: Array, sd: Array) -> Integrated:
     means = LINKS[link].means
     mu, nu, d1, d2 = (np.zeros_like(eta) for _ in range(4))
-    for node, weight in zip(*trapezoid(link, float(np.nanmax(sd, initial=0.0))), strict=True):
-        at = means(eta + sd * node)
+    for weight, place in nodes(link, eta, sd):
+        at = means(place)
         mu += weight * at.mu
         nu += weight * at.nu
         d1 += weight * at.d1
@@ -81,8 +81,8 @@ def _cells(link: str, eta: Array, variance: Array) -> tuple[float, int] | None:
 def _interpolated(link: str, eta: Array, variance: float, first: float, n: int) -> Integrated:
     """The same by quintic Hermite interpolation of the mean and of its complement; their sixth derivatives, of the order of the values
     themselves, times width⁶ / 46,080 are its error, below 1e-12."""
-    nodes = first + np.arange(n + 1) / PER_UNIT
-    at = _quadrature(link, nodes, np.full(n + 1, math.sqrt(variance)))
+    grid = first + np.arange(n + 1) / PER_UNIT
+    at = _quadrature(link, grid, np.full(n + 1, math.sqrt(variance)))
     slope, curvature = at.by_eta, 2.0 * at.by_variance
     place = np.nan_to_num((eta - first) * PER_UNIT)
     cell = np.clip(place.astype(np.intp), 0, n - 1)
@@ -160,10 +160,9 @@ def moments(link: str, eta: Array, variance: Array | None) -> tuple[Array, Array
     if link == "log":
         first, second, third = (means(k * eta + 0.5 * k * k * variance).mu for k in (1.0, 2.0, 3.0))
         return first, second, third
-    sd = np.sqrt(variance)
     out = [np.zeros_like(eta) for _ in range(3)]
-    for node, weight in zip(*trapezoid(link, float(np.nanmax(sd, initial=0.0))), strict=True):
-        mu = means(eta + sd * node).mu
+    for weight, place in nodes(link, eta, np.sqrt(variance)):
+        mu = means(place).mu
         for k in range(3):
             out[k] += weight * mu ** (k + 1)
     return out[0], out[1], out[2]
@@ -196,4 +195,4 @@ def pair_covariances(link: str, eta: tuple[Array, Array], variance: tuple[Array,
     for node, weight in zip(*trapezoid(link, largest), strict=True):
         inner = integrated(link, eta[1] + slope * node, rest if rest.any() else None).mu
         product += weight * (LINKS[link].means(eta[0] + sd * node).mu - means[0]) * inner
-    return product
+    return np.where(np.isfinite(means[1]), product, math.nan)

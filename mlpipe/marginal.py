@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,10 +35,19 @@ def mean(fit: GeneralizedFit, eta: Array, variance: Array | None = None) -> Arra
         return np.asarray(density.link.means(eta + 0.5 * variance).mu)
     if fit.link == "probit":
         return np.asarray(density.link.means(eta / np.sqrt(1.0 + variance)).mu)
-    sd, out = np.sqrt(variance), np.zeros_like(eta)
-    for node, weight in zip(*trapezoid(fit.link, float(np.nanmax(sd, initial=0.0))), strict=True):
-        out += weight * density.link.means(eta + sd * node).mu
+    out = np.zeros_like(eta)
+    for weight, at in nodes(fit.link, eta, np.sqrt(variance)):
+        out += weight * density.link.means(at).mu
     return out
+
+
+def nodes(link: str, eta: Array, sd: Array) -> Iterator[tuple[float, Array]]:
+    """Weights and linear predictors (n,) of the mean over e ~ N(0, sd²) of something at eta + e; NaN where it does not exist, as the
+    inverse link's pole lies within REACH. (Other links that are not defined everywhere have no mean there by themselves.)"""
+    if link == "inverse":
+        eta = np.where(np.abs(eta) > REACH * sd, eta, math.nan)
+    for node, weight in zip(*trapezoid(link, float(np.nanmax(sd, initial=0.0))), strict=True):
+        yield weight, eta + sd * node
 
 
 def trapezoid(link: str, sd: float) -> tuple[Array, Array]:
@@ -77,11 +87,11 @@ def _log_scale(family: str, mean: float, tau: float) -> float:
 
 
 def spreads(model: Model, gamma: Array, terms: Any) -> dict[str, float]:
-    """The variance over rows of the fixed part, and the mean of z'Ψz, from the features' cross-products."""
+    """The variance (n - 1) over n rows, or trials, of the fixed part, and the mean of z'Ψz, from the features' cross-products."""
     rows, recipe = model.rows, model.plan.recipe
     g = gamma[: recipe.n_covariates]
     average = float(g @ rows.sums) / rows.size
-    fixed = max(float(g @ rows.gram @ g) / rows.size - average**2, 0.0)
+    fixed = max(float(g @ rows.gram @ g) - rows.size * average**2, 0.0) / max(rows.size - 1.0, 1.0)
     random, z = 0.0, list(recipe.z)
     for term in terms:
         half = term.Q @ term.star

@@ -115,7 +115,8 @@ def _constant(link: str, variance: float | None) -> Mean:
         raise ConfigError(message, code="no_marginal_sql", hint='use fit.predict, or effects="population"')
     sd, eta = math.sqrt(variance), exp.column(ETA)
     nodes = zip(*trapezoid(link, sd), strict=True)
-    return Mean((), summed([times(number(weight), _plain(link, plus(eta.copy(), number(sd * node)))) for node, weight in nodes]))
+    value = summed([times(number(weight), _plain(link, plus(eta.copy(), number(sd * node)))) for node, weight in nodes])
+    return Mean((), case([(_above(exp.Abs(this=eta.copy()), REACH * sd), value)], None) if link == "inverse" else value)
 
 
 def _narrow(link: str, sd: float) -> Mean:

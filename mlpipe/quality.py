@@ -16,6 +16,7 @@ from .effects import coefficient_names, ranef
 from .errors import ConfigError, did_you_mean
 from .integrals import moments, variance_coefficients
 from .marginal import latent_variance
+from .outcome import TRIALS
 from .predictions import Output, size_names, value_names
 from .sketch import Sketch
 from .variance import jacobian
@@ -45,12 +46,19 @@ def r2(fit: MixedFit, data: Any, options: Options | None) -> dict[str, float]:
 
 
 def _scanned_spreads(fit: MixedFit, data: Any, options: Options | None) -> dict[str, float]:
-    """The same by a scan of the rows, each counted once (or by its frequency), whatever its precision weight."""
+    """The same by a scan of the rows, each counted once, or by its frequency and its trials, whatever its precision weight."""
+    from .sql import numeric
+
+    trials = fit.recipe.variables.get(TRIALS)
+    sizes = size_names(fit.recipe) if trials is not None else []
     m, gamma, half = fit.recipe.n_covariates, fit.gamma[: fit.recipe.n_covariates], half_factor(fit)
     n, mean, squares, random = 0.0, 0.0, 0.0, 0.0
-    with scanned(fit, data, options) as scan:
-        for rows in scan.rows():
+    with scanned(fit, data, options, more=sizes) as scan:
+        more = {"trials": numeric(trials.expression, scan.names)} if trials is not None else {}
+        for rows in scan.rows(more=more, sizes=sizes):
             q = np.ones(rows.n) if rows.freq is None else rows.freq
+            q = q * doubles(rows.more["trials"]) if more else q
+            q = np.where(np.isfinite(q), q, 0.0)
             eta, size = gamma[:m] @ rows.F, float(q.sum())
             average = float(q @ eta) / size
             squares += float(q @ (eta - average) ** 2) + n * size / (n + size) * (average - mean) ** 2

@@ -222,7 +222,8 @@ class MixedFit:
 
     def r2(self, data: Any = None, *, options: Options | None = None) -> dict[str, float]:
         """Marginal and conditional R² (Nakagawa and Schielzeth 2013; with random slopes Johnson 2014; generalized: on the latent scale,
-        Nakagawa, Johnson and Schielzeth 2017). From the fit's sums; with precision weights, or for other `data`, by one scan."""
+        Nakagawa, Johnson and Schielzeth 2017), a proportion counted as its trials. From the fit's sums; with precision weights, or for
+        other `data`, by one scan."""
         from . import quality
 
         return quality.r2(self, data, options)

@@ -200,6 +200,64 @@ def test_bad_requests() -> None:
     assert len(fit.effects(frame.drop("y", "g"))) == len(fit.effects())  # what it averages over needs no response
 
 
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.parametrize(
+    ("formula", "family", "extra"),
+    [
+        ("y ~ x + I(x^2) + t + (1 | g)", None, {}), ("y ~ (w + I((x - 1)^3)) * t + I(x^2 * w) + (1 | g)", None, {}),
+        ("y ~ x + offset(2 * x) + (1 | g)", None, {"offset": "x * w"}), ("k ~ t * x + offset(log(x)) + (1 + x | g)", "poisson", {}),
+        ("k ~ t + log(x) + (I(x^2) | g)", "poisson", {"offset": "w * x"}),
+    ],
+)  # fmt: skip
+def test_a_number_s_effect_is_the_derivative_of_the_mean_through_all_terms(formula: str, family: str | None, extra: dict[str, Any]) -> None:
+    rng = np.random.default_rng(9)
+    n = 240
+    x, g, t = rng.uniform(0.5, 2.0, n), np.arange(n) % 12, rng.choice(["a", "b"], n)
+    eta = 0.4 * x + 0.3 * (t == "b") + 0.4 * rng.normal(size=12)[g]
+    frame = pl.DataFrame({"x": x, "w": rng.normal(size=n), "g": g, "t": t, "y": eta + rng.normal(size=n), "k": rng.poisson(np.exp(eta))})
+    fit: Any = mp.glmm(formula, frame, family=family, **extra) if family else mp.lmm(formula, frame, **extra)
+    for name in ("x", "w") if "w" in formula else ("x",):
+        h = pl.lit(1e-4)
+        up, down = (
+            pl.from_arrow(fit.predict(frame.with_columns(pl.col(name) + side * h), effects="marginal").read_all()) for side in (1, -1)
+        )
+        want = float(((up["predicted"] - down["predicted"]) / 2e-4).mean())  # type: ignore[arg-type, index]
+        assert rows_of(fit, "average_marginal")[name]["estimate"] == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(("family", "link"), [("gamma", "inverse"), ("inverse_gaussian", "1/mu^2"), ("gaussian", "identity")])
+def test_effects_have_the_response_s_units(family: str, link: str) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.uniform(size=120)
+    mu = 1.0 / (0.5 + 0.5 * x)
+    found = []
+    for unit in (1.0, 1e6):
+        fit = mp.glm("y ~ x", pl.DataFrame({"x": x, "y": unit * mu * (1.0 + 0.1 * np.sin(np.arange(120)))}), family=family, link=link)
+        row = rows_of(fit, "average_marginal")["x"]
+        found.append((row["estimate"] / unit, row["std_error"] / unit))
+        if link == "inverse":
+            eta = fit.beta[0] + fit.beta[1] * x
+            slopes = np.array([np.mean(2 * fit.beta[1] / eta**3), np.mean(2 * fit.beta[1] * x / eta**3 - 1 / eta**2)])
+            assert row["estimate"] == pytest.approx(np.mean(-fit.beta[1] / eta**2), rel=1e-9)
+            assert row["std_error"] == pytest.approx(np.sqrt(slopes @ fit.covariance @ slopes), rel=1e-7)
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_means_across_the_pole_of_the_inverse_link_do_not_exist() -> None:
+    rng = np.random.default_rng(4)
+    x, g = rng.uniform(size=300), np.repeat(np.arange(30), 10)
+    eta = 0.6 + 0.5 * x + np.clip(0.3 * rng.normal(size=30), -0.4, None)[g]
+    frame = pl.DataFrame({"x": x, "g": g, "y": rng.gamma(30.0, 1.0 / eta / 30.0), "t": rng.choice(["a", "b"], 300)})
+    fit = mp.glmm("y ~ x + t + (1 | g)", frame, family="gamma", link="inverse")
+    assert fit.converged and 5.0 * fit.varcorr()["sd"][0].as_py() > 0.6
+    assert all(row["estimate"] is None for row in fit.effects().to_pylist() if row["effect"] != "subject_specific")
+    assert all(row["estimate"] is None for row in fit.means("t", effects="marginal").to_pylist())
+    moments = fit.marginal(frame).read_all()
+    assert moments["mean"].null_count == moments["variance"].null_count == 300
+    assert fit.marginal(frame, block=3)["covariance"].null_count == 100
+    assert fit.predict(frame, effects="marginal").read_all()["predicted"].null_count == 300
+
+
 # ---- derivatives of expressions
 
 EXPRESSIONS = [

@@ -52,6 +52,22 @@ def test_r2_with_weights_counts_each_row_once() -> None:
     assert counted.r2() == pytest.approx(repeated.r2(), rel=1e-6)
 
 
+def test_r2_of_trials_is_that_of_their_single_rows() -> None:
+    rng = np.random.default_rng(8)
+    x, g, n = rng.normal(size=120), np.repeat(np.arange(12), 10), rng.integers(1, 9, 120)
+    eta = x * (1 + rng.normal(size=12)[g]) + rng.normal(size=12)[g]
+    frame = pl.DataFrame({"x": x, "g": g, "n": n, "k": rng.binomial(n, 1 / (1 + np.exp(-eta)))})
+    single = frame.select("x", "g", y=pl.concat_list(pl.lit(1).repeat_by("k"), pl.lit(0).repeat_by(pl.col("n") - pl.col("k")))).explode("y")
+    fit = mp.glmm("cbind(k, n - k) ~ x + (1 + x | g)", frame, family="binomial")
+    rows = mp.glmm("y ~ x + (1 + x | g)", single, family="binomial")
+    fixed = float(np.var(rows.beta[1] * single["x"].to_numpy(), ddof=1))
+    psi, z = rows.terms[0].factor @ rows.terms[0].factor.T, np.column_stack([np.ones(len(single)), single["x"]])
+    random = float(np.einsum("ij,jk,ik->", z, psi, z)) / len(z)
+    want = {"marginal": fixed / (fixed + random + np.pi**2 / 3), "conditional": (fixed + random) / (fixed + random + np.pi**2 / 3)}
+    for found in (rows.r2(), rows.r2(single), fit.r2(), fit.r2(frame)):
+        assert found == pytest.approx(want, rel=1e-5)
+
+
 def test_icc_by_hand(sleep: Any) -> None:
     psi = sleep.sigma**2 * sleep.terms[0].factor @ sleep.terms[0].factor.T
     assert sleep.icc() == pytest.approx({"subject": psi[0, 0] / (psi[0, 0] + sleep.sigma**2)})

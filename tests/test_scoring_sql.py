@@ -310,6 +310,12 @@ def test_inverse_links(link: str) -> None:
     np.testing.assert_allclose(evaluated(mean_sql.mean(link), eta), want, rtol=2e-13, atol=1e-200)
 
 
+def test_the_inverse_link_has_no_mean_across_its_pole() -> None:
+    found = evaluated(mean_sql.marginal_mean("inverse", 0.04), np.array([1.69, 1.71, -1.71, -1.69, 0.0]))
+    np.testing.assert_array_equal(np.isnan(np.array(found, dtype=float)), [True, False, False, True, True])
+    assert found[1] == pytest.approx(-found[2]) and found[1] == pytest.approx(1.0 / 1.71 * (1.0 + 0.04 / 1.71**2), rel=1e-3)
+
+
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("link", ["logit", "cloglog"])
 @pytest.mark.parametrize("sd", [0.0, 0.3, 1.0, 1.99, 2.01, 5.0, 40.0])
