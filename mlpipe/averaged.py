@@ -95,7 +95,8 @@ class Means:
         h, d = self.half.T @ F[self.z], self.half.T @ D[self.z]
         at = integrated(self.link, eta, (h**2).sum(axis=0))
         by_eta, by_variance = self._second(eta, slope, h, d)
-        over_theta = self._variance_slopes(F, h) * by_variance + (self._variance_slopes(F, d) + self._variance_slopes(D, h)) * at.by_variance
+        along_d = self._variance_slopes(F, d) + self._variance_slopes(D, h)
+        over_theta = self._variance_slopes(F, h) * by_variance + along_d * at.by_variance
         value = at.by_eta * slope + at.by_variance * 2.0 * (h * d).sum(axis=0)
         return value, np.vstack([(self.Q.T @ F) * by_eta + (self.Q.T @ D) * at.by_eta, over_theta])
 
