@@ -2,6 +2,7 @@
 changes. All that is averaged over rows reads them here, streamed, in one scan."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from .arrays import column
 from .derivative import derivative, substituted
 from .design import Atom, Monomial, Variable
 from .effects import reopened
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .features import Recipe
 from .formula import parse_expression
 from .predictions import scorable, value_names
@@ -160,10 +161,10 @@ def scanned(fit: MixedFit, data: Any, options: Options | None = None, more: Sequ
         yield Scan(engine, names, recipe, own=False)
 
 
-def evaluated(fit: MixedFit, table: Mapping[str, Sequence[Any]]) -> Rows:
-    """The features and offset at values of the covariates, one row each, in order.
+def evaluated(fit: MixedFit, table: Mapping[str, Sequence[Any]], of: Sequence[int] | None = None) -> Rows:
+    """The features and offset at values of the covariates, one row each, in order; `of`: the features that are needed, if not all.
 
-    Raises DataError where a value is of another kind than the fit's, or a level that it does not know.
+    Raises DataError where a value is of another kind than the fit's, or a level that it does not know, or where a term is not finite there.
     """
     import pyarrow as pa
 
@@ -177,7 +178,26 @@ def evaluated(fit: MixedFit, table: Mapping[str, Sequence[Any]]) -> Rows:
     if sum(rows.n for rows in batches) < len(given):
         raise DataError("a value is missing, or a level that the fit does not know", code="unknown_level")
     offset = None if batches[0].offset is None else np.concatenate([rows.offset for rows in batches if rows.offset is not None])
-    return Rows(np.hstack([rows.F for rows in batches]), offset, None)
+    F = np.hstack([rows.F for rows in batches])
+    for i in range(len(F)) if of is None else of:
+        if not np.isfinite(F[i]).all():
+            term = ":".join(atom.variable for atom in recipe.features[i])
+            raise DataError(f"{term} is not a finite number at the values given", code="not_finite")
+    if of is None and offset is not None and not np.isfinite(offset).all():
+        raise DataError("the offset is not a finite number at the values given", code="not_finite")
+    return Rows(F, offset, None)
+
+
+def number_at(name: str, value: Any) -> float:
+    """The value at which `at` holds a numeric covariate. Raises ConfigError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        raise ConfigError(f"at holds the covariate {name!r} at {value!r}, which is not one finite number", code="at", column=name)
+    return float(value)
+
+
+def values_at(chosen: Any) -> list[Any]:
+    """The values that `at` gives for one column: one, or several."""
+    return list(chosen) if isinstance(chosen, Iterable) and not isinstance(chosen, str) else [chosen]
 
 
 def covariate_means(fit: MixedFit, wanted: Sequence[str], data: Any, options: Options | None) -> dict[str, float]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import expr
 from .averaged import Means
-from .covariates import ALIASED, covariate_means, evaluated, note_scan, random_terms, scanned, undetermined
+from .covariates import ALIASED, covariate_means, evaluated, note_scan, number_at, random_terms, scanned, undetermined, values_at
 from .design import Level, Variable, level_label
 from .errors import ConfigError, did_you_mean
 from .inference import Tests, t_quantile, t_tail
@@ -205,7 +205,7 @@ class _Grid:
         self.columns: dict[str, list[Any]] = {name: [cell[i] for cell in cells] for i, name in enumerate(order)}
         self.labels = [":".join(map(level_label, cell)) for cell in product(*(levels[name] for name in first))]
         numeric = [name for name in others if name not in levels]
-        given = {name: _number(name, at[name]) for name in numeric if name in at}
+        given = {name: number_at(name, at[name]) for name in numeric if name in at}
         unknown = [name for name in numeric if name not in given]
         given |= covariate_means(fit, unknown, data, options) if unknown else {}
         self.columns |= {name: [given[name]] * len(cells) for name in numeric}
@@ -235,21 +235,13 @@ def _fixed_columns(fit: MixedFit) -> set[str]:
     return {name for node in nodes for name in expr.columns(node)}
 
 
-def _number(name: str, value: Any) -> float:
-    """The value at which `at` holds a numeric covariate. Raises ConfigError for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise ConfigError(f"at holds the covariate {name!r} at {value!r}, which is not one finite number", code="at", column=name)
-    return float(value)
-
-
 def _levels(variable: Variable, chosen: Any) -> list[Level]:
     """The levels of a factor, or those that `at` names. Raises ConfigError for others."""
     levels = list(variable.levels)
     if chosen is None:
         return levels
-    named = [chosen] if isinstance(chosen, str | bool | int | float) else list(chosen)
     known = {level_label(level): level for level in levels}
-    texts = [level_label(float(v) if isinstance(v, int) and not isinstance(v, bool) else v) for v in named]
+    texts = [level_label(float(v) if isinstance(v, int | np.integer) and not isinstance(v, bool) else v) for v in values_at(chosen)]
     for text in texts:
         if text not in known:
             raise ConfigError(f"{text!r} is not a level of {variable.label}", hint=did_you_mean(text, list(known)))

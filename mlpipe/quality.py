@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from . import expr
 from .arrays import column, doubles
 from .averaged import parameter_covariance
-from .covariates import evaluated, half_factor, note_scan, random_terms, scanned
+from .covariates import evaluated, half_factor, note_scan, number_at, random_terms, scanned, values_at
 from .effects import coefficient_names, ranef
 from .errors import ConfigError, did_you_mean
 from .integrals import moments, variance_coefficients
@@ -118,7 +118,7 @@ def _points(fit: MixedFit, at: Mapping[str, Any]) -> tuple[list[list[Array]], bo
     for name in needed:
         if name not in at:
             raise ConfigError(f"at lacks {name!r}, which the random part uses", code="at", column=name)
-    lists = {name: [v] if isinstance(v, str | bool | int | float) else list(v) for name, v in at.items()}
+    lists = {name: values_at(v) for name, v in at.items()}
     sizes = {len(v) for v in lists.values()}
     if len(sizes - {1}) > 1 or 0 in sizes:
         raise ConfigError("the values in at differ in number")
@@ -127,13 +127,13 @@ def _points(fit: MixedFit, at: Mapping[str, Any]) -> tuple[list[list[Array]], bo
     recipe, table = fit.recipe, dict[str, list[Any]]()
     for name in value_names(recipe, False):
         if name in given:
-            table[name] = [float(v) if recipe.kinds[name] == "number" else v for v in given[name]]
+            table[name] = [number_at(name, v) if recipe.kinds[name] == "number" else v for v in given[name]]
         else:  # of no matter to the random part
             table[name] = [_any_value(fit, name)] * size
-    F = evaluated(fit, table).F[list(recipe.z)]
+    F = evaluated(fit, table, recipe.z).F[list(recipe.z)]
     # z raw = design' F_z with design = Q R, one row of values a term
     rows = [[term.R.T @ (term.Q.T @ F[:, i]) for term in fit.terms] for i in range(size)]
-    return rows, all(isinstance(v, str | bool | int | float) for v in at.values())
+    return rows, all(isinstance(v, str) or not isinstance(v, Iterable) for v in at.values())
 
 
 def _random_columns(fit: MixedFit) -> list[str]:

@@ -111,11 +111,23 @@ def test_icc_of_several_factors() -> None:
 
 @pytest.mark.parametrize(
     ("at", "message"),
-    [({"reaction": 1}, "no random term"), ({}, "lacks 'days'"), ({"days": []}, "differ")],
+    [({"reaction": 1}, "no random term"), ({}, "lacks 'days'"), ({"days": []}, "differ"), ({"days": None}, "not one finite number")],
 )
 def test_bad_points(sleep: Any, at: dict[str, Any], message: str) -> None:
     with pytest.raises(mp.ConfigError, match=message):
         sleep.icc(at=at)
+
+
+def test_points_where_a_term_is_not_finite(sleep: Any) -> None:
+    frame = pl.read_parquet(SLEEP).with_columns(d=pl.col.days + 1.0)
+    fit = mp.lmm("reaction ~ log(d) + I(1 / (days + 1)) + (1 + log(d) | subject)", frame)
+    with pytest.raises(mp.DataError, match=r"log\(d\) is not a finite number"):
+        fit.icc(at={"d": 0})
+    assert fit.icc(at={"d": np.int64(2)}) == fit.icc(at={"d": 2})
+    with pytest.raises(mp.DataError, match="is not a finite number"):
+        mp.lmm("reaction ~ log(d) + fct + (1 | subject)", frame.with_columns(fct=pl.col("days").gt(4).cast(pl.String))).means(
+            "fct", at={"d": -1}
+        )
 
 
 def test_bad_levels(sleep: Any) -> None:
