@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import expr
-from .covariates import ALIASED, Change, Rows, design, half_factor, note_scan, random_terms, scanned, touched, undetermined
+from .covariates import ALIASED, Change, Rows, half_factor, note_scan, random_terms, scanned, touched, undetermined
 from .design import Variable, level_label
 from .formula import Formula
 from .integrals import Integrated, integrated, linked
@@ -43,12 +43,12 @@ class Target:
 
 
 class Means:
-    """Population means of rows and their gradient by the parameters (beta*, theta*), beta* = R beta over the orthonormal part of X; without
-    `integrate` the means with random effects zero, and their gradient by beta*."""
+    """Population means of rows and their gradient by the parameters (beta*, theta*), beta* = R beta over the columns F Q of the fit's
+    `spread`; without `integrate` the means with random effects zero, and their gradient by beta*."""
 
     def __init__(self, fit: MixedFit, integrate: bool = True) -> None:
         self.fit, self.link, self.z = fit, fit.link, list(fit.recipe.z)
-        self.Q, self.R = np.linalg.qr(design(fit))
+        self.Q, self.R = fit.spread.Q[: fit.recipe.n_covariates], fit.spread.R
         self.gamma = np.asarray(fit.gamma[: fit.recipe.n_covariates])
         curved = integrate and bool(random_terms(fit)) and fit.link != "identity"
         self.half = half_factor(fit) if curved else None
@@ -61,10 +61,7 @@ class Means:
         k = sum(len(t.names) * (len(t.names) + 1) // 2 for t in self.terms)
         if k and _apart(self.fit) and APART not in self.fit.info.get("notes", []):
             self.fit.info["notes"] = [*self.fit.info.get("notes", []), APART]
-        V = parameter_covariance(self.fit)[: p + k, : p + k]
-        V[:p] = self.R @ V[:p]
-        V[:, :p] = V[:, :p] @ self.R.T
-        return np.asarray(V)
+        return parameter_covariance(self.fit)[: p + k, : p + k]
 
     def at(self, F: Array, offset: Array | None) -> tuple[Integrated, Array]:
         """Means of rows with features F (m, n), and their gradient (parameters, n)."""
@@ -111,15 +108,17 @@ class Means:
 
 
 def parameter_covariance(fit: MixedFit) -> Array:
-    """The covariance of (beta, theta*, …) in the fit's coordinates: the joint one where the fit has it, else beta (by its robust covariance
+    """The covariance of (beta*, theta*, …), beta* as in `Spread`: the joint one where the fit has it, else beta* (by its robust covariance
     where it has one) and theta apart; what is on the boundary counts as known."""
-    joint = None if _apart(fit) else getattr(fit, "joint_covariance", None)
     p, k = len(fit.names), len(fit.theta_covariance)
-    V = np.zeros((p + k, p + k))
-    if joint is not None:
-        V = np.array(joint, dtype=float)
+    V: Array = np.zeros((p + k, p + k))
+    if not _apart(fit):
+        V = np.array(getattr(fit, "joint_covariance"))  # noqa: B009
+        V[:p, p:] = fit.spread.R @ V[:p, p:]
+        V[p:, :p] = V[:p, p:].T
     else:
-        V[:p, :p], V[p:, p:] = fit.covariance, fit.theta_covariance
+        V[p:, p:] = fit.theta_covariance
+    V[:p, :p] = fit.spread.star
     on_boundary = p + np.flatnonzero(np.isnan(np.diag(V)[p:]))
     V[on_boundary] = V[:, on_boundary] = 0.0
     return V

@@ -9,7 +9,6 @@ import numpy as np
 from .errors import ConfigError, did_you_mean
 from .lookup import MODE_VARIANCE
 from .predictions import Output
-from .reduction import Coding
 from .solve.link import LINKS
 
 if TYPE_CHECKING:
@@ -71,14 +70,6 @@ def _check(fit: MixedFit, wanted: str, interval: str, level: float, factors: lis
 
 def _over_features(fit: MixedFit) -> tuple[np.ndarray, list[int]]:
     """The covariance of the fixed part's coefficients over features, and which features these are."""
-    kept = getattr(fit, "held", None)
-    coding = kept.coding if kept is not None else {}
-    parsed = fit.parsed
-    columns = Coding(fit.recipe, parsed, coding.get("contrasts"), coding.get("levels") or {}).columns(parsed.fixed)
-    by_name = {column.name: column for column in columns}
-    T = fit.recipe.matrix([by_name[name] for name in fit.names])
-    size = np.abs(T) @ np.abs(fit.beta) + 1e-300
-    if (np.abs(T @ fit.beta - fit.gamma) > 1e-6 * size.max()).any():
-        raise ConfigError("the contrasts of this fit are not known any more", hint="fit it again for intervals")
-    features = np.flatnonzero(np.abs(T).max(axis=1, initial=0.0)).tolist()
-    return T[features] @ fit.covariance @ T[features].T, features
+    Q = fit.spread.Q
+    features = np.flatnonzero(np.abs(Q).max(axis=1, initial=0.0)).tolist()
+    return Q[features] @ fit.spread.star @ Q[features].T, features

@@ -309,21 +309,6 @@ def _slope(name: str, feature: Monomial, recipe: Recipe, names: Names) -> exp.Ex
 # -- the design
 
 
-def design(fit: MixedFit) -> Array:
-    """The map T (covariate features, p) from features to the fit's coefficients: X = F' T.
-
-    Raises DataError where the fit's coding cannot be made again.
-    """
-    recipe = fit.recipe
-    coding = fit.info.get("coding") or {}
-    columns = Coding(recipe, fit.parsed, coding.get("contrasts"), coding.get("levels") or {}).columns(fit.parsed.fixed)
-    kept = {c.name: c for c in columns}
-    if not set(fit.names) <= kept.keys():
-        raise DataError("the coding of the fit's factors is not known", code="coding", hint="fit it again")
-    T = recipe.matrix([kept[name] for name in fit.names])
-    return np.asarray(T[: recipe.n_covariates])
-
-
 def undetermined(fit: MixedFit, gram: Array, n: float) -> Array:
     """Directions N (covariate features, k) that n rows with Σ F F' = `gram` do not determine: a combination of coefficients by features f
     is estimable where f'N is zero (Searle, Speed and Milliken 1980), which else is about 1 in size."""

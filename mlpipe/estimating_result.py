@@ -65,7 +65,7 @@ class GEEFit(GeneralizedFit):
         fit = cls(
             **made[kind], terms=(), loglik=math.nan, converged=solution.converged, singular=False, score=solution.score,
             evaluations=solution.passes, message=solution.message, theta_covariance=np.zeros((0, 0)), corr=corr, alpha=solution.alpha,
-            scale=solution.phi, kind=kind, covariances={name: made[name]["covariance"].tolist() for name in KINDS},
+            scale=solution.phi, kind=kind, covariances={name: made[name]["spread"].raw.tolist() for name in KINDS},
             times=_shown(times, model), quasi=solution.look.quasi, penalty=penalty,
         )  # fmt: skip
         fit.family = family

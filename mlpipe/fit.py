@@ -80,7 +80,6 @@ def lmm(
     Raises FormulaError, ConfigError, DataError, ResourceError; warns by SingularFitWarning, RankWarning, ConvergenceWarning.
     """
     from . import robust_mixed
-    from .reduction import coded
     from .robust import Source
     from .solve.sandwich import CR
 
@@ -93,15 +92,14 @@ def lmm(
         own = replace(data, info=deepcopy(data.info))  # what one fit notes is not the statistics' nor the next fit's
         fit = _fitted(formula, own, data, reml, start, options, method, coding={"contrasts": contrasts, "levels": levels})
         if kind is not None:
-            robust_mixed.of_statistics(fit, own, coded(own, fit.parsed, contrasts, levels).fixed, kind, clusters)
+            robust_mixed.of_statistics(fit, own, kind, clusters)
         fit.info |= _spreads(fit, own) | ({"coding": {"contrasts": contrasts, "levels": levels}} if contrasts or levels else {})
     else:
         with _collected(formula, data, arguments, options) as (stats, plan_):
             fit = _fitted(formula, stats, data, reml, start, options, method, plan_)
             if kind is not None:
                 with stage("robust", stats.info["seconds"], plan_.engine, options):
-                    fixed = coded(stats, fit.parsed, contrasts, levels).fixed
-                    robust_mixed.of_lmm(fit, stats, fixed, Source(plan_.engine, plan_.names), kind, clusters)
+                    robust_mixed.of_lmm(fit, stats, Source(plan_.engine, plan_.names), kind, clusters)
             fit.info |= _spreads(fit, stats)
             if not stats.info["rescannable"] and not stats.recipe.factors:  # the rows are gone with the engine: what needs them comes first
                 fit.effects_table, fit.source = _modes(fit, plan_.engine), None

@@ -185,12 +185,10 @@ class GLMFit(GeneralizedFit):
 def common(text: str, model: Model, beta: Array, covariance: Array, data: Any, options: Options) -> dict[str, Any]:
     """What does not depend on the kind of fit."""
     recipe, rows, R = model.plan.recipe, model.rows, model.fixed.R
-    half = np.linalg.solve(R, covariance)
-    full = np.linalg.solve(R, half.T)
     info = {name: value for name, value in rows.info.items() if name != "modes"}
     return {
         "formula": text, "recipe": recipe, "response": recipe.responses[0], "reml": False, "names": model.fixed.names,
-        "dropped": model.fixed.dropped, "beta": np.linalg.solve(R, beta), "covariance": (full + full.T) / 2.0,
+        "dropped": model.fixed.dropped, "beta": np.linalg.solve(R, beta), "spread": model.fixed.spread(covariance),
         "gamma": model.fixed.Q @ beta, "sigma": math.nan, "nobs": rows.nobs, "rows": rows.rows,
         "n_blocks": rows.spool.n_blocks if recipe.groups else 0, "info": info, "source": data if info["rescannable"] else None,
         "options": options, "family": model.density.family.name, "link": model.density.link.name,

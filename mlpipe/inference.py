@@ -94,6 +94,13 @@ class Tests:
         """The covariance (p, p) of the coefficients, adjusted by Kenward and Roger's method where it was asked for."""
         return self._held.covariance(self._adjusted.adjusted) if self.ddf == "kenward-roger" else self.fit.covariance
 
+    def between(self, L: np.ndarray) -> np.ndarray:
+        """The same of Lβ (k, k), for L (k, p)."""
+        if self.ddf != "kenward-roger":
+            return self.fit.spread.between(L)
+        star = self._held.star_contrasts(L)
+        return np.asarray(star @ self._adjusted.adjusted @ star.T)
+
     def each(self, L: np.ndarray) -> np.ndarray:
         """Degrees of freedom (k,) of a t test of each row of L (k, p); by Wald's method those of least squares, else infinite, as of rows
         that are zero."""
@@ -108,12 +115,12 @@ class Tests:
     def joint(self, L: np.ndarray, value: np.ndarray) -> FTest:
         """The F test of Lβ = value, by Wald's method over the residual degrees of freedom of least squares, else χ²; rows of L (k, p) that
         repeat others are left out. Raises ConfigError where they contradict these, or where the covariance has not their rank."""
-        V = self.covariance
+        V = np.diag(self.covariance)
         if not np.isfinite(V).all():
             raise ConfigError("the covariance of the coefficients is not known: the fit has not converged", code="hypothesis")
-        turned, k = _independent(L * np.sqrt(np.maximum(np.diag(V), 0.0)), value)
+        turned, k = _independent(L * np.sqrt(np.maximum(V, 0.0)), value)
         difference = turned @ (L @ self.fit.beta - value)
-        middle = turned @ L @ V @ L.T @ turned.T
+        middle = self.between(turned @ L)
         d = np.sqrt(np.maximum(np.diag(middle), 1e-300))
         if not np.linalg.eigvalsh(middle / np.outer(d, d))[0] > 1e-12:
             raise ConfigError(
@@ -125,8 +132,8 @@ class Tests:
             df = float(getattr(self.fit, "df_test", math.inf))
             return FTest(statistic, k, df, f_tail(statistic, k, df))
         if self.ddf == "satterthwaite":
-            rows = degrees.uncorrelated(L, V)
-            df = degrees.joint(self.each(rows if len(rows) == k else degrees.uncorrelated(turned @ L, V)))
+            rows = degrees.uncorrelated(L, self.between(L))
+            df = degrees.joint(self.each(rows if len(rows) == k else degrees.uncorrelated(turned @ L, middle)))
         else:
             df, scale = self._adjusted.test(self._held.star_contrasts(turned @ L))
             statistic *= scale

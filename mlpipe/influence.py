@@ -14,7 +14,7 @@ import numpy as np
 
 from . import influence_several
 from .arrays import column
-from .covariates import design, note_scan, random_terms, scanned
+from .covariates import note_scan, random_terms, scanned
 from .deletion import Deletion, Part, check_top, chosen, most
 from .effects import residual_vector
 from .errors import ConfigError
@@ -61,14 +61,13 @@ def influence(fit: MixedFit, top: int, data: Any, options: Options | None, group
 
 def _deleted(fit: MixedFit, blocks: Callable[[], Iterator[Block]], top: int) -> pa.Table:
     """The table of a linear model, in the coordinates X* = X R⁻¹."""
-    Q, R = np.linalg.qr(design(fit))
+    Q, R = fit.spread.Q[: fit.recipe.n_covariates], fit.spread.R
     half, s2 = np.hstack([term.Q @ term.star for term in fit.terms]), fit.sigma**2
     parts = partial(map, partial(_told, list(fit.recipe.z), half, Q))
     if fit.info.get("robust"):  # its covariance is not the inverse of the information: that comes by a further look at the blocks
         A = np.sum([part.A.sum(axis=0) for part in parts(blocks())], axis=0)
     else:
-        covariance = R @ fit.covariance @ R.T
-        A = s2 * np.linalg.inv((covariance + covariance.T) / 2.0)
+        A = s2 * np.linalg.inv(fit.spread.star)
     return most(Deletion(fit, R, A, s2, fit.recipe.groups), parts(blocks()), top)
 
 

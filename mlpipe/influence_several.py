@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .arrays import column
-from .covariates import design, note_scan
+from .covariates import note_scan
 from .deletion import Deletion, Part, most
 from .effects import residual_vector
 from .engines.base import Columns
@@ -61,7 +61,7 @@ def table(fit: MixedFit, scan: Scan, group: tuple[str, ...], top: int, options: 
             f"deletion of levels needs {24 * size**2 / 1e6:,.0f} MB of dense matrices over {size:,} random effects, more than half the "
             f"memory limit of {limit / 1e6:,.0f} MB", code="memory_limit", hint="raise memory_limit",
         )  # fmt: skip
-    Q, R = np.linalg.qr(design(fit))
+    Q, R = fit.spread.Q[: fit.recipe.n_covariates], fit.spread.R
     W = np.zeros((grams.shape[1], Q.shape[1] + 1))
     W[: len(Q), :-1], W[:, -1] = Q, residual_vector(fit)
     model = _Model(grams, list(fit.recipe.z), factors, size, W)

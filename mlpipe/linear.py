@@ -193,7 +193,7 @@ def _result(
         info["notes"] = [*info["notes"], f"absorbed, for they do not vary within the factors: {', '.join(solution.absorbed)}"]
     return OLSFit(
         formula=formula, recipe=stats.recipe, response=solution.response, reml=False, names=solution.fixed.names,
-        dropped=(*solution.fixed.dropped, *solution.absorbed), beta=beta, covariance=solution.raw(solution.bread) * sigma2,
+        dropped=(*solution.fixed.dropped, *solution.absorbed), beta=beta, spread=solution.fixed.spread(solution.bread * sigma2),
         gamma=solution.gamma, terms=tuple(absorbed_term(group, stats.recipe) for group in left.groups), sigma=math.sqrt(sigma2),
         loglik=loglik(solution.rss, n, stats.sum_log_w), nobs=n, rows=stats.rows, n_blocks=max(info.get("levels", {"": 0}).values()),
         converged=True, singular=False, score=0.0, evaluations=1, message="", theta_covariance=np.zeros((0, 0)), info=info, options=options,
@@ -227,7 +227,7 @@ def _robust(
     if kind not in CR:
         fit.info["passes"] += 1
         meat = robust.of_rows(source, fitted, kind).matrix * row_factor(kind, stats.n, len(fit.beta) + left.rank)
-        fit.covariance = solution.raw(covariance(solution.bread, meat))
+        fit.spread = fit.spread.of(covariance(solution.bread, meat))
         return
     found = ways(clusters)
     nested: list[set[str]] = [set(left.groups) if own else set() for _ in found]
@@ -271,7 +271,7 @@ def _combined(
     counts = [meat.clusters for (keys, _), meat in zip(ways(clusters), meats, strict=True) if len(keys) == 1]
     robust.few(kind, counts)
     fit.n_clusters, fit.df_test = tuple(counts), min(counts) - 1.0
-    fit.covariance = solution.raw(covariance(solution.bread, total))
+    fit.spread = fit.spread.of(covariance(solution.bread, total))
     if (np.diag(fit.covariance) < 0.0).any():
         fit.info["notes"] = [*fit.info["notes"], "clustering in several ways gave a negative variance: too few clusters for it"]
 

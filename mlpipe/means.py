@@ -171,7 +171,7 @@ def _found(
         back = LINKS[fit.link].means(eta) if kind == "response" else None
         estimate, J = (eta, slopes) if back is None else (back.mu, back.d1[:, None] * slopes)
     slopes = slopes @ model.R
-    covariance = slopes @ tests.covariance @ slopes.T if tests.ddf != "wald" else J @ model.covariance @ J.T
+    covariance = tests.between(slopes) if tests.ddf == "kenward-roger" else J @ model.covariance @ J.T
     aliased = A @ _aliased(fit, rows.F, data, options) if fit.dropped else np.zeros((len(A), 0))
     return Found(":".join(wanted), grid.labels, estimate, covariance, slopes, aliased)
 

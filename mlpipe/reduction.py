@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +27,35 @@ from .stats import SuffStats, full_map
 
 
 @dataclass(frozen=True)
+class Spread:
+    """The covariance of a fit's coefficients: `star` (p, p), of those of the columns F Q (features, p), where X = F Q R.
+
+    There it keeps its digits. Of columns far from zero, such as the square of a year, `raw` is for the most part cancellation: what
+    averages over rows, predicts or deletes starts from `star`.
+    """
+
+    Q: np.ndarray
+    R: np.ndarray
+    star: np.ndarray
+
+    @cached_property
+    def raw(self) -> np.ndarray:
+        """The covariance (p, p) of the user's coefficients."""
+        half = np.linalg.solve(self.R, self.star)
+        out = np.linalg.solve(self.R, half.T)
+        return np.asarray((out + out.T) / 2.0)
+
+    def of(self, star: np.ndarray) -> Spread:
+        """Another covariance of the same coefficients."""
+        return replace(self, star=(star + star.T) / 2.0)
+
+    def between(self, L: np.ndarray) -> np.ndarray:
+        """The covariance (k, k) of Lβ for L (k, p) over the user's coefficients."""
+        half = np.linalg.solve(self.R.T, L.T).T
+        return np.asarray(half @ self.star @ half.T)
+
+
+@dataclass(frozen=True)
 class Fixed:
     """The fixed part: names of kept and dropped columns, X = F T, T = Q R with Q'Q = I."""
 
@@ -34,6 +64,10 @@ class Fixed:
     T: np.ndarray
     Q: np.ndarray
     R: np.ndarray
+
+    def spread(self, star: np.ndarray) -> Spread:
+        """What is known of coefficients whose covariance over F Q is `star` (p, p)."""
+        return Spread(self.Q, self.R, (star + star.T) / 2.0)
 
 
 @dataclass(frozen=True)
@@ -68,12 +102,6 @@ class Reduced:
     def beta(self, beta_star: np.ndarray) -> np.ndarray:
         """Coefficients (p,) in the user's coordinates."""
         return np.asarray(np.linalg.solve(self.fixed.R, self.scale * beta_star + self.offset))
-
-    def vcov(self, vcov_star: np.ndarray) -> np.ndarray:
-        """Their covariance (p, p)."""
-        half = np.linalg.solve(self.fixed.R, vcov_star) * self.scale**2
-        out = np.linalg.solve(self.fixed.R, half.T)
-        return np.asarray((out + out.T) / 2)
 
     def objective(self, value: float) -> float:
         """-2 log-likelihood (or REML criterion) of the response and columns as the user has them."""

@@ -12,7 +12,7 @@ from . import variance
 from .errors import ConfigError, did_you_mean
 from .features import Recipe
 from .formula import Formula
-from .reduction import Reduced, theta_of
+from .reduction import Reduced, Spread, theta_of
 from .stats import SuffStats
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class MixedFit:
     """A fitted mixed model.
 
     Fields: `formula`; `recipe`, `response` (what was summed, which response); `reml`; `names`, `dropped` (coefficients kept, and dropped as
-    repeats); `beta` (p,), `covariance` (p, p) given theta; `gamma` (features,), X beta over features; `terms`, the random part; `sigma`;
-    `loglik` (restricted if `reml`); `nobs`, `rows`, `n_blocks`; `converged`, `singular`, `score`, `evaluations`, `message`;
+    repeats); `beta` (p,), `spread`, their covariance given theta; `gamma` (features,), X beta over features; `terms`, the random part;
+    `sigma`; `loglik` (restricted if `reml`); `nobs`, `rows`, `n_blocks`; `converged`, `singular`, `score`, `evaluations`, `message`;
     `theta_covariance`, covariance of the solver's (theta, log sigma), NaN on the boundary; `seconds`; `info`.
     `source` is the data it came from (None after `mp.load`), `options` how it was read, `effects_table` the BLUPs where they were kept,
     `effects_tables` those of several factors, by group. `written`: the run, model and values by which result tables tell its rows.
@@ -65,7 +65,7 @@ class MixedFit:
     names: tuple[str, ...]
     dropped: tuple[str, ...]
     beta: Array
-    covariance: Array
+    spread: Spread
     gamma: Array
     terms: tuple[RandomTerm, ...]
     sigma: float
@@ -91,6 +91,11 @@ class MixedFit:
     link = "identity"
     more: ClassVar[tuple[str, ...]] = ()  # further fields that are written with the fit
     residual_scaled = True  # whether Λ is relative to sigma, as in a linear mixed model
+
+    @property
+    def covariance(self) -> Array:
+        """The covariance (p, p) of the fixed effects given theta."""
+        return self.spread.raw
 
     @property
     def effect_scale(self) -> float:
@@ -496,7 +501,7 @@ class LMMFit(MixedFit):
             names=reduced.fixed.names,
             dropped=reduced.fixed.dropped,
             beta=reduced.beta(solution.beta),
-            covariance=reduced.vcov(solution.vcov),
+            spread=reduced.fixed.spread(solution.vcov * reduced.scale**2),
             gamma=reduced.linear_predictor(solution.beta),
             terms=terms,
             sigma=math.sqrt(solution.sigma2) * reduced.scale,

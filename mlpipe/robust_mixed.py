@@ -20,7 +20,6 @@ from .solve.sandwich import cluster_factor, corrected, covariance, half
 
 if TYPE_CHECKING:
     from .levels import Levels
-    from .reduction import Fixed
     from .result import MixedFit
     from .stats import SuffStats
 
@@ -40,18 +39,15 @@ def checked(cluster: Any, vcov: str | None, known: tuple[str, ...]) -> tuple[tup
     return clusters, kind
 
 
-def settle(fit: MixedFit, kind: str, cluster: tuple[str, ...], fixed: Fixed, scores: Array, grams: Array | None) -> None:
+def settle(fit: MixedFit, kind: str, cluster: tuple[str, ...], scores: Array, grams: Array | None) -> None:
     """Puts the sandwich of clusters' scores (p, G) (and X'V⁻¹X (p, p, G) for CR2) over the columns F Q in place of the covariance."""
     if scores.shape[1] < 2:
         robust.few(kind, [scores.shape[1]])
-    bread = fixed.R @ fit.covariance @ fixed.R.T / fit.effect_scale**2
-    bread = (bread + bread.T) / 2.0
+    bread = fit.spread.star / fit.effect_scale**2
     if grams is not None:
         scores = corrected(scores, grams, half(bread))
     meat = cluster_factor(kind, scores.shape[1], fit.nobs, len(fit.names)) * scores @ scores.T
-    inner = np.linalg.solve(fixed.R, covariance(bread, meat))
-    out = np.linalg.solve(fixed.R, inner.T)
-    fit.covariance = (out + out.T) / 2.0
+    fit.spread = fit.spread.of(covariance(bread, meat))
     noted(fit, kind, cluster, scores.shape[1])
 
 
@@ -65,25 +61,25 @@ def noted(fit: MixedFit, kind: str, cluster: tuple[str, ...], clusters: int) -> 
 # -- one grouping factor -----------------------------------------------------------------------------------------------
 
 
-def one_factor(fit: MixedFit, fixed: Fixed, source: Source, kind: str, cluster: tuple[str, ...]) -> None:
+def one_factor(fit: MixedFit, source: Source, kind: str, cluster: tuple[str, ...]) -> None:
     """The covariance by one grouped query over the blocks. Raises DataError where a block lies in several clusters."""
     recipe = fit.recipe
     keys = tuple(dict.fromkeys((*recipe.groups, *cluster)))
     own = set(keys) == set(recipe.groups) == set(cluster)
     levels = None if own else robust.levels_of(source, recipe, cluster)
-    total = _Total(fixed, len(levels) if levels is not None else None, kind)
+    total = _Total(len(fit.names), len(levels) if levels is not None else None, kind)
     seen = 0
     for batch, r, P in _sums(fit, source, keys, kind):
         code = None if levels is None else _codes(batch, levels, source)
         seen += batch.num_rows
-        total.add(*_block_scores(fit, fixed, r, P, kind), code)
+        total.add(*_block_scores(fit, r, P, kind), code)
     if seen != fit.n_blocks:
         message = f"blocks of {':'.join(recipe.groups)} lie in several clusters of {':'.join(cluster)}"
         raise DataError(message, code="not_nested", column=cluster[0], hint="cluster by the grouping factor, or by what it lies within")
-    settle(fit, kind, cluster, fixed, *total.finished())
+    settle(fit, kind, cluster, *total.finished())
 
 
-def of_statistics(fit: MixedFit, stats: SuffStats, fixed: Fixed, kind: str, cluster: tuple[str, ...]) -> None:
+def of_statistics(fit: MixedFit, stats: SuffStats, kind: str, cluster: tuple[str, ...]) -> None:
     """The same from statistics that hold each block's X'X, where the cluster is the grouping factor, or one of its columns.
 
     Raises DataError where they do not, or are over blocks of something else.
@@ -97,12 +93,12 @@ def of_statistics(fit: MixedFit, stats: SuffStats, fixed: Fixed, kind: str, clus
     products = stats.covariate_products()
     assert stats.blocks is not None and stats.blocks.table is not None
     levels, code = levels_of(cluster, stats.blocks.table.select(stats.blocks.keys).rename_columns(list(recipe.groups)))
-    total, place = _Total(fixed, len(levels), kind), 0
+    total, place = _Total(len(fit.names), len(levels), kind), 0
     for _, _, C in products:
         P = np.moveaxis(C, 0, -1)
-        total.add(*_block_scores(fit, fixed, np.einsum("ijb,j->ib", P, residual), P[:, :m], kind), code[place : place + len(C)])
+        total.add(*_block_scores(fit, np.einsum("ijb,j->ib", P, residual), P[:, :m], kind), code[place : place + len(C)])
         place += len(C)
-    settle(fit, kind, cluster, fixed, *total.finished())
+    settle(fit, kind, cluster, *total.finished())
 
 
 def _codes(batch: Any, levels: Levels, source: Source) -> np.ndarray:
@@ -125,9 +121,9 @@ def _sums(fit: MixedFit, source: Source, keys: tuple[str, ...], kind: str) -> It
         yield batch, np.stack([column(batch, f"r_{j}") for j in used]), P
 
 
-def _block_scores(fit: MixedFit, fixed: Fixed, r: Array, P: Array, kind: str) -> tuple[Array, Array | None]:
+def _block_scores(fit: MixedFit, r: Array, P: Array, kind: str) -> tuple[Array, Array | None]:
     """X'V⁻¹r (p, B) and, for CR2, X'V⁻¹X (p, p, B) of blocks, V in units of sigma²."""
-    z, Q = list(fit.recipe.z), fixed.Q[: len(r)]
+    z, Q = list(fit.recipe.z), fit.spread.Q[: len(r)]
     half_map = np.column_stack([term.Q @ term.star for term in fit.terms])
     S, C = np.moveaxis(P[np.ix_(z, z)], -1, 0), np.einsum("ajb,jp->bap", P[z], Q)
     M = half_map.T @ S @ half_map + np.eye(half_map.shape[1])
@@ -143,8 +139,7 @@ def _block_scores(fit: MixedFit, fixed: Fixed, r: Array, P: Array, kind: str) ->
 class _Total:
     """Scores and cross-products of clusters, in place by their codes, or of blocks that are clusters, in the order they come."""
 
-    def __init__(self, fixed: Fixed, clusters: int | None, kind: str) -> None:
-        p = len(fixed.names)
+    def __init__(self, p: int, clusters: int | None, kind: str) -> None:
         self.scores = None if clusters is None else np.zeros((p, clusters))
         self.grams = None if clusters is None or kind != "CR2" else np.zeros((p, p, clusters))
         self.parts: list[tuple[Array, Array | None]] = []
@@ -169,7 +164,7 @@ class _Total:
 # -- several -----------------------------------------------------------------------------------------------------------
 
 
-def several_factors(fit: MixedFit, fixed: Fixed, source: Source, kind: str, cluster: tuple[str, ...]) -> None:
+def several_factors(fit: MixedFit, source: Source, kind: str, cluster: tuple[str, ...]) -> None:
     """The same from the rows' conditional residuals, in one pass. Raises DataError where a level lies in several clusters: they would not
     be independent."""
     from .lookup import Modes
@@ -180,7 +175,7 @@ def several_factors(fit: MixedFit, fixed: Fixed, source: Source, kind: str, clus
     levels = robust.levels_of(source, recipe, cluster)
     modes = [Modes(fit, ":".join(groups), groups) for groups in recipe.factors]
     owners = [np.full(len(mode.levels), -1) for mode in modes]
-    scores, residual = np.zeros((len(fixed.names), len(levels))), effects.residual_vector(fit)
+    scores, residual = np.zeros((len(fit.names), len(levels))), effects.residual_vector(fit)
     for table, F, w, q in robust.batches(source, recipe, keys=True):
         code = robust.codes(table, levels, source.names)
         e = residual @ F
@@ -190,18 +185,18 @@ def several_factors(fit: MixedFit, fixed: Fixed, source: Source, kind: str, clus
             e = e - mode.part(level, F[list(recipe.z)])
             robust.owned(owner, level, code)
         e = e * (1.0 if w is None else w) * (1.0 if q is None else q)
-        for k, row in enumerate(fixed.Q.T @ F):
+        for k, row in enumerate(fit.spread.Q[: len(F)].T @ F):
             scores[k] += np.bincount(code, row * e, minlength=len(levels))
     for mode, owner in zip(modes, owners, strict=True):
         if (owner < 0).any():
             message = f"levels of {mode.levels.group} lie in several clusters of {':'.join(cluster)}, which are then not independent"
             raise DataError(message, code="not_nested", column=cluster[0], hint="cluster by what all grouping factors lie within")
-    settle(fit, kind, cluster, fixed, scores, None)
+    settle(fit, kind, cluster, scores, None)
 
 
-def of_lmm(fit: MixedFit, stats: SuffStats, fixed: Fixed, source: Source, kind: str, cluster: tuple[str, ...]) -> None:
+def of_lmm(fit: MixedFit, stats: SuffStats, source: Source, kind: str, cluster: tuple[str, ...]) -> None:
     """The robust covariance of a linear mixed model's fixed effects, by one more scan."""
     several = stats.crossed is not None
-    (several_factors if several else one_factor)(fit, fixed, source, kind, cluster)
+    (several_factors if several else one_factor)(fit, source, kind, cluster)
     source.engine.check_unchanged()
     fit.info["passes"] = fit.info.get("passes", 0) + 1

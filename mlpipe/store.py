@@ -20,13 +20,14 @@ from .atomic import synced, writing
 from .errors import ConfigError, DataError, ResourceError, did_you_mean
 from .features import Recipe
 from .options import Options
+from .reduction import Spread
 from .result import LMMFit, MixedFit, RandomTerm
 from .tables import Entry, by_columns, factor_names, result_tables, written
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT, FORMATS = "mlpipe.fit/1", "mlpipe.fits/1"
+FORMAT, FORMATS = "mlpipe.fit/2", "mlpipe.fits/1"
 MODES = ("error", "overwrite", "append")
 DATABASES = (".duckdb", ".db")
 SHOWN = 12  # fits that are named where several match
@@ -198,7 +199,8 @@ def to_json(fit: MixedFit) -> dict[str, Any]:
     """Everything of a fit but its data and BLUPs, as JSON values (floats by their shortest exact text)."""
     out: dict[str, Any] = {name: getattr(fit, name) for name in _PLAIN}
     out |= {"names": list(fit.names), "dropped": list(fit.dropped), "recipe": fit.recipe.to_json()}
-    out |= {name: getattr(fit, name).tolist() for name in ("beta", "covariance", "gamma", "theta_covariance")}
+    out |= {name: getattr(fit, name).tolist() for name in ("beta", "gamma", "theta_covariance")}
+    out["spread"] = {name: getattr(fit.spread, name).tolist() for name in ("Q", "R", "star")}
     out["terms"] = [
         {f.name: v.tolist() if isinstance(v := getattr(term, f.name), np.ndarray) else v for f in fields(RandomTerm)} for term in fit.terms
     ]
@@ -355,7 +357,7 @@ def _from_json(record: dict[str, Any]) -> MixedFit:
         names=tuple(record["names"]),
         dropped=tuple(record["dropped"]),
         beta=np.array(record["beta"], dtype=float),
-        covariance=matrix(record["covariance"]).reshape(p, p),
+        spread=Spread(*(matrix(record["spread"][name]).reshape(-1 if name == "Q" else p, p) for name in ("Q", "R", "star"))),
         gamma=np.array(record["gamma"], dtype=float),
         terms=terms,
         theta_covariance=matrix(record["theta_covariance"]).reshape(t, t),

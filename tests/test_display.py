@@ -192,7 +192,7 @@ def test_a_variance_of_zero_has_no_correlation(fit: mp.LMMFit) -> None:
 
 
 def test_a_standard_error_of_zero(fit: mp.LMMFit) -> None:
-    rows = section(str(replace(fit, covariance=np.zeros((2, 2)))), "Fixed effects:")
+    rows = section(str(replace(fit, spread=fit.spread.of(np.zeros((2, 2))))), "Fixed effects:")
     assert rows[1].split() == ["(Intercept)", "251.41", "0.00", "Inf", "<2e-16"]
 
 

@@ -1,6 +1,7 @@
 """Marginal means and contrasts: emmeans' published numbers for Oats, and plain averages over a written-out grid."""
 from __future__ import annotations
 
+import functools
 import json
 from itertools import product
 from pathlib import Path
@@ -282,3 +283,33 @@ def test_bad_requests(fitted: tuple[Any, pl.DataFrame], asked: dict[str, Any], m
 def test_bad_contrasts(fitted: tuple[Any, pl.DataFrame], asked: dict[str, Any], message: str) -> None:
     with pytest.raises(mp.ConfigError, match=message):
         fitted[0].contrasts("t", **asked)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "poisson"])
+def test_columns_far_from_zero_lose_no_digits(family: str, tmp_path: Path) -> None:
+    """Of the square of a time of day in seconds since 1970 the coefficients' covariance is cancellation; what is asked of it is not."""
+    rng = np.random.default_rng(5)
+    n, g = 200, np.arange(200) % 20
+    hours = rng.integers(0, 36_000, n)
+    eta = 0.5 + 0.3 * rng.normal(size=20)[g] + 2e-5 * hours
+    frame = pl.DataFrame({"t": 1_600_000_000 + hours, "s": (hours - 18_000) / 1e4, "f": rng.choice(["a", "b"], n), "g": g})
+    frame = frame.with_columns(y=eta + rng.normal(size=n) if family == "gaussian" else rng.poisson(np.exp(eta)))
+    made: Any = mp.lmm if family == "gaussian" else functools.partial(mp.glmm, family=family)
+    far, near = (made(f"y ~ f + {x} + I({x}^2) + (1 | g)", frame) for x in "ts")
+    far.write(tmp_path / "fit")
+
+    def told(fit: Any, data: Any) -> list[float]:
+        out = [row[name] for row in fit.means("f", data=data).to_pylist() for name in ("estimate", "std_error")]
+        out += [row["std_error"] for row in fit.means("f", effects="marginal", data=data).to_pylist()]
+        effects = {row["term"]: row for row in fit.effects(data).to_pylist() if row["effect"] == "average_marginal"}
+        unit = 1e4 if "t" in effects else 1.0
+        out += [unit * effects["t" if unit > 1.0 else "s"][name] for name in ("estimate", "std_error")]
+        out += fit.predict(frame.head(2), effects="population", interval="confidence").read_all()["upper"].to_pylist()
+        return out + [row["cooks_distance"] for row in fit.influence(3, data=data).to_pylist()]
+
+    assert told(far, None) == pytest.approx(told(near, None), rel=1e-5)
+    assert told(mp.load(tmp_path / "fit"), frame) == pytest.approx(told(far, None), rel=1e-9)
+    if family == "gaussian":
+        for ddf in ("satterthwaite", "kenward-roger"):
+            rows = zip(far.means("f", ddf=ddf).to_pylist(), near.means("f", ddf=ddf).to_pylist(), strict=True)
+            assert all((a["std_error"], a["df"]) == pytest.approx((b["std_error"], b["df"]), rel=1e-4) for a, b in rows)

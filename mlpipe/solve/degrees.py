@@ -151,8 +151,8 @@ def joint(nu: Array) -> float:
 
 
 def uncorrelated(L: Array, V: Array) -> Array:
-    """(rank, p) contrasts that say the same as L (k, p) and are uncorrelated under V: eigenvectors of LVL' that are not zero."""
-    values, vectors = np.linalg.eigh(L @ V @ L.T)
+    """(rank, p) contrasts that say the same as L (k, p) and are uncorrelated, V (k, k) being the covariance of Lβ: by its eigenvectors."""
+    values, vectors = np.linalg.eigh(V)
     return np.asarray(vectors[:, values > 1e-10 * max(values.max(initial=0.0), 1e-300)].T @ L)
 
 
