@@ -38,11 +38,13 @@ METHODS = ("pairwise", "reference")
 
 
 class Found(NamedTuple):
-    """Means of cells of levels: `term`, the cells' `labels`, their estimates (L,) and covariance (L, L); `slopes` (L, p) of their linear
-    predictors by the coefficients; `aliased` (L, k), how much these lean on what the rows do not determine."""
+    """Means of cells of levels: `term`, the cells' `labels`, where the base levels' is among them (`base`), their estimates (L,) and
+    covariance (L, L); `slopes` (L, p) of their linear predictors by the coefficients; `aliased` (L, k), how much these lean on what the
+    rows do not determine."""
 
     term: str
     labels: list[str]
+    base: int
     estimate: Array
     covariance: Array
     slopes: Array
@@ -79,7 +81,7 @@ def contrasts(
     if adjust == "tukey" and method != "pairwise":
         raise ConfigError('adjust="tukey" is for all pairwise differences', hint='adjust="bonferroni" or "holm"')
     found = _found(fit, tests, term, kind, effects, at, data, options)
-    names, K = _coefficients(method, found.labels)
+    names, K = _coefficients(method, found.labels, found.base)
     se = np.sqrt(np.maximum(np.diag(K @ found.covariance @ K.T), 0.0))
     texts = {"term": [found.term] * len(names), "contrast": names}
     linear = kind == "link" or fit.link == "identity"  # there a difference may be estimable where its means are not
@@ -173,7 +175,7 @@ def _found(
     slopes = slopes @ model.R
     covariance = tests.between(slopes) if tests.ddf == "kenward-roger" else J @ model.covariance @ J.T
     aliased = A @ _aliased(fit, rows.F, data, options) if fit.dropped else np.zeros((len(A), 0))
-    return Found(":".join(wanted), grid.labels, estimate, covariance, slopes, aliased)
+    return Found(":".join(wanted), grid.labels, grid.base, estimate, covariance, slopes, aliased)
 
 
 class _Grid:
@@ -204,6 +206,7 @@ class _Grid:
         cells = list(product(*(levels[name] for name in order)))
         self.columns: dict[str, list[Any]] = {name: [cell[i] for cell in cells] for i, name in enumerate(order)}
         self.labels = [":".join(map(level_label, cell)) for cell in product(*(levels[name] for name in first))]
+        self.base = self.labels.index(":".join(_base(factors[name], levels[name]) for name in first))
         numeric = [name for name in others if name not in levels]
         given = {name: number_at(name, at[name]) for name in numeric if name in at}
         unknown = [name for name in numeric if name not in given]
@@ -228,6 +231,12 @@ def _factors(fit: MixedFit) -> dict[str, Variable]:
         if recipe.kinds[name] == "logical" and name not in out:
             out[name] = Variable(expr.quoted_name(name), "category", expr.Column(name), levels=(False, True))
     return out
+
+
+def _base(variable: Variable, levels: Sequence[Level]) -> str:
+    """The base level that the formula states, else the first."""
+    known = [level_label(level) for level in levels]
+    return variable.ref if variable.ref in known else known[0]
 
 
 def _fixed_columns(fit: MixedFit) -> set[str]:
@@ -263,7 +272,7 @@ def _aliased(fit: MixedFit, F: Array, data: Any, options: Options | None) -> Arr
 # -- contrasts
 
 
-def _coefficients(method: str | Mapping[str, Sequence[float]], labels: list[str]) -> tuple[list[str], Array]:
+def _coefficients(method: str | Mapping[str, Sequence[float]], labels: list[str], base: int) -> tuple[list[str], Array]:
     """Names and coefficients (contrasts, levels). Raises ConfigError."""
     k = len(labels)
     if isinstance(method, Mapping):
@@ -273,7 +282,7 @@ def _coefficients(method: str | Mapping[str, Sequence[float]], labels: list[str]
         return list(method), K
     if method not in METHODS:
         raise ConfigError(f"method = {method!r} is not known", hint=did_you_mean(str(method), list(METHODS)))
-    pairs = list(combinations(range(k), 2)) if method == "pairwise" else [(i, 0) for i in range(1, k)]
+    pairs = list(combinations(range(k), 2)) if method == "pairwise" else [(i, base) for i in range(k) if i != base]
     K = np.zeros((len(pairs), k))
     for row, (i, j) in enumerate(pairs):
         K[row, i], K[row, j] = 1.0, -1.0

@@ -389,7 +389,7 @@ class MixedFit:
         kind: str = "response", effects: str = "population", at: Mapping[str, Any] | None = None, ddf: str = "wald", data: Any = None,
         conf_level: float = 0.95, options: Options | None = None,
     ) -> pa.Table:  # fmt: skip
-        """Contrasts of `means`: differences of all pairs, of each level from the first ("reference"), or named coefficients.
+        """Contrasts of `means`: differences of all pairs, of each level from the base level ("reference"), or named coefficients.
 
         `adjust`: "tukey" (the default for pairs), "bonferroni", "holm" (intervals by Bonferroni's) or "none" (the default else). `ddf`: as
         in `tidy`; each contrast has its own degrees of freedom.

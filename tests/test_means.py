@@ -163,6 +163,15 @@ def test_contrasts_are_differences_of_means(fitted: tuple[Any, pl.DataFrame]) ->
     assert own["contrast"] == "b against others" and own["estimate"] == pytest.approx(link @ [-0.5, 1, -0.5])
 
 
+def test_references_are_the_levels_that_the_formula_states() -> None:
+    frame = simulated("binomial", "logit", 300).with_columns(u=pl.col.x.gt(1.2))
+    fit = mp.ols('y ~ C(t, ref="b") + u', frame)
+    rows = {row["contrast"]: row["estimate"] for row in fit.contrasts("t", "reference").to_pylist()}
+    assert rows == pytest.approx({"a - b": fit.fixef()['C(t, ref = "b")a'], "c - b": fit.fixef()['C(t, ref = "b")c']})
+    assert fit.contrasts(["u", "t"], "reference")["contrast"].to_pylist()[0] == "FALSE:a - FALSE:b"
+    assert fit.contrasts("t", "reference", at={"t": ["c", "a"]})["contrast"].to_pylist() == ["a - c"]
+
+
 def test_two_levels_need_no_adjustment(fitted: tuple[Any, pl.DataFrame]) -> None:
     fit, _ = fitted
     assert fit.contrasts("flag").equals(fit.contrasts("flag", adjust="none"))
