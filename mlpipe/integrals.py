@@ -174,7 +174,16 @@ def response_moments(fit: MixedFit, eta: Array, variance: Array | None, size: An
     first, second, third = moments(fit.link, eta, variance)
     c = variance_coefficients(fit)
     within = c[0] + c[1] * first + c[2] * second + c[3] * third
-    return first, within / size + np.maximum(second - first**2, 0.0)
+    return first, within / size + _between(fit.link, first, second, variance)
+
+
+def _between(link: str, first: Array, second: Array, variance: Array | None) -> Array:
+    """Var E(y | e), without cancellation where it is closed."""
+    if variance is None:
+        return np.zeros_like(first)
+    if link == "identity":
+        return variance
+    return np.asarray(first**2 * np.expm1(variance)) if link == "log" else np.maximum(second - first**2, 0.0)
 
 
 def pair_covariances(link: str, eta: tuple[Array, Array], variance: tuple[Array, Array], covariance: Array) -> Array:

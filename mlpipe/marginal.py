@@ -11,6 +11,7 @@ from .errors import ConfigError
 from .robust import few
 from .solve.kernel import Chunk
 from .solve.sandwich import CERTAIN, cluster_factor, corrected, half, row_factor
+from .variance import about_mean
 
 if TYPE_CHECKING:
     from .generalized_result import GeneralizedFit
@@ -89,9 +90,7 @@ def _log_scale(family: str, mean: float, tau: float) -> float:
 def spreads(model: Model, gamma: Array, terms: Any) -> dict[str, float]:
     """The variance (n - 1) over n rows, or trials, of the fixed part, and the mean of z'Ψz, from the features' cross-products."""
     rows, recipe = model.rows, model.plan.recipe
-    g = gamma[: recipe.n_covariates]
-    average = float(g @ rows.sums) / rows.size
-    fixed = max(float(g @ rows.gram @ g) - rows.size * average**2, 0.0) / max(rows.size - 1.0, 1.0)
+    fixed = about_mean(gamma[: recipe.n_covariates], rows.gram, rows.sums, rows.size) / max(rows.size - 1.0, 1.0)
     random, z = 0.0, list(recipe.z)
     for term in terms:
         half = term.Q @ term.star

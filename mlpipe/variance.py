@@ -62,10 +62,18 @@ def spreads(fit: MixedFit, gram: np.ndarray, n: float) -> dict[str, float]:
     if () not in recipe.features[:m]:
         return {}
     g, total = fit.gamma[:m], gram[:m, :m]
-    average = float(g @ total[recipe.features.index(())]) / n
     half = fit.effect_scale * np.hstack([term.Q @ term.star for term in fit.terms])
     random = float(np.einsum("iq,ij,jq->", half, total[np.ix_(z, z)], half)) / n
-    return {"fixed_variance": max(float(g @ total @ g) - n * average**2, 0.0) / max(n - 1.0, 1.0), "random_variance": random}
+    return {"fixed_variance": about_mean(g, total, total[recipe.features.index(())], n) / max(n - 1.0, 1.0), "random_variance": random}
+
+
+def about_mean(g: np.ndarray, gram: np.ndarray, sums: np.ndarray, n: float) -> float:
+    """Σ (F'g - its mean)² over n rows, from the features' cross-products (m, m) and sums (m,). It is the features that are centred: the
+    constant is then zero, however far the mean is from it."""
+    about = gram - np.outer(sums, sums) / n
+    still = np.diag(about) <= 1e-14 * np.diag(gram)
+    about[still] = about[:, still] = 0.0
+    return max(float(g @ about @ g), 0.0)
 
 
 def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:

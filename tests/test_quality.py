@@ -39,6 +39,21 @@ def test_r2_with_random_slopes(sleep: Any) -> None:
     assert sleep.r2(SLEEP) == pytest.approx(found)  # by a scan
 
 
+@pytest.mark.parametrize("family", [None, "gaussian"])
+def test_responses_far_from_zero(family: str | None) -> None:
+    frame = pl.read_parquet(SLEEP)
+    fits = [
+        mp.glmm("y ~ days + (1 | subject)", f, family=family) if family else mp.lmm("y ~ days + (1 | subject)", f)
+        for f in (frame.with_columns(y=pl.col.reaction + far) for far in (0.0, 1e9))
+    ]
+    near, far = (fit.r2() for fit in fits)
+    assert far == pytest.approx(near, rel=1e-6)
+    near, far = (np.array(fit.marginal(frame).read_all()["variance"]) for fit in fits)
+    np.testing.assert_allclose(far, near, rtol=1e-6)
+    near, far = (np.array(fit.marginal(frame, block="308")["correlation"]) for fit in fits)
+    np.testing.assert_allclose(far, near, rtol=1e-6)
+
+
 def test_r2_with_weights_counts_each_row_once() -> None:
     frame = pl.read_parquet(SLEEP).with_columns(w=pl.int_range(pl.len()) % 3 + 1)
     fit = mp.lmm("reaction ~ days + (1 | subject)", frame, weights="w")
