@@ -140,7 +140,8 @@ def _linear(fit: LMMFit, z: float) -> list[Interval]:
     problem = kept.problem
     surface: Surface = LevelSurface(problem) if isinstance(problem, CrossedProblem) else BlockSurface(problem)
     phi = np.append(best.lambda_[free_of(problem)], math.log(best.s2) / 2)
-    how = Parametrisation(kept.random, phi, best.covariance, relative=True, scale=kept.scale)
+    size = math.exp(-0.5 * problem.sum_log_w / problem.n)
+    how = Parametrisation(kept.random, phi, best.covariance, relative=True, scale=kept.scale, size=size)
     pins = _random_pins(fit, how, kept.order)
     error = math.sqrt(best.covariance[-1, -1]) * math.sqrt(best.s2)
     pins.append(("sigma", how.element(len(phi) - 1, math.exp, math.log, error)))
@@ -160,7 +161,7 @@ def _by_passes(fit: GeneralizedFit, z: float) -> list[Interval]:
         d = len(best.psi) - p - found.model.density.family.shape
         order = np.concatenate([np.arange(p, p + d), np.arange(p), np.arange(p + d, len(best.psi))])
         phi, covariance = best.psi[order], best.vcov[np.ix_(order, order)]
-        how = Parametrisation(found.random, phi, covariance, relative=False)
+        how = Parametrisation(found.random, phi, covariance, relative=False, size=_typical(best.vcov[:p, :p], found.model.rows.nobs))
         pins = _random_pins(fit, how, found.places)
         moved = len(pins)
         inverse = np.linalg.inv(found.model.fixed.R)
@@ -175,6 +176,13 @@ def _by_passes(fit: GeneralizedFit, z: float) -> list[Interval]:
         tau = _toward_poisson(fit, how.logarithm(len(phi) - 1, math.sqrt(covariance[-1, -1])))
         [(_, *limits)] = _limits(fit, best.surface, [("", tau)], curvature, -2.0 * best.loglik, z)
         return [*rows[:moved], (str(family_name(fit)), *_ends(limits, tau, PARAMETER[fit.base_family][1])), *rows[moved:]]
+
+
+def _typical(vcov: np.ndarray, n: float) -> float:
+    """A random effect neither small nor large beside what one row tells of its linear predictor: the columns of the solver's coefficients
+    have mean square 1."""
+    known = np.diag(vcov)[np.diag(vcov) > 0.0]
+    return math.sqrt(n * float(known.min())) if len(known) else 1.0
 
 
 def _toward_poisson(fit: GeneralizedFit, tau: Pin) -> Pin:

@@ -18,13 +18,15 @@ SMALL = 0.05  # of a typical standard deviation, from which a search leaves a va
 @dataclass(frozen=True)
 class Parametrisation:
     """How φ is laid out: `random` terms in the solver's order, their `labels` (the groups' names), the estimate `phi` with its covariance
-    (NaN on the boundary); what `e` is: one log σ, to which Λ is relative, if `relative`, else (β*, τ…). `scale`: of the response."""
+    (NaN on the boundary); what `e` is: one log σ, to which Λ is relative, if `relative`, else (β*, τ…). `scale`: of the response; `size`:
+    of an element of Λ that is neither small nor large, which falls with the root of the rows' weights."""
 
     random: tuple[Random, ...]
     phi: Array
     covariance: Array
     relative: bool
     scale: float = 1.0
+    size: float = 1.0
 
     @property
     def sizes(self) -> list[int]:
@@ -43,7 +45,7 @@ class Parametrisation:
 
     def curvature(self) -> Array:
         """The Hessian of -2ℓ by φ; on the boundary, one that makes SMALL a step."""
-        out = np.diag(np.full(len(self.phi), 2.0 / SMALL**2))
+        out = np.diag(np.append(np.full(self.d, 2.0 / (SMALL * self.size) ** 2), np.full(len(self.phi) - self.d, 2.0 / SMALL**2)))
         inside = np.flatnonzero(np.isfinite(np.diag(self.covariance)))
         if len(inside):
             values, vectors = np.linalg.eigh(self.covariance[np.ix_(inside, inside)])
@@ -52,11 +54,11 @@ class Parametrisation:
 
     def moved(self) -> Array:
         """φ with variances of zero a little above it, where a search can start."""
-        out = self.phi.copy()
+        out, small = self.phi.copy(), SMALL * self.size
         for term, span in zip(self.random, self.spans(), strict=True):
             star = _lower(out[span], len(term.names))
             diagonal = np.diag(star)
-            star[np.diag_indices(len(star))] = np.where(np.abs(diagonal) < 1e-3 * SMALL, SMALL, diagonal)
+            star[np.diag_indices(len(star))] = np.where(np.abs(diagonal) < 1e-3 * small, small, diagonal)
             out[span] = _elements(star)
         return out
 
@@ -105,7 +107,7 @@ class Parametrisation:
     def sd(self, k: int, i: int) -> Pin:
         """The standard deviation of coefficient i of term k: it comes first in T, whose first element it then is."""
         q = len(self.random[k].names)
-        typical = float(np.linalg.norm(np.linalg.inv(self.random[k].R)[i])) * self._unit(self.phi)  # of an element of Λ that is 1
+        typical = float(np.linalg.norm(np.linalg.inv(self.random[k].R)[i])) * self._unit(self.phi) * self.size
         pin = self._of_term(k, [i, *(j for j in range(q) if j != i)], _sd_rows, math.sqrt(self._raw(k)[i, i]), 0.0, math.inf)
         return replace(pin, unit=typical)
 
@@ -156,7 +158,7 @@ class Parametrisation:
         try:
             for n in range(len(at)):
                 step = np.zeros(len(at))
-                step[n] = 1e-6 * max(abs(at[n]), 1e-2)
+                step[n] = 1e-6 * max(abs(at[n]), 1e-2 * (self.size if n < span.stop - span.start else 1.0))
                 gradient.append((value(at + step) - value(at - step)) / (2 * step[n]))
             g = np.array(gradient)
             return math.sqrt(float(g @ self.covariance[np.ix_(index, index)] @ g))

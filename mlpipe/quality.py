@@ -19,7 +19,7 @@ from .marginal import latent_variance
 from .outcome import TRIALS
 from .predictions import Output, size_names, value_names
 from .sketch import Sketch
-from .variance import jacobian
+from .variance import jacobian, units
 from .wald import check_level
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _shown(fit: MixedFit, share: Callable[[Array], Array], i: int, level: float 
         return value, math.nan, math.nan
     p = len(fit.names)
     V = parameter_covariance(fit)[p : p + len(x), p : p + len(x)]
-    J = jacobian(lambda at: share(at)[i : i + 1], x)[0] / (value * (1.0 - value))
+    J = jacobian(lambda at: share(at)[i : i + 1], x, units(fit))[0] / (value * (1.0 - value))
     half = NormalDist().inv_cdf(0.5 + level / 2.0) * math.sqrt(max(float(J @ V @ J), 0.0))
     logit = math.log(value / (1.0 - value))
     low, high = (1.0 / (1.0 + math.exp(-(logit + side * half))) for side in (-1.0, 1.0))

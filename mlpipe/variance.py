@@ -166,16 +166,23 @@ def random_errors(fit: MixedFit) -> np.ndarray:
             values += _sd_cor(scale * raw @ raw.T)
         return np.array(values)
 
-    J = jacobian(parameters, at)
+    J = jacobian(parameters, at, units(fit))
     with np.errstate(invalid="ignore"):
         return np.asarray(np.sqrt(np.einsum("ij,jk,ik->i", J, fit.theta_covariance, J)))
 
 
-def jacobian(function: Callable[[np.ndarray], np.ndarray], at: np.ndarray) -> np.ndarray:
-    """Central differences with steps of 1e-6 of each coordinate's size."""
+def units(fit: MixedFit) -> np.ndarray:
+    """What is not small of each of the solver's theta: the largest element of its term's factor."""
+    sizes = [(len(term.star) * (len(term.star) + 1) // 2, float(np.abs(term.star).max())) for term in fit.terms]
+    return np.concatenate([np.full(n, size if size > 0.0 else 1.0) for n, size in sizes])
+
+
+def jacobian(function: Callable[[np.ndarray], np.ndarray], at: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Central differences with steps of 1e-6 of each coordinate's size, or of a hundredth of its `unit`: of the first coordinates, 1 of
+    the others, which are logarithms."""
     columns = []
     for i in range(len(at)):
         step = np.zeros(len(at))
-        step[i] = 1e-6 * max(abs(at[i]), 1e-2)
+        step[i] = 1e-6 * max(abs(at[i]), 1e-2 * (unit[i] if i < len(unit) else 1.0))
         columns.append((function(at + step) - function(at - step)) / (2 * step[i]))
     return np.column_stack(columns)

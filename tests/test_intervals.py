@@ -16,7 +16,7 @@ import mlpipe as mp
 from mlpipe import intervals
 from mlpipe.inference import held
 from mlpipe.pins import Parametrisation
-from mlpipe.solve.profile import BlockSurface, LevelSurface, Linear, Profile
+from mlpipe.solve.profile import BlockSurface, LevelSurface, Linear, Look, Pin, Profile
 
 from .dense import Dense, simulate
 from .dense_several import DenseSeveral, Grouping
@@ -212,6 +212,47 @@ def test_profiles_do_not_depend_on_the_units_of_the_response(scale: float, flat:
     for name, ends in plain.items():
         unit = 1.0 if name.startswith("cor") else scale
         assert np.array(other[name]) / unit == pytest.approx(np.array(ends), rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize("formula", ["y ~ x1 + (1 | g)", "y ~ x1 + (1 | g) + (1 | h)"])
+def test_units_of_weights_do_not_matter(formula: str) -> None:
+    model = simulate(3, blocks=15, rows=(3, 8), p=2, sizes=(1,), reml=True, weights=True)
+    frame = frame_of(model).with_columns(h=pl.int_range(pl.len()) % 7).with_columns(pl.col.y + (2.0 * pl.col.h).sin())
+    plain, *others = (mp.lmm(formula, frame, weights=f"w * {unit}") for unit in ("1", "1e10", "1e-10"))
+    want = limits(plain)
+    degrees = plain.tidy(ddf="kenward-roger")["df"].to_pylist()[:2]
+    for fit, unit in zip(others, (1e5, 1e-5), strict=True):
+        assert fit.tidy(ddf="kenward-roger")["df"].to_pylist()[:2] == pytest.approx(degrees, rel=1e-6)
+        for name, ends in limits(fit).items():
+            scale = unit if name == "sigma" else 1.0
+            assert np.array(ends) / scale == pytest.approx(want[name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_profiles_of_generalized_models_do_not_depend_on_units(flat: bool) -> None:
+    rng = np.random.default_rng(4)
+    g, x = np.repeat(np.arange(20), 6), rng.uniform(size=120)
+    mu = 1.0 / (0.9 + 0.5 * x + (0.0 if flat else 0.15) * rng.normal(size=20)[g])
+    y = mu * (1.0 + 0.1 * np.sin(7.0 * np.arange(120))) if flat else rng.gamma(30.0, mu / 30.0)
+    frame = pl.DataFrame({"g": g, "x": x, "y": y})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mp.SingularFitWarning)
+        plain, other = (
+            limits(mp.glmm("y ~ x + (1 | g)", frame.with_columns(pl.col.y * s), family="gamma", link="inverse")) for s in (1.0, 1e6)
+        )
+    for name, ends in plain.items():
+        assert ends[0] < ends[1]
+        assert np.array(other[name]) * (1.0 if name == "shape" else 1e6) == pytest.approx(np.array(ends), rel=1e-4, abs=1e-4), name
+
+
+def test_a_limit_that_falls_on_the_estimate_is_none() -> None:
+    class Wall:
+        def look(self, phi: np.ndarray, condition: Linear | None) -> Look:
+            return Look(100.0, np.zeros(len(phi)))
+
+    pin = Pin(lambda x, v: np.append(x, v), np.zeros(1), 0.0, 1.0)
+    with pytest.raises(mp.ConvergenceError, match="did not converge"):
+        Profile(Wall(), pin, np.eye(2), 0.0).limit(Z, upper=True)
 
 
 def counts(less: bool) -> pl.DataFrame:

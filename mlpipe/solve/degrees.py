@@ -214,7 +214,8 @@ def kenward_roger(at: Derivatives, free: tuple[Index, Index]) -> KenwardRoger:
             T[i, j] = float(np.einsum("ijkl,jl,ik->", at.EE, b, a, optimize=True))
     PC = P @ at.C
     expected = T - 2.0 * np.einsum("ijrs,sr->ij", Q, at.C) + np.einsum("irs,jsr->ij", PC, PC)
-    W = 2.0 * np.linalg.pinv((expected + expected.T) / 2.0, hermitian=True)
+    unit = np.sqrt(np.maximum(np.diag(expected), 1e-300))  # weights may set Ψ and σ² far apart
+    W = 2.0 * np.linalg.pinv((expected + expected.T) / 2.0 / np.outer(unit, unit), hermitian=True) / np.outer(unit, unit)
     inner = np.einsum("ij,ijrs->rs", W, Q) - np.einsum("ij,irs,jst->rt", W, PC, P)
     adjusted = at.s2 * (at.C + 2.0 * at.C @ inner @ at.C)
     # P and W in relative units: γ/σ² has covariance W, and Φ P Φ = σ² C P C with P per unit of γ/σ² is P/σ²

@@ -295,6 +295,8 @@ class Profile:
                 return v
             inner, outer = (v, outer) if short > 0.0 else (inner, v)
             if abs(outer - inner) < 1e-9 * max(pin.unit, abs(v)):
+                if inner == pin.estimate:  # where it is 0 by definition: the minima so near to it are none
+                    raise ConvergenceError(f"the profile did not converge at the value {v:g}")
                 return v
             step = short / slope if slope > 0.0 else math.inf
             v = self._next(v + sign * step, inner, outer, sign, error)
