@@ -8,8 +8,9 @@ import numpy as np
 
 from .errors import ConfigError, did_you_mean
 from .lookup import MODE_VARIANCE
-from .predictions import Output
+from .predictions import Output, variance_of
 from .solve.link import LINKS
+from .wald import check_level
 
 if TYPE_CHECKING:
     from .result import MixedFit
@@ -26,6 +27,7 @@ def bands(fit: MixedFit, wanted: str, kind: str, interval: str, level: float, fa
     further = [MODE_VARIANCE] if wanted == "conditional" else []
     if interval == "prediction":
         further += ["variance"] if wanted != "conditional" and fit.terms else []
+        further += [variance_of(group) for group in fit.groups if group not in factors] if wanted == "conditional" else []
         further += ["size"] if fit.recipe.weights else []
     plain = fit.sigma**2 if interval == "prediction" and not fit.recipe.weights else 0.0
     link = None if fit.residual_scaled or kind == "link" else LINKS[fit.link]
@@ -49,8 +51,7 @@ def _check(fit: MixedFit, wanted: str, interval: str, level: float, factors: lis
     if interval not in INTERVALS:
         known = list(INTERVALS)
         raise ConfigError(f"interval = {interval!r} is not one of {', '.join(known)}", hint=did_you_mean(str(interval), known))
-    if not 0 < level < 1:
-        raise ConfigError(f"level = {level!r} is not between 0 and 1")
+    check_level(level, "level")
     if any(np.isinf(term.factor).any() for term in fit.terms):
         raise ConfigError("predictions of a fit with absorbed effects have no interval: the effects have no errors", code="not_available")
     if not fit.residual_scaled:

@@ -20,6 +20,7 @@ from .result import LMMFit
 from .solve.crossed import CrossedProblem
 from .solve.profile import BlockSurface, LevelSurface, Pin, Profile, Surface
 from .solve.refit import Optimum, free_of, refit
+from .wald import check_level
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,8 +37,7 @@ def confint(fit: MixedFit, method: str, level: float, draws: int) -> pa.Table:
 
     if method not in METHODS:
         raise ConfigError(f"method = {method!r} is not one of {', '.join(METHODS)}", hint=did_you_mean(str(method), list(METHODS)))
-    if not 0 < level < 1:
-        raise ConfigError(f"level = {level!r} is not between 0 and 1")
+    check_level(level, "level")
     if method == "boot":
         from .bootstrap import percentiles
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from sqlglot import exp
 
-    from .result import MixedFit
+    from .result import MixedFit, RandomTerm
     from .sql import Names
 
 
@@ -69,7 +69,10 @@ def statement_of(fit: MixedFit, names: Names, shown: dict[str, int], parts: Sequ
         if f"z{k}" in parts:
             every[f"z{k}"] = feature(recipe.features[i], recipe, names)
     if "variance" in parts:
-        every["variance"] = variance_part(fit, names)
+        every["variance"] = variance_part(fit, names, fit.terms)
+    for group in fit.groups:
+        if variance_of(group) in parts:
+            every[variance_of(group)] = variance_part(fit, names, [term for term in fit.terms if term.group == group])
     if "size" in parts:
         every["size"] = _size(recipe, names)
     if "observed" in parts:
@@ -157,12 +160,17 @@ def _positive(value: exp.Expr) -> exp.Expr:
     return exp.GT(this=exp.Paren(this=value.copy()), expression=number(0))
 
 
-def variance_part(fit: MixedFit, names: Names) -> exp.Expr:
-    """The variance z'Ψz of the random part at a row, over the features."""
+def variance_of(group: str) -> str:
+    """The name of the part that is the variance of one factor's effects."""
+    return f"variance of {group}"
+
+
+def variance_part(fit: MixedFit, names: Names, terms: Sequence[RandomTerm]) -> exp.Expr:
+    """The variance z'Ψz of these random terms at a row, over the features."""
     from .sql import feature, number, summed, times
 
     recipe, parts = fit.recipe, []
-    half = np.hstack([term.Q @ term.star for term in fit.terms])
+    half = np.hstack([term.Q @ term.star for term in terms])
     psi = fit.effect_scale**2 * half @ half.T
     for a, i in enumerate(recipe.z):
         for b, j in enumerate(recipe.z[: a + 1]):

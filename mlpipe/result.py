@@ -323,7 +323,8 @@ class MixedFit:
         `interval` adds `lower` and `upper`: "confidence" from the covariance of the fixed effects, and for conditional predictions the
         conditional variances of the random effects given theta (their covariance with the fixed effects left out; factors with several
         coefficients a level have none); on the link scale, then transformed. "prediction" (linear models) adds the residual variance
-        (over the weight), and without a known level the variance of the random part. theta and sigma are taken as known.
+        (over the weight), and of levels that are not known, and factors left out, the variance of the random part. theta and sigma are
+        taken as known.
         """
         from . import scoring
 

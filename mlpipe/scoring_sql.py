@@ -45,7 +45,7 @@ def scoring_sql(
     how = _mean(fit, wanted, kind)
     first = _first(fit, names, ranef, new_levels)
     if _uses(how, VARIANCE):
-        first[VARIANCE] = guarded(variance_part(fit, names))
+        first[VARIANCE] = guarded(variance_part(fit, names, fit.terms))
     linear = exp.column(_LINEAR)
     stages = [
         {name: _with_true_names(node, values, recipe) for name, node in first.items()},

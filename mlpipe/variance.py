@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ConfigError
 from .reduction import lower_factor
+from .wald import check_level
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,8 +80,7 @@ def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:
     """See `LMMFit.tidy`. Raises ConfigError for a confidence level outside (0, 1) or degrees of freedom that the fit has not."""
     import pyarrow as pa
 
-    if not 0 < conf_level < 1:
-        raise ConfigError(f"conf_level = {conf_level!r} is not between 0 and 1")
+    check_level(conf_level)
     z = NormalDist().inv_cdf(0.5 + conf_level / 2)
     rows = _wald(fit, z) if ddf == "wald" else _with_degrees(fit, conf_level, ddf)
     for (group, name, estimate), se in zip(random_parameters(fit), random_errors(fit), strict=True):

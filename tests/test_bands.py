@@ -61,6 +61,24 @@ def test_conditional_bands_have_the_modes_variances(several: bool) -> None:
     np.testing.assert_allclose(wide["predicted"] - wide["lower"], Z * np.sqrt(variance + fit.sigma**2), rtol=1e-7)
 
 
+@pytest.mark.parametrize("left_out", ["(1 | a)", "(1 + x | a)"])
+def test_factors_left_out_are_part_of_what_is_not_known(left_out: str) -> None:
+    rng = np.random.default_rng(2)
+    n = 240
+    data = pl.DataFrame({"a": rng.integers(0, 20, n), "b": rng.integers(0, 8, n), "x": rng.normal(size=n)})
+    effects = [rng.normal(size=20), 0.5 * rng.normal(size=20), rng.normal(size=8)]
+    y = effects[0][data["a"]] + effects[1][data["a"]] * data["x"].to_numpy() + effects[2][data["b"]] + rng.normal(size=n)
+    data = data.with_columns(y=y)
+    fit = mp.lmm(f"y ~ x + {left_out} + (1 | b)", data)
+    some = scored(fit, data, effects=["b"], interval="prediction")
+    certain = scored(fit, data, effects=["b"], interval="confidence")
+    term = next(term for term in fit.terms if term.group == "a")
+    z = np.column_stack([np.ones(n), data["x"]])[:, : len(term.names)]
+    variance = ((certain["upper"] - certain["predicted"]).to_numpy() / Z) ** 2 + fit.sigma**2
+    variance += fit.sigma**2 * ((z @ term.factor) ** 2).sum(axis=1)
+    np.testing.assert_allclose(some["upper"] - some["predicted"], Z * np.sqrt(variance), rtol=1e-7)
+
+
 def test_bands_of_means_stay_in_their_range(tmp_path: Path) -> None:
     data = pl.read_parquet(DATA / "cbpp.parquet")
     fit = mp.glmm("cbind(incidence, size - incidence) ~ period + (1 | herd)", data, family="binomial")

@@ -193,6 +193,9 @@ def test_requests_that_make_no_sense() -> None:
         fit.confint(method="profil")
     with pytest.raises(mp.ConfigError, match="between 0 and 1"):
         fit.confint(level=95)
+    for asked in (lambda: fit.confint(level="a"), lambda: fit.tidy(conf_level="a")):
+        with pytest.raises(mp.ConfigError, match="not between 0 and 1"):
+            asked()
     fit.held = fit.source = None
     with pytest.raises(mp.DataError, match="neither its statistics nor its data"):
         fit.confint(method="profile")
