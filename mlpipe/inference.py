@@ -40,6 +40,9 @@ def check_ddf(fit: MixedFit, ddf: str) -> None:
         return
     if not fit.residual_scaled or not fit.terms:
         raise ConfigError(f"ddf = {ddf!r} belongs to linear mixed models", code="ddf", hint='ddf="wald"')
+    if robust := fit.info.get("robust"):
+        message = f"ddf = {ddf!r} is of the model's own covariance, and the fit's is cluster-robust ({robust['kind']})"
+        raise ConfigError(message, code="ddf", hint='ddf="wald", or a fit without cluster=')
     if ddf == "kenward-roger" and not fit.reml:
         raise ConfigError("Kenward and Roger's method is for restricted likelihood", code="ddf", hint="fit with reml=True")
 

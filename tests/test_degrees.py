@@ -175,6 +175,14 @@ def test_what_has_no_such_degrees_of_freedom_is_refused() -> None:
         glm.tidy(ddf="satterthwaite")
 
 
+def test_robust_covariances_have_no_such_degrees_of_freedom() -> None:
+    fit = mp.lmm("reaction ~ days + (1 | subject)", mp.datasets.path("sleepstudy"), cluster="subject")
+    for ddf in ("satterthwaite", "kenward-roger"):
+        with pytest.raises(mp.ConfigError, match="cluster-robust"):
+            fit.tidy(ddf=ddf)
+    assert fit.test("days = 0")["df_denominator"][0].as_py() is None
+
+
 def test_large_crossed_factors_are_refused_with_what_is_lost() -> None:
     rng = np.random.default_rng(0)
     frame = pl.DataFrame({"y": rng.normal(size=4000), "a": rng.integers(0, 900, 4000), "b": rng.integers(0, 800, 4000)})
