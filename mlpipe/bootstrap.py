@@ -76,7 +76,7 @@ def parameters(factors: list[np.ndarray], unit: float, family: float | None, bet
         for j in range(len(sd)):
             out.append(sd[j])
             with np.errstate(invalid="ignore", divide="ignore"):
-                out += [psi[i, j] / (sd[i] * sd[j]) for i in range(j + 1, len(sd))]
+                out += [np.clip(psi[i, j] / (sd[i] * sd[j]), -1.0, 1.0) for i in range(j + 1, len(sd))]
     return np.concatenate([np.array(out), [] if family is None else [family], beta])
 
 

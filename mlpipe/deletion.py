@@ -84,7 +84,10 @@ def check_top(top: int) -> None:
 
 
 def chosen(fit: MixedFit, group: str | None) -> tuple[str, ...]:
-    """The key columns of the factor whose levels are deleted. Raises ConfigError for a name that is none, and for none of several."""
+    """The key columns of the factor whose levels are deleted. Raises ConfigError for a name that is none, and for none of several, and
+    where there are no coefficients that could move."""
+    if not fit.names:
+        raise ConfigError("the model has no fixed effects that could change", code="not_available")
     factors = {":".join(columns): columns for columns in fit.recipe.factors or (fit.recipe.groups,)}
     if group is None and len(factors) > 1:
         raise ConfigError(f"the fit has several grouping factors: {', '.join(factors)}", hint="name one by group=", code="several_factors")

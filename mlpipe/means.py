@@ -185,7 +185,8 @@ class _Grid:
         self, fit: MixedFit, wanted: list[str], at: Mapping[str, Any], integrate: bool, data: Any, options: Options | None
     ) -> None:
         factors, others = _factors(fit), value_names(fit.recipe, False)
-        names = {label: name for name, variable in factors.items() for label in (variable.label, name)}
+        fixed = _fixed_columns(fit)
+        names = {label: name for name, v in factors.items() if name in fixed or integrate for label in (v.label, name)}
         for label in wanted:
             if label not in names:
                 raise ConfigError(f"there is no factor {label!r} in the fixed part", hint=did_you_mean(label, sorted(names)))
@@ -194,7 +195,6 @@ class _Grid:
         for name in at:
             if name not in others:
                 raise ConfigError(f"at names {name!r}, which is no covariate of the model", hint=did_you_mean(name, others))
-        fixed = _fixed_columns(fit)
         levels = {name: _levels(variable, at.get(name)) for name, variable in factors.items()}
         first = [names[label] for label in wanted]
         for name in factors:

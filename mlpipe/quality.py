@@ -217,7 +217,8 @@ def residuals(fit: MixedFit, data: Any, options: Options | None) -> pa.Table:
 
 def summary(sketch: Sketch) -> dict[str, float]:
     """n, moments and quartiles."""
-    out = {"n": sketch.n, "mean": sketch.mean, "sd": sketch.sd, "skewness": sketch.skewness, "kurtosis": sketch.kurtosis}
+    mean = sketch.mean if sketch.n else math.nan
+    out = {"n": sketch.n, "mean": mean, "sd": sketch.sd, "skewness": sketch.skewness, "kurtosis": sketch.kurtosis}
     return out | dict(zip(QUANTILES, sketch.quantiles(list(QUANTILES.values())).tolist(), strict=True))
 
 

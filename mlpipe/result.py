@@ -234,7 +234,8 @@ class MixedFit:
         return quality.r2(self, data, options)
 
     def residuals(self, data: Any = None, *, options: Options | None = None) -> pa.Table:
-        """Response and Pearson residuals given the random effects in summary: n, moments (excess kurtosis), quartiles; one scan.
+        """Response and Pearson residuals given the random effects in summary: n, moments (excess kurtosis), quartiles; one scan. Each row
+        counts once, whatever its `freq`.
 
         Quartiles are exact up to 16,384 rows, then from a sketch whose ranks are good to 0.1 % of the rows.
         """

@@ -1,6 +1,7 @@
 """Deletion of blocks: against fits by generalized least squares without each block."""
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,13 @@ def test_statistics_without_the_blocks_products() -> None:
             fit.influence()
         assert "blocks+xx" in str(caught.value.hint)
         assert len(fit.influence(data=frame)) == 20
+
+
+@pytest.mark.parametrize("made", [mp.lmm, functools.partial(mp.glmm, family="gaussian")])
+def test_a_model_without_fixed_effects(made: Any) -> None:
+    fit = made("y ~ 0 + (1 | g)", data())
+    with pytest.raises(mp.ConfigError, match="no fixed effects"):
+        fit.influence()
 
 
 def test_what_is_refused() -> None:

@@ -172,6 +172,18 @@ def test_references_are_the_levels_that_the_formula_states() -> None:
     assert fit.contrasts("t", "reference", at={"t": ["c", "a"]})["contrast"].to_pylist() == ["a - c"]
 
 
+def test_a_factor_of_the_random_part_alone_has_means_over_it_only() -> None:
+    frame = simulated("poisson", "log", 600)
+    fit = mp.glmm("y ~ x + (0 + t | g)", frame, family="poisson")
+    for asked in (fit.means, fit.contrasts):
+        with pytest.raises(mp.ConfigError, match="no factor 't' in the fixed part"):
+            asked("t")
+    means = fit.means("t", effects="marginal").to_pylist()
+    eta = fit.beta[0] + fit.beta[1] * frame["x"].mean()
+    psi = np.diag(fit.terms[0].factor @ fit.terms[0].factor.T)
+    assert [row["estimate"] for row in means] == pytest.approx(np.exp(eta + psi / 2))
+
+
 def test_two_levels_need_no_adjustment(fitted: tuple[Any, pl.DataFrame]) -> None:
     fit, _ = fitted
     assert fit.contrasts("flag").equals(fit.contrasts("flag", adjust="none"))

@@ -227,7 +227,7 @@ def test_a_variance_of_zero_has_no_standardized_modes() -> None:
     with pytest.warns(mp.SingularFitWarning):
         fit = _singular()
     row = fit.normality().to_pylist()[0]
-    assert row["n"] == 0 and row["median"] is None and len(fit.qq("g")) == 0
+    assert row["n"] == 0 and row["mean"] is None and row["median"] is None and len(fit.qq("g")) == 0
     assert fit.icc(level=0.95)["g"][0] == 0.0
 
 
