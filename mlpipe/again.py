@@ -10,6 +10,7 @@ import numpy as np
 
 from .design import level_label
 from .errors import ConfigError, DataError
+from .expr import Column
 from .formula import parse
 from .generalized import gathered
 from .options import Options
@@ -23,6 +24,7 @@ from .solve.profile import PassSurface, PlainSurface, Surface
 from .spool import Spool
 
 if TYPE_CHECKING:
+    from .features import Recipe
     from .generalized_result import GeneralizedFit
     from .reduction import Random
 
@@ -133,10 +135,19 @@ def _request(fit: GeneralizedFit, options: Options) -> Request:
     recipe = fit.recipe
     levels = {v.label: [level_label(level) for level in v.levels] for v in recipe.variables.values() if v.kind == "category"}
     return Request(
-        fit.formula, weights=recipe.weights, freq=recipe.freq, offset=recipe.offset, levels=levels, contrasts=recipe.contrasts,
+        fit.formula, weights=recipe.weights, freq=recipe.freq, offset=recipe.offset, levels=levels | outcome(recipe),
+        contrasts=recipe.contrasts,
         family=recipe.family, link=fit.link, trials=recipe.trials, nagq=fit.nagq, groups=() if fit.terms else recipe.groups,
         options=options,
     )  # fmt: skip
+
+
+def outcome(recipe: Recipe) -> dict[str, list[str]]:
+    """The two levels of a text response, failure first, as `levels` takes them: by themselves they may be the other way round."""
+    node = recipe.formula.response
+    if not isinstance(node, Column) or recipe.failure is None or recipe.success is None:
+        return {}
+    return {node.name: [recipe.failure, recipe.success]}
 
 
 def _point(fit: GeneralizedFit, model: Model, joint: JointModel | None) -> Array:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .again import outcome
 from .errors import ConfigError, ConvergenceWarning, DataError, did_you_mean
-from .expr import label
-from .formula import Formula, Term
+from .expr import columns, label
+from .formula import Formula, Term, parse
 from .generalized_result import GeneralizedFit
 from .inference import Tests, chi2_tail, held
 from .intervals import ml_optimum
@@ -337,6 +338,7 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
             raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
         settings: dict[str, Any] = {
             "weights": recipe.weights, "freq": recipe.freq, "offset": recipe.offset, "contrasts": _of(recipe.contrasts, text),
+            "levels": outcome(recipe) or None,
         }  # fmt: skip
         if not isinstance(fit, GeneralizedFit):
             return fitted("ols", text, fit.source, options or Options(), settings)
@@ -346,5 +348,6 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
 
 def _of(contrasts: Any, text: str) -> Any:
     """The contrasts of columns that the formula still has."""
-    return {name: kind for name, kind in contrasts.items() if name in text} if contrasts else None
+    known = {name for node in parse(text).variables for name in (label(node), *columns(node))}
+    return {name: kind for name, kind in contrasts.items() if name in known} if contrasts else None
 

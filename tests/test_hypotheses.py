@@ -238,6 +238,39 @@ def test_drop1_of_generalized_fits() -> None:
     assert rows[1]["term"] == "period" and rows[1]["df"] == 3 and rows[1]["p_value"] < 1e-4
 
 
+def two_levels() -> pl.DataFrame:
+    rng = np.random.default_rng(3)
+    n, g = 160, np.arange(160) % 16
+    x, f = rng.normal(size=n), rng.choice(["a", "b", "c"], n)
+    won = rng.uniform(size=n) < 1.0 - np.exp(-np.exp(0.8 * x + 0.5 * (f == "b") - 0.5 + 0.7 * rng.normal(size=16)[g]))
+    return pl.DataFrame({"x": x, "f": f, "g": g, "won": won, "r": np.where(won, "lost", "won")})
+
+
+@pytest.mark.parametrize("random", ["", " + (1 | g)"])
+def test_the_outcome_that_is_modelled_stays_when_rows_are_read_again(random: str) -> None:
+    """`levels` may say that the level that comes first by its bytes is the one modelled; refits of the rows have it too."""
+    frame = two_levels()
+    made: Any = mp.glmm if random else mp.glm
+    want = made(f"won ~ x + f{random}", frame, family="binomial", link="cloglog")
+    fit = made(f"r ~ x + f{random}", frame, family="binomial", link="cloglog", levels={"r": ["won", "lost"]})
+    assert fit.recipe.success == "lost" and fit.fixef() == pytest.approx(want.fixef())
+    asked: list[Any] = [lambda one: one.drop1(), lambda one: one.confint("profile"), lambda one: one.confint("boot", draws=3)]
+    for question in [*asked, *([lambda one: one.influence(2)] if random else [])]:
+        found, expected = ([v for row in question(one).to_pylist() for v in row.values() if isinstance(v, float)] for one in (fit, want))
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ols", "glm", "glmm"])
+def test_contrasts_of_a_dropped_factor_are_dropped(kind: str) -> None:
+    """Also where another column's name holds the factor's."""
+    frame = two_levels().rename({"x": "fx"})
+    given: dict[str, Any] = {} if kind == "ols" else {"family": "binomial"}
+    formula = "won ~ f + fx" + (" + (1 | g)" if kind == "glmm" else "")
+    fits = [getattr(mp, kind)(formula, frame, contrasts=contrasts, **given) for contrasts in ({"f": "sum"}, None)]
+    for a, b in zip(*(fit.drop1().to_pylist() for fit in fits), strict=True):
+        assert a["loglik"] == pytest.approx(b["loglik"], abs=1e-6) and a["df"] == b["df"]
+
+
 def test_formulas_without_a_term() -> None:
     formula = parse("log(y) ~ a * b + `odd name` + offset(z) + (1 + x || g) + (1 | a/h)")
     assert [without(formula, term) for term in droppable(formula)] == [
