@@ -357,7 +357,7 @@ def _from_json(record: dict[str, Any]) -> MixedFit:
         names=tuple(record["names"]),
         dropped=tuple(record["dropped"]),
         beta=np.array(record["beta"], dtype=float),
-        spread=Spread(*(matrix(record["spread"][name]).reshape(-1 if name == "Q" else p, p) for name in ("Q", "R", "star"))),
+        spread=Spread(*(matrix(record["spread"][name]).reshape(n, p) for name, n in (("Q", len(record["gamma"])), ("R", p), ("star", p)))),
         gamma=np.array(record["gamma"], dtype=float),
         terms=terms,
         theta_covariance=matrix(record["theta_covariance"]).reshape(t, t),

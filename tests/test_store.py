@@ -47,6 +47,14 @@ def content(con: duckdb.DuckDBPyConnection) -> dict[str, list[Any]]:
     return {name: con.execute(f"select columns(*)::varchar from {_quoted(name)}").fetchall() for name in names}
 
 
+@pytest.mark.parametrize("random", ["(1 | subject)", "(1 | subject) + (1 | days)"])
+def test_a_fit_without_coefficients(random: str, tmp_path: Path) -> None:
+    fit = mp.lmm(f"reaction ~ 0 + {random}", datasets.path("sleepstudy"))
+    fit.write(tmp_path / "fit")
+    again = mp.load(tmp_path / "fit")
+    assert again.vcov().shape == (0, 0) and again.tidy().equals(fit.tidy()) and str(again).splitlines()[0] == str(fit).splitlines()[0]
+
+
 # ---- DuckDB
 
 
