@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import variance
-from .again import again
+from .again import Again, again
 from .errors import ConfigError, did_you_mean
 from .generalized_result import PARAMETER, GeneralizedFit
 from .held import Held
 from .inference import check_size, held
+from .marginal import fisher
 from .pins import REACH, Parametrisation
 from .result import LMMFit
 from .solve.crossed import CrossedProblem
@@ -161,7 +162,7 @@ def _by_passes(fit: GeneralizedFit, z: float) -> list[Interval]:
         d = len(best.psi) - p - found.model.density.family.shape
         order = np.concatenate([np.arange(p, p + d), np.arange(p), np.arange(p + d, len(best.psi))])
         phi, covariance = best.psi[order], best.vcov[np.ix_(order, order)]
-        how = Parametrisation(found.random, phi, covariance, relative=False, size=_typical(best.vcov[:p, :p], found.model.rows.nobs))
+        how = Parametrisation(found.random, phi, covariance, relative=False, size=_typical(found))
         pins = _random_pins(fit, how, found.places)
         moved = len(pins)
         inverse = np.linalg.inv(found.model.fixed.R)
@@ -178,11 +179,13 @@ def _by_passes(fit: GeneralizedFit, z: float) -> list[Interval]:
         return [*rows[:moved], (str(family_name(fit)), *_ends(limits, tau, PARAMETER[fit.base_family][1])), *rows[moved:]]
 
 
-def _typical(vcov: np.ndarray, n: float) -> float:
+def _typical(found: Again) -> float:
     """A random effect neither small nor large beside what one row tells of its linear predictor: the columns of the solver's coefficients
     have mean square 1."""
-    known = np.diag(vcov)[np.diag(vcov) > 0.0]
-    return math.sqrt(n * float(known.min())) if len(known) else 1.0
+    model, best = found.model, found.best
+    tau = float(best.psi[-1]) if model.density.family.shape else 0.0
+    told = float(np.mean(np.diag(fisher(model, model.Q @ best.beta, tau)))) if best.p else math.nan
+    return math.sqrt(model.rows.nobs / told) if told > 0.0 else 1.0
 
 
 def _toward_poisson(fit: GeneralizedFit, tau: Pin) -> Pin:

@@ -124,7 +124,7 @@ def sandwich(model: Model, psi: Array, bread: Array, kind: str) -> Array:
     Q, density = model.Q, model.density
     gamma, tau = Q @ psi[: Q.shape[1]], float(psi[-1]) if density.family.shape else 0.0
     clustered, levered = kind.startswith("CR"), kind in ("HC2", "HC3", "CR2")
-    L = half(np.linalg.inv(_fisher(model, gamma, tau))) if levered else np.zeros((0, 0))
+    L = half(np.linalg.inv(fisher(model, gamma, tau))) if levered else np.zeros((0, 0))
 
     def look(chunk: Chunk) -> Array:
         scores: list[Array] = []
@@ -159,7 +159,7 @@ def sandwich(model: Model, psi: Array, bread: Array, kind: str) -> Array:
     return np.asarray(factor * bread @ meat @ bread)
 
 
-def _fisher(model: Model, gamma: Array, tau: float) -> Array:
+def fisher(model: Model, gamma: Array, tau: float) -> Array:
     """X'WX with the weights of Fisher scoring, in the solver's coordinates."""
 
     def look(chunk: Chunk) -> Array:
