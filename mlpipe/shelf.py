@@ -209,7 +209,8 @@ class DatabaseShelf:
 
 def named(record: dict[str, Any]) -> set[str]:
     """The states that a record names."""
-    return {part["state"] for part in record["partitions"] if part["state"] is not None} | set(record["merged"])
+    parts = (*record["partitions"], *record.get("pending", ()))
+    return {part["state"] for part in parts if part["state"] is not None} | set(record["merged"])
 
 
 def checked(text: str, name: str) -> dict[str, Any]:
