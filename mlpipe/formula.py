@@ -215,6 +215,9 @@ class _Algebra:
         for term in (RandomTerm(part, group, text) for group in _groups(node.right) for part in parts):
             if any(set(term.terms) == set(other.terms) and set(term.groups) == set(other.groups) for other in self.random):
                 raise FormulaError(f"a random term over {term.group_label} repeats an earlier one", span=node.span)
+            if any(term.group_label == other.group_label and term.groups != other.groups for other in self.random):
+                what = f"two grouping factors are called {term.group_label}: a column of this name, and columns joined by colons"
+                raise FormulaError(what, hint="give the column another name", span=node.span)
             self.random.append(term)
 
 

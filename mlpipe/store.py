@@ -301,8 +301,10 @@ def matching(table: pa.Table, wanted: Mapping[str, Any]) -> pa.Table:
     for name, value in wanted.items():
         column = table.column(name)
         try:
+            if isinstance(value, str) and pa.types.is_time(column.type):  # which Arrow does not read
+                value = datetime.time.fromisoformat(value)
             scalar = pa.scalar(value).cast(column.type) if isinstance(value, str) else pa.scalar(value, column.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, ValueError) as error:
             raise ConfigError(f"{value!r} is no value of {name!r}, which is {column.type}", code="which_fit") from error
         table = table.filter(pc.is_null(column) if value is None else pc.equal(column, scalar))
     return table

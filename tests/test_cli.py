@@ -490,6 +490,11 @@ def test_the_entry_point_in_a_pipe() -> None:
     assert (done.returncode, done.stderr) == (0, "") and "251.405" in done.stdout
 
 
+def test_the_package_is_the_command_too() -> None:
+    command = [sys.executable, "-m", "mlpipe", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, env=environment()).stdout == f"mlpipe, version {mp.__version__}\n"
+
+
 @pytest.mark.parametrize("command", ["plan", "fit"])
 def test_a_reader_that_leaves_is_no_error(command: str) -> None:
     pipe = f"set -o pipefail; {sys.executable} -c '{CODE}' {command} '{FORMULA}' {SLEEP} | true"

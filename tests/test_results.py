@@ -147,6 +147,25 @@ def test_mistakes(models: str, message: str, job: Any) -> None:
     assert message in caught.value.message
 
 
+@pytest.mark.parametrize("target", ["out", "out.duckdb"])
+def test_a_text_stands_for_a_value_of_its_column(target: str, job: Any, tmp_path: Path) -> None:
+    """Of any kind that `by` may have, as messages show it."""
+    one = pl.col("region") == "north"
+    values = {
+        "clock": pl.when(one).then(pl.time(11, 30)).otherwise(pl.time(9)), "when": pl.datetime(2026, 1, 1, one.cast(int), time_zone="UTC"),
+        "cost": one.cast(int).cast(pl.Decimal(10, 2)), "share": one / 2.0, "is": one,
+    }  # fmt: skip
+    frame().filter(pl.col("region") != "lone").with_columns(**values).write_parquet(tmp_path / "rows.parquet")
+    read = job(f'[model]\nformula = "y ~ x + (1 | g)"\nby = {list(values)}'.replace("'", '"'), target)
+    fits = jobs.fit_jobs(read, {})
+    jobs.write_outputs(fits, read.output)
+    for fitted in fits.fits:
+        again = mp.load(tmp_path / target, by={name: str(value) for name, value in fitted.by.items()})
+        assert fitted.fit is not None and again.loglik == fitted.fit.loglik and again.written.items() >= fitted.by.items()
+    with pytest.raises(mp.ConfigError, match="'half past nine' is no value of 'clock', which is time64"):
+        mp.load(tmp_path / target, by={"clock": "half past nine"})
+
+
 ALL = '[[models]]\nname = "all"\nformula = "y ~ x + (1 | g)"\n'
 
 
