@@ -180,15 +180,17 @@ def _run_many(console: Console, job: Job, given: dict[str, Any]) -> None:
 @cli.command()
 @click.argument("fit_directory", metavar="FIT", type=click.Path())
 @click.option("--sql", metavar="DIALECT", help="Print a SELECT that predicts: duckdb, postgres, snowflake, bigquery or spark.")
-@click.option("--source", default="data", show_default=True, help="The table that it reads.")
-@click.option("--effects", type=click.Choice(["conditional", "population", "marginal"]), default="conditional", show_default=True)
+@click.option("--source", help="The table that it reads.  [default: data]")
+@click.option("--effects", type=click.Choice(["conditional", "population", "marginal"]), help="What it predicts.  [default: conditional]")
 @pass_console
-def show(console: Console, /, fit_directory: str, sql: str | None, source: str, effects: str) -> None:
+def show(console: Console, /, fit_directory: str, sql: str | None, source: str | None, effects: str | None) -> None:
     """Print a fit that was written, or the SQL that predicts from it inside a warehouse."""
     from .result import load
 
-    result = load(fit_directory)
-    console.out(result.summary() if sql is None else result.scoring_sql(sql, source=source, effects=effects).rstrip())
+    if sql is None and (source is not None or effects is not None):
+        raise ConfigError("--source and --effects belong to --sql", code="usage")
+    result, text = load(fit_directory), {"source": source or "data", "effects": effects or "conditional"}
+    console.out(result.summary() if sql is None else result.scoring_sql(sql, **text).rstrip())
 
 
 @cli.command()
@@ -213,6 +215,9 @@ def report(
     from .reporting import report as write_report
 
     console.log_to(log)
+    _check_out(out)
+    if settings["table"] is not None and not settings["data"]:
+        raise ConfigError("--table names a table of DATA, which is missing", code="usage")
     data, options = _data(settings) if settings["data"] else None, _limits(settings)
     values = dict(_pair(text, "--by", "COLUMN=VALUE") for text in by)
     with stage("report", {}, options=options):
@@ -240,9 +245,11 @@ def predict(
     """Write the rows of DATA with predictions of FIT to a Parquet file, or to a directory with a file for each of DATA."""
     from .progress import Written, stage
     from .result import load
-    from .scored import pieces, write_file, write_pieces
+    from .scored import check_file, pieces, write_file, write_pieces
 
     console.log_to(log)
+    _check_out(out)
+    check_file(out, fit_directory, settings["data"])
     options = _limits(settings)
     result = load(fit_directory)
     parts = pieces(settings["data"], out, options) if settings["table"] is None else None
@@ -309,11 +316,18 @@ def _data(settings: dict[str, Any]) -> Any:
 
 def _check_target(target: str, mode: str, prefix: str = "mlpipe") -> None:
     """A fit that would not be replaced is refused before the work, not after it."""
-    from .store import holds_fit
+    from .store import check_target, holds_fit
 
+    _check_out(target)
+    check_target(target)
     if mode == "error" and holds_fit(target, prefix):
         hint = '--overwrite, or mode = "overwrite" in a job, replaces it'
         raise ConfigError(f"{target} already holds a fit", code="target_exists", hint=hint)
+
+
+def _check_out(out: str) -> None:
+    if out == "-":
+        raise ConfigError("standard output takes no files", code="target", hint="name a target")
 
 
 def _finish(result: MixedFit) -> None:

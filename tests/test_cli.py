@@ -105,7 +105,11 @@ def test_a_fit_that_is_there_is_refused_before_the_work(invoke: Invoke, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr("mlpipe.fit.lmm", None)
         refused = invoke("fit", FORMULA, SLEEP, "--out", "fit")
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "theirs" / "letter.txt").write_text("dear")
+        other = invoke("fit", FORMULA, SLEEP, "--out", "theirs")
     assert refused.code == 2 and "already holds a fit\nhint: --overwrite" in refused.err
+    assert other.code == 2 and "theirs exists and is no fit" in other.err
     assert invoke("fit", FORMULA, SLEEP, "--out", "fit", "--overwrite", "--ml").code == 0
     assert not mp.load("fit").reml
 
@@ -183,6 +187,12 @@ MISTAKES: list[tuple[tuple[str, ...], int, str]] = [
     (("fit", FORMULA, SLEEP, SLEEP, "--table", "t"), 2, "one database"),
     (("show", "nowhere"), 3, "error: there is no fit in nowhere"),
     (("predict", "nowhere", SLEEP, "--out", "p.parquet"), 3, "no fit in nowhere"),
+    (("fit", FORMULA, SLEEP, "--out", "-"), 2, "standard output takes no files"),
+    (("fit", FORMULA, SLEEP, "--out", SLEEP), 2, "exists and is no fit"),
+    (("fit", FORMULA, SLEEP, "--table", "t"), 3, "sleepstudy.parquet is not a DuckDB database"),
+    (("fit", "subject ~ days + (1 | days)", SLEEP), 3, "the response subject is not numeric\nhint: it is read as text"),
+    (("report", "nowhere", "--out", "r.html", "--table", "t"), 2, "--table names a table of DATA, which is missing"),
+    (("show", "nowhere", "--effects", "marginal"), 2, "--source and --effects belong to --sql"),
     (("run", "nowhere.toml"), 2, "cannot read the job nowhere.toml"),
     ((), 2, "Usage: mlpipe"),
 ]
@@ -438,8 +448,9 @@ def test_predict_writes_every_row_in_order(invoke: Invoke, tmp_path: Path) -> No
     scored = pl.read_parquet("p.parquet")
     assert scored.drop("predicted").equals(pl.read_parquet(SLEEP))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fit", "p.parquet"]
-    again = invoke("predict", "fit", "p.parquet", "--out", "p.parquet", "--prefix", "fixed_", "--effects", "population")
-    assert again.code == 0 and pl.read_parquet("p.parquet").columns[-2:] == ["predicted", "fixed_predicted"]
+    again = invoke("predict", "fit", "p.parquet", "--out", "q.parquet", "--prefix", "fixed_", "--effects", "population")
+    assert again.code == 0 and pl.read_parquet("q.parquet").columns[-2:] == ["predicted", "fixed_predicted"]
+    assert invoke("predict", "fit", SLEEP, "--out", "q.parquet").code == 0 and pl.read_parquet("q.parquet").equals(scored)
 
 
 def test_unseen_levels(invoke: Invoke, tmp_path: Path) -> None:
