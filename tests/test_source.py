@@ -739,6 +739,16 @@ def test_a_remote_file_that_changes(bucket: Path, opened: Opened) -> None:
         engine.check_unchanged()
 
 
+def test_a_store_out_of_reach_is_worth_a_retry(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(url: str) -> Any:
+        raise OSError("When resolving region for bucket 'b': AWS Error NETWORK_CONNECTION")
+
+    monkeypatch.setattr(remote, "from_uri", unreachable)
+    with pytest.raises(ResourceError, match="bucket://b/a.parquet: .*NETWORK_CONNECTION") as caught:
+        open_source("bucket://b/a.parquet")
+    assert caught.value.code == "io"
+
+
 def test_remote_copies_are_refused_by_a_full_disk(bucket: Path, monkeypatch: pytest.MonkeyPatch, scratch: Options) -> None:
     write(bucket / "a.csv", pl.DataFrame({"x": [1]}))
 
