@@ -400,6 +400,9 @@ def test_a_singular_fit_says_so_everywhere(tmp_path: Path) -> None:
     assert set(modes["estimate"].to_pylist()) == {0.0} and set(modes["reliability"].to_pylist()) == {None}
     fit.write(tmp_path / "fit")
     assert mp.load(tmp_path / "fit").singular
+    said = ["the fit is singular: a random-effects covariance is on the boundary"]
+    assert fit.info["warnings"] == mp.load(tmp_path / "fit").info["warnings"] == said
+    assert fit.dispersion == fit.sigma**2 and mp.lmm("y ~ x + (1 | g)", data()).info["warnings"] == []
 
 
 def test_perfect_correlation_is_singular() -> None:

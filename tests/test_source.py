@@ -799,7 +799,7 @@ def test_parse_bytes_refuses(text: Any) -> None:
 
 WRONG = [
     {"memory_limit": "much"}, {"threads": 0}, {"threads": 1.5}, {"max_passes": 0}, {"seed": -1}, {"tol": 0.0}, {"tol": float("nan")},
-    {"progress": "yes"}, {"curvature": "expectd"}, {"on_nonconvergence": "stop"},
+    {"progress": "yes"}, {"curvature": "expectd"}, {"on_nonconvergence": "stop"}, {"temp_directory": 3},
 ]  # fmt: skip
 
 
