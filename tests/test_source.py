@@ -27,7 +27,7 @@ import sqlglot
 from pyarrow import fs
 
 import mlpipe as mp
-from mlpipe.engines import remote
+from mlpipe.engines import files, remote
 from mlpipe.engines.base import Columns, Engine
 from mlpipe.errors import ColumnNotFoundError, ConfigError, DataError, MlpipeError, ResourceError
 from mlpipe.options import Options, parse_bytes
@@ -342,6 +342,19 @@ def test_a_dataset_whose_files_are_not_of_its_schema(tmp_path: Path) -> None:
         open_source(data)
     assert (caught.value.code, caught.value.column) == ("column_files", "g")
     open_source(paths).close()  # from the files themselves: an error only where the column is used
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs this may read all files, so the system's refusal is played."""
+    path = parquet(tmp_path / "a.parquet", x=[1.0])
+
+    def refused(file: str, *_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", file)
+
+    monkeypatch.setattr(files, "_state", refused)
+    with pytest.raises(DataError, match="cannot read .*a.parquet: Permission denied") as caught:
+        open_source(path)
+    assert caught.value.code == "file_unreadable"
 
 
 def test_a_delta_table_is_refused(tmp_path: Path) -> None:

@@ -137,9 +137,15 @@ class Snapshot:
 
     @classmethod
     def of(cls, files: Iterable[str], filesystem: Any = None) -> Snapshot:
-        """The state of the files now."""
+        """The state of the files now. Raises DataError (code "file_unreadable") for one that cannot be opened."""
         remote = None if type(filesystem).__name__ == "LocalFileSystem" else filesystem
-        return cls({file: _state(file, remote) for file in files}, remote)
+        states = {}
+        for file in files:
+            try:
+                states[file] = _state(file, remote)
+            except OSError as error:
+                raise DataError(f"cannot read {file}: {error.strerror or error}", code="file_unreadable") from error
+        return cls(states, remote)
 
     @property
     def bytes(self) -> int:
