@@ -453,6 +453,30 @@ def test_predict_writes_every_row_in_order(invoke: Invoke, tmp_path: Path) -> No
     assert invoke("predict", "fit", SLEEP, "--out", "q.parquet").code == 0 and pl.read_parquet("q.parquet").equals(scored)
 
 
+@pytest.mark.parametrize("target", ["out", "out.duckdb"])
+def test_one_of_many_fits_is_shown_and_predicts(target: str, invoke: Invoke, tmp_path: Path) -> None:
+    rows = pl.read_parquet(SLEEP).with_columns(half=pl.when(pl.col("days") < 5).then(pl.lit("early")).otherwise(pl.lit("late")))
+    rows.write_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "job.toml").write_text(
+        '[source]\npath = "rows.parquet"\n[model]\nformula = "reaction ~ days + (1 | subject)"\nby = ["half"]\n'
+        f'[output]\ntarget = "{target}"\n'
+    )
+    assert invoke("run", "job.toml").code == 0
+    assert invoke("show", target).code == 2 and "holds 2 fits\nhint: name one: model=" in invoke("show", target).err
+    late = mp.load(tmp_path / target, by={"half": "late"})
+    assert invoke("show", target, "--by", "half=late") == (0, late.summary() + "\n", "")
+    assert invoke("predict", target, "rows.parquet", "--by", "half=late", "--out", "p.parquet").code == 0
+    expected = [value for batch in late.predict(rows) for value in batch.column("predicted").to_pylist()]
+    assert pl.read_parquet("p.parquet")["predicted"].to_list() == expected
+    assert invoke("show", target, "--by", "half").code == 2 and invoke("show", target, "--model", "other").code == 2
+
+
+def test_reports_keep_to_their_time(invoke: Invoke, tmp_path: Path) -> None:
+    fit = written(tmp_path)
+    done = invoke("report", fit, "--out", "r.html", "--timeout", "soon")
+    assert done.code == 2 and "'soon' is not a length of time" in done.err and not (tmp_path / "r.html").exists()
+
+
 def test_unseen_levels(invoke: Invoke, tmp_path: Path) -> None:
     pl.DataFrame({"days": [1.0, 2.0], "subject": ["308", "new"]}).write_csv(tmp_path / "new.csv", quote_style="non_numeric")
     fit = written(tmp_path)
