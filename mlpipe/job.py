@@ -227,6 +227,9 @@ def _check_models(job: Job, path: str) -> None:
             raise ConfigError(f"{path}: by and [[models]] are for linear mixed models", code="not_available")
     if has_many(job) and job.output is not None and job.output.scoring_sql:
         raise ConfigError(f"{path}: output.scoring_sql is for a job of one fit", code="not_available", hint="mlpipe.load one of them")
+    if job.output is not None and job.output.scoring_sql and not job.output.ranef and (job.model or job.models[0]).kind in ("lmm", "glmm"):
+        what = f"{path}: output.scoring_sql joins the tables of random effects, which ranef = false leaves out"
+        raise ConfigError(what, code="job_value", hint="fit.scoring_sql(effects=\"population\") joins none")
     names = [model.name for model in job.models]
     if len(set(names)) < len(names):
         raise ConfigError(f"{path}: two models have one name", code="job_value")
