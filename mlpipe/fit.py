@@ -189,8 +189,9 @@ def plan(
     if function == "ols":
         from .linear import planned, request_of
 
+        request = request_of(formula, absorb, cluster, arguments, options)
         with closing(open_source(data, options=options)) as engine:
-            return planned(prepare(engine, request_of(formula, absorb, cluster, arguments, options)), vcov)
+            return planned(prepare(engine, request), vcov)
     if function == "gee":
         return _planned_gee(formula, data, given, arguments, options)
     request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
@@ -296,8 +297,9 @@ def _collected(formula: str, data: Any, arguments: dict[str, Any], options: Opti
     from .planning import prepare
     from .sources import open_source
 
+    request = _request(formula, arguments, options)
     with closing(open_source(data, options=options)) as engine:
-        prepared = prepare(engine, _request(formula, arguments, options))
+        prepared = prepare(engine, request)
         stats = collect(prepared)
         identity = engine.identity()
         stats.info.update(fingerprint=identity.fingerprint, rescannable=identity.rescannable, bytes=identity.bytes)

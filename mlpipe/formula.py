@@ -66,10 +66,17 @@ def parse(text: str) -> Formula:
 
     Raises: FormulaError, whose message ends with the formula and carets under the place at fault.
     """
+    check_text(text)
     try:
         return _formula(text)
     except FormulaError as error:
         raise expr.pointed(error, text) from None
+
+
+def check_text(formula: object) -> None:
+    """Raises FormulaError for a formula that is no text, such as data in its place."""
+    if not isinstance(formula, str):
+        raise FormulaError(f"the formula must be text, not of type {type(formula).__name__}", hint="the formula comes first, then the data")
 
 
 def parse_expression(text: str) -> Node:

@@ -84,6 +84,7 @@ def locate(path: str) -> list[str]:
     if not found:
         inside = f"no file in the directory {path} has a suffix that is known"
         message, hint = (inside, f"accepted are {ACCEPTED}") if os.path.isdir(path) else (f"no file matches {path}", None)
+        hint = "the formula comes first, then the data" if "~" in path else hint
         raise DataError(message, code="file_not_found", hint=hint)
     for file in found:
         format_of(file)
