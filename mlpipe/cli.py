@@ -107,6 +107,8 @@ def fit(
     mode = "overwrite" if overwrite else "error"
     if out is not None:
         _check_target(out, mode)
+    elif overwrite:
+        raise ConfigError("--overwrite belongs to --out", code="usage")
     own = ({"reml": False} if ml else {}) | ({"checkpoint": checkpoint} if checkpoint is not None else {})
     with within(settings["timeout"]):
         result = fitted(_function(formula, settings), formula, _data(settings), _limits(settings), _model(settings) | own)

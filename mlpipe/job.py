@@ -225,6 +225,9 @@ def _check_models(job: Job, path: str) -> None:
             raise ConfigError(f"{path}: [model] {error.message}", code="job_value", hint=error.hint) from error
         if model.kind != "lmm" and (model.by or job.models):
             raise ConfigError(f"{path}: by and [[models]] are for linear mixed models", code="not_available")
+        if has_many(job) and (model.cluster is not None or model.vcov is not None):
+            what = f"{path}: by and [[models]] keep no rows for cluster and vcov"
+            raise ConfigError(what, code="not_available", hint="robust errors need a job for each model")
     if has_many(job) and job.output is not None and job.output.scoring_sql:
         raise ConfigError(f"{path}: output.scoring_sql is for a job of one fit", code="not_available", hint="mlpipe.load one of them")
     if job.output is not None and job.output.scoring_sql and not job.output.ranef and (job.model or job.models[0]).kind in ("lmm", "glmm"):

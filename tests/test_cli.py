@@ -187,6 +187,7 @@ MISTAKES: list[tuple[tuple[str, ...], int, str]] = [
     (("fit", FORMULA, SLEEP, SLEEP, "--table", "t"), 2, "one database"),
     (("show", "nowhere"), 3, "error: there is no fit in nowhere"),
     (("predict", "nowhere", SLEEP, "--out", "p.parquet"), 3, "no fit in nowhere"),
+    (("fit", FORMULA, SLEEP, "--overwrite"), 2, "--overwrite belongs to --out"),
     (("fit", FORMULA, SLEEP, "--out", "-"), 2, "standard output takes no files"),
     (("fit", FORMULA, SLEEP, "--out", SLEEP), 2, "exists and is no fit"),
     (("fit", FORMULA, SLEEP, "--table", "t"), 3, "sleepstudy.parquet is not a DuckDB database"),

@@ -138,6 +138,8 @@ def test_policies_of_many(job: Any) -> None:
         ('[model]\nformula = "y ~ x + (1 | g)"\nby = ["Seconds"]\n', "'Seconds': the tables of results have a column of this name"),
         ('[model]\nformula = "y ~ x + (1 | g)"\nby = ["r", "R"]\n', "'R': the tables of results have a column of this name"),
         ('[[models]]\nname = "a"\nformula = "y ~ x + (1 | g)"\nweigths = "x"', "unknown key models.0.weigths"),
+        ('[model]\nformula = "y ~ x + (1 | g)"\nby = ["region"]\ncluster = "g"\n', "keep no rows for cluster and vcov"),
+        ('[[models]]\nname = "a"\nformula = "y ~ x + (1 | g)"\ncluster = ["g"]\nvcov = "CR0"', "keep no rows for cluster and vcov"),
         ('[model]\nkind = "glm"\nfamily = "poisson"\nformula = "y ~ x"\nby = ["g"]', "are for linear mixed models"),
     ],
 )
