@@ -321,7 +321,7 @@ def _fitted(
 
     parsed = parse(formula)
     if not parsed.random:
-        raise ConfigError("the formula has no random term", code="no_random_term", hint="write one, such as (1 | group)")
+        raise ConfigError("the formula has no random term", code="no_random_term", hint="write one, such as (1 | group), or fit by ols")
     if stats.crossed is not None:
         from . import several
 

@@ -344,6 +344,12 @@ def test_a_dataset_whose_files_are_not_of_its_schema(tmp_path: Path) -> None:
     open_source(paths).close()  # from the files themselves: an error only where the column is used
 
 
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DataError, match="pipe.csv is no file that can be read twice"):
+        open_source(tmp_path / "pipe.csv")
+
+
 def test_a_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever runs this may read all files, so the system's refusal is played."""
     path = parquet(tmp_path / "a.parquet", x=[1.0])

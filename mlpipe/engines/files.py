@@ -87,6 +87,8 @@ def locate(path: str) -> list[str]:
         hint = "the formula comes first, then the data" if "~" in path else hint
         raise DataError(message, code="file_not_found", hint=hint)
     for file in found:
+        if not os.path.isfile(file):
+            raise DataError(f"{file} is no file that can be read twice", code="source_type", hint="write what it holds to a file")
         format_of(file)
         if os.path.getsize(file) == 0:
             raise DataError(f"{file} is empty", code="file_empty")
