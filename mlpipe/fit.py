@@ -194,9 +194,13 @@ def plan(
             return planned(prepare(engine, request), vcov)
     if function == "gee":
         return _planned_gee(formula, data, given, arguments, options)
-    request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
+    clusters, kind = _robust(function, formula, cluster, vcov)
+    more = _generalized(function, formula, given, weights) if function in GENERALIZED else {"clusters": clusters}
+    request = _request(formula, arguments | more, options)
     with closing(open_source(data, options=options)) as engine:
         prepared = prepare(engine, request)
+        if kind is not None and function == "lmm":
+            prepared.notes.append(f"{kind} errors read the rows once more")
         if prepared.path == "crossed":
             from .several import expected as of_several
 
@@ -206,6 +210,22 @@ def plan(
 
             prepared.expected = expected(prepared, compress=function == "glmm")
         return prepared
+
+
+def _robust(
+    function: str, formula: str, cluster: str | Sequence[str] | None, vcov: str | None
+) -> tuple[tuple[str, ...], str | None]:
+    """The clusters and the kind of robust errors of a model that is planned; raises ConfigError as the fit would."""
+    from . import robust_mixed
+    from .formula import parse
+    from .robust import checked, names_of
+    from .solve.sandwich import CR
+
+    if function == "glmm":
+        return robust_mixed.checked_generalized(parse(formula), cluster, vcov)
+    if function == "lmm":
+        return robust_mixed.checked(cluster, vcov, CR)
+    return names_of(cluster, "cluster"), checked(vcov, cluster is not None) if function == "glm" else None
 
 
 def _planned_gee(formula: str, data: Any, given: Mapping[str, Any], arguments: dict[str, Any], options: Options) -> Plan:

@@ -47,6 +47,8 @@ def report(
     target = regular(path)
     apart(path, fit, data)
     if isinstance(fit, MixedFit):
+        if model is not None or by:
+            raise ConfigError("model and by choose among fits that were written, and this is one", code="which_fit")
         text = _page(fit, [], list(fit.info.get("sql", ())), data, options)
     else:
         text = _of_written(fit, prefix, model, by, data, options)

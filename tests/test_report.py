@@ -419,6 +419,12 @@ def test_a_report_that_fails_leaves_what_was_there(sleep: Any, tmp_path: Path, m
     assert target.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_a_fit_at_hand_is_not_chosen(sleep: Any, tmp_path: Path) -> None:
+    for wanted in ({"model": "other"}, {"by": {"region": "north"}}):
+        with pytest.raises(mp.ConfigError, match="choose among fits that were written"):
+            mp.report(sleep, tmp_path / "x.html", **wanted)
+
+
 def test_a_report_never_replaces_what_it_reads(sleep: Any, tmp_path: Path) -> None:
     for name in ("fit.duckdb", "rows.parquet"):
         sleep.write(tmp_path / name) if name == "fit.duckdb" else pl.read_parquet(SLEEP).write_parquet(tmp_path / name)
