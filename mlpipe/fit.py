@@ -388,9 +388,13 @@ def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, s
     initial = reduced.theta_star(start) if start is not None else None
     with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
         solution = solve(reduced.problem, start=initial, tol=options.tol, max_evaluations=options.max_passes)
-        covariance = information(reduced.problem, solution).vcov
+        found = information(reduced.problem, solution)
         fields |= {"evaluations": solution.evaluations, "score": solution.score}
-    return solution, covariance
+    if found.flat:
+        group = reduced.random[0].group
+        what = f"the rows do not tell the variances over {group}: their likelihood is flat (do fixed effects tell its levels apart?)"
+        stats.info["notes"] = [*stats.info.get("notes", []), what]
+    return solution, found.vcov
 
 
 def recollected(fit: LMMFit) -> Held:
