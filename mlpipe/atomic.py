@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from .errors import ResourceError
+from .errors import ConfigError, ResourceError
 
 
 def regular(path: str | os.PathLike[str]) -> Path:
@@ -16,6 +16,15 @@ def regular(path: str | os.PathLike[str]) -> Path:
     if target.exists() and not target.is_file():
         raise ResourceError(f"cannot write {os.fspath(path)}: it is not a regular file", code="not_writable")
     return target
+
+
+def apart(target: str | os.PathLike[str], *read: object) -> None:
+    """Raises ConfigError (code "target") for a target that is one of the files, given by path or in lists of such, that are read."""
+    for given in read:
+        if isinstance(given, list | tuple):
+            apart(target, *given)
+        elif isinstance(given, str | os.PathLike) and os.path.isfile(target) and os.path.isfile(given) and os.path.samefile(target, given):
+            raise ConfigError(f"{os.fspath(target)} is what is read, and would be replaced", code="target", hint="name another file")
 
 
 @contextmanager

@@ -65,6 +65,11 @@ model = _options(
     click.option("--levels", multiple=True, metavar="FACTOR=A,B,C", help="The order of a factor's levels."),
     click.option("--na", type=click.Choice(["drop", "raise"]), default="drop", show_default=True, help="Rows with missing values."),
 )
+which = _options(
+    click.option("--model", help="Of a job with several models, the name of one."),
+    click.option("--by", multiple=True, metavar="COLUMN=VALUE", help="Of a job with one model a value, the value."),
+)
+tables = click.option("--prefix", default="mlpipe", show_default=True, help="Before the names of the tables, where FIT is a database.")
 logs = click.option("--log", type=click.Choice(["text", "json"]), help="One log line a stage on standard error.")
 
 
@@ -84,7 +89,7 @@ def cli() -> None:
 @click.option("--ml", is_flag=True, help="Maximum likelihood instead of REML.")
 @model
 @click.option("--checkpoint", type=click.Path(), help="Keep the state of a generalized mixed model here; the same fit goes on from it.")
-@click.option("--out", type=click.Path(), help="Write the fit to this directory.")
+@click.option("--out", type=click.Path(), help="Write the fit to this directory, or DuckDB file (.duckdb, .db).")
 @click.option("--overwrite", is_flag=True, help="Replace a fit that is there.")
 @limits
 @logs
@@ -102,6 +107,8 @@ def fit(
     mode = "overwrite" if overwrite else "error"
     if out is not None:
         _check_target(out, mode)
+    elif overwrite:
+        raise ConfigError("--overwrite belongs to --out", code="usage")
     own = ({"reml": False} if ml else {}) | ({"checkpoint": checkpoint} if checkpoint is not None else {})
     with within(settings["timeout"]):
         result = fitted(_function(formula, settings), formula, _data(settings), _limits(settings), _model(settings) | own)
@@ -180,15 +187,22 @@ def _run_many(console: Console, job: Job, given: dict[str, Any]) -> None:
 @cli.command()
 @click.argument("fit_directory", metavar="FIT", type=click.Path())
 @click.option("--sql", metavar="DIALECT", help="Print a SELECT that predicts: duckdb, postgres, snowflake, bigquery or spark.")
-@click.option("--source", default="data", show_default=True, help="The table that it reads.")
-@click.option("--effects", type=click.Choice(["conditional", "population", "marginal"]), default="conditional", show_default=True)
+@click.option("--source", help="The table that it reads.  [default: data]")
+@click.option("--effects", type=click.Choice(["conditional", "population", "marginal"]), help="What it predicts.  [default: conditional]")
+@which
+@tables
 @pass_console
-def show(console: Console, /, fit_directory: str, sql: str | None, source: str, effects: str) -> None:
+def show(
+    console: Console, /, fit_directory: str, sql: str | None, source: str | None, effects: str | None, prefix: str, **settings: Any
+) -> None:
     """Print a fit that was written, or the SQL that predicts from it inside a warehouse."""
     from .result import load
 
-    result = load(fit_directory)
-    console.out(result.summary() if sql is None else result.scoring_sql(sql, source=source, effects=effects).rstrip())
+    if sql is None and (source is not None or effects is not None):
+        raise ConfigError("--source and --effects belong to --sql", code="usage")
+    result = load(fit_directory, prefix=prefix, **_which(settings))
+    text = {"source": source or "data", "effects": effects or "conditional", "prefix": prefix}
+    console.out(result.summary() if sql is None else result.scoring_sql(sql, **text).rstrip())
 
 
 @cli.command()
@@ -196,15 +210,12 @@ def show(console: Console, /, fit_directory: str, sql: str | None, source: str, 
 @click.argument("data", nargs=-1)
 @click.option("--out", required=True, type=click.Path(), help="An HTML file; one that exists is replaced when the new one is complete.")
 @click.option("--table", help="DATA is a DuckDB database; read this table of it.")
-@click.option("--model", help="Of a job with several models, the name of one.")
-@click.option("--by", multiple=True, metavar="COLUMN=VALUE", help="Of a job with one model a value, the value.")
-@click.option("--prefix", default="mlpipe", show_default=True, help="Before the names of the tables, where FIT is a database.")
+@which
+@tables
 @limits
 @logs
 @pass_console
-def report(
-    console: Console, /, fit_directory: str, out: str, model: str | None, by: tuple[str, ...], prefix: str, log: str | None, **settings: Any
-) -> None:
+def report(console: Console, /, fit_directory: str, out: str, prefix: str, log: str | None, **settings: Any) -> None:
     """Write a report on FIT: one page of HTML that needs nothing else, to be read, sent and printed.
 
     With DATA, the rows it was fitted to, the page also shows the residuals, by one scan.
@@ -213,10 +224,12 @@ def report(
     from .reporting import report as write_report
 
     console.log_to(log)
+    _check_out(out)
+    if settings["table"] is not None and not settings["data"]:
+        raise ConfigError("--table names a table of DATA, which is missing", code="usage")
     data, options = _data(settings) if settings["data"] else None, _limits(settings)
-    values = dict(_pair(text, "--by", "COLUMN=VALUE") for text in by)
-    with stage("report", {}, options=options):
-        write_report(fit_directory, out, data=data, model=model, by=values or None, prefix=prefix, options=options)
+    with within(settings["timeout"]), stage("report", {}, options=options):
+        write_report(fit_directory, out, data=data, prefix=prefix, options=options, **_which(settings))
 
 
 @cli.command()
@@ -230,6 +243,7 @@ def report(
 @click.option("--kind", type=click.Choice(["response", "link"]), default="response", show_default=True)
 @click.option("--new-levels", type=click.Choice(["population", "null", "raise"]), default="population", show_default=True)
 @click.option("--prefix", default="", help="Put before the names of added columns.")
+@which
 @limits
 @logs
 @pass_console
@@ -240,11 +254,13 @@ def predict(
     """Write the rows of DATA with predictions of FIT to a Parquet file, or to a directory with a file for each of DATA."""
     from .progress import Written, stage
     from .result import load
-    from .scored import pieces, write_file, write_pieces
+    from .scored import check_file, pieces, write_file, write_pieces
 
     console.log_to(log)
+    _check_out(out)
+    check_file(out, fit_directory, settings["data"])
     options = _limits(settings)
-    result = load(fit_directory)
+    result = load(fit_directory, **_which(settings))
     parts = pieces(settings["data"], out, options) if settings["table"] is None else None
     with within(settings["timeout"]), stage("predict", {}, options=options, live=Written(result.info)) as fields:
         reader = result.predict(_data(settings), effects=effects, kind=kind, new_levels=new_levels, prefix=prefix, options=options)
@@ -263,6 +279,12 @@ def _limits(settings: dict[str, Any]) -> Options:
     from .options import Options
 
     return Options(**{name: settings[name] for name in LIMITS if settings[name] is not None})
+
+
+def _which(settings: dict[str, Any]) -> dict[str, Any]:
+    """Which of several fits: the arguments of `mlpipe.load`."""
+    values = dict(_pair(text, "--by", "COLUMN=VALUE") for text in settings["by"])
+    return {"model": settings["model"], "by": values or None}
 
 
 def _model(settings: dict[str, Any]) -> dict[str, Any]:
@@ -309,11 +331,18 @@ def _data(settings: dict[str, Any]) -> Any:
 
 def _check_target(target: str, mode: str, prefix: str = "mlpipe") -> None:
     """A fit that would not be replaced is refused before the work, not after it."""
-    from .store import holds_fit
+    from .store import check_target, holds_fit
 
+    _check_out(target)
+    check_target(target)
     if mode == "error" and holds_fit(target, prefix):
         hint = '--overwrite, or mode = "overwrite" in a job, replaces it'
         raise ConfigError(f"{target} already holds a fit", code="target_exists", hint=hint)
+
+
+def _check_out(out: str) -> None:
+    if out == "-":
+        raise ConfigError("standard output takes no files", code="target", hint="name a target")
 
 
 def _finish(result: MixedFit) -> None:

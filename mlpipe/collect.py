@@ -134,11 +134,7 @@ def _gram(plan: Plan) -> tuple[_Sums, int]:
         plan = replace(plan, presumed=False)
         found, passes = _summed(plan), 2
     if found.rows == 0:
-        total = row_count(plan.engine)
-        causes = _causes(plan)
-        _refuse_bad_values(plan, causes)
-        what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used: " + _described(causes)
-        raise DataError(what, code="no_rows", column=next(iter(causes["missing"]), None))
+        raise none_usable(causes(plan)[()], row_count(plan.engine))
     if not found.finite:
         raise not_finite(plan)
     return found, passes
@@ -184,42 +180,58 @@ def dropped_rows(plan: Plan, total: int, rows: int) -> dict[str, int]:
         return {}
     if rows > total:
         raise changed()
-    causes = _causes(plan)
-    _refuse_bad_values(plan, causes)
-    if plan.request.na == "raise" and causes["missing"]:
-        column = next(iter(causes["missing"]))
-        raise DataError(f"{total - rows:,} rows have missing values: " + _described(causes), code="missing_values", column=column)
-    return {**causes["missing"], **{f"weight 0 in {plan.recipe.weights or plan.recipe.freq}": n for n in causes["zero"].values()}}
+    return left_out(plan, causes(plan)[()], total - rows)
 
 
-def _described(causes: dict[str, dict[str, int]]) -> str:
-    parts = [f"{name!r} is missing in {n:,}" for name, n in causes["missing"].items()]
-    parts += [f"the weight {name!r} is 0 in {n:,}" for name, n in causes["zero"].items()]
-    return ", ".join(parts) or "the source changed while it was read"
+Causes = dict[str, dict[str, int]]  # rows by column: "missing", "infinite"; by weight: "zero", "negative"
 
 
-def _causes(plan: Plan) -> dict[str, dict[str, int]]:
-    """Counts per column of missing and infinite values, per weight of zero and negative ones."""
-    recipe = plan.recipe
+def causes(plan: Plan, by: Sequence[str] = ()) -> dict[tuple[Any, ...], Causes]:
+    """Why rows are left out, per value of the keys `by`."""
+    recipe, keys = plan.recipe, [plan.names.key(name).name for name in by]
     raw, weights = statements.raw_columns(recipe), statements.weight_columns(recipe)
-    statement = statements.missing(raw, recipe.keys, weights, plan.names)
-    row = plan.engine.query(statement, plan.columns).read_all().to_pylist()[0]
-    out: dict[str, dict[str, int]] = {kind: {} for kind in ("missing", "infinite", "zero", "negative")}
+    statement = statements.missing(raw, recipe.keys, weights, plan.names, by)
     named = [(kind, f"{kind}_{k}", name) for kind in ("missing", "infinite") for k, name in enumerate(raw)]
     named += [("missing", f"key_{k}", name) for k, name in enumerate(recipe.keys)]
     named += [("infinite", f"infinite_key_{k}", name) for k, name in enumerate(recipe.keys)]
     named += [(kind, f"{kind}_{name}", text) for kind in ("zero", "negative") for name, text in weights.items()]
-    for kind, field, name in named:
-        if row.get(field):
-            out[kind][name] = max(int(row[field]), out[kind].get(name, 0))
-    return out
+    found: dict[tuple[Any, ...], Causes] = {}
+    for row in plan.engine.query(statement, plan.columns).read_all().to_pylist():
+        out = found[tuple(row[key] for key in keys)] = {kind: {} for kind in ("missing", "infinite", "zero", "negative")}
+        for kind, field, name in named:
+            if row.get(field):
+                out[kind][name] = max(int(row[field]), out[kind].get(name, 0))
+    return found
 
 
-def _refuse_bad_values(plan: Plan, causes: dict[str, dict[str, int]]) -> None:
-    for name, count in causes["infinite"].items():
+def left_out(plan: Plan, found: Causes, count: int) -> dict[str, int]:
+    """What the `count` rows that do not enter a fit lack; raises as `dropped_rows`."""
+    _refuse_bad_values(found)
+    if plan.request.na == "raise" and found["missing"]:
+        what = f"{count:,} rows have missing values: {_described(found)}"
+        raise DataError(what, code="missing_values", column=next(iter(found["missing"])))
+    return {**found["missing"], **{f"weight 0 in {plan.recipe.weights or plan.recipe.freq}": n for n in found["zero"].values()}}
+
+
+def none_usable(found: Causes, total: int) -> DataError:
+    """The error where no row enters a fit; raises the one for values that are refused in any case."""
+    _refuse_bad_values(found)
+    missing = found["missing"]
+    what = f"none of the {total:,} rows can be used: {_described(found)}" if total else "there are no rows"
+    return DataError(what, code="no_rows", column=max(missing, key=lambda name: missing[name]) if missing else None)
+
+
+def _described(found: Causes) -> str:
+    parts = [f"{name!r} is missing in {n:,}" for name, n in found["missing"].items()]
+    parts += [f"the weight {name!r} is 0 in {n:,}" for name, n in found["zero"].items()]
+    return ", ".join(parts) or "the source changed while it was read"
+
+
+def _refuse_bad_values(found: Causes) -> None:
+    for name, count in found["infinite"].items():
         hint = "replace them with null to drop them"
         raise DataError(f"the column {name!r} is infinite in {count:,} rows", code="infinite_values", column=name, hint=hint)
-    for name, count in causes["negative"].items():
+    for name, count in found["negative"].items():
         raise DataError(f"the weight {name!r} is negative in {count:,} rows", code="negative_weights", column=name)
 
 

@@ -101,10 +101,11 @@ def exit_code(error: BaseException) -> int:
     return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 5)
 
 
-def did_you_mean(name: str, known: list[str]) -> str | None:
+def did_you_mean(name: object, known: list[str]) -> str | None:
     """A hint that names the closest known name, or lists some of them; None where there are none."""
     import difflib
 
+    name = str(name)
     if close := [other for other in known if other.lower() == name.lower()] or difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(map(repr, known[:12]))}{' …' if len(known) > 12 else ''}" if known else None

@@ -345,7 +345,9 @@ def response_variables(formula: Formula, kinds: Mapping[str, str], offset: str |
     for node in nodes:
         text = expr.label(node)
         if expr.kind(node, kinds) == "text":
-            raise DataError(f"the response {text} is not numeric", code="response_type", column=next(iter(expr.columns(node)), None))
+            hint = "it is read as text: are there values such as '1,5' or 'n/a' among numbers?"
+            named = next(iter(expr.columns(node)), None)
+            raise DataError(f"the response {text} is not numeric", code="response_type", column=named, hint=hint)
         for shift in offsets:
             node = expr.Binary("-", node, shift)
         label = response_label(text)

@@ -187,13 +187,18 @@ def plan(
     if function == "ols":
         from .linear import planned, request_of
 
+        request = request_of(formula, absorb, cluster, arguments, options)
         with closing(open_source(data, options=options)) as engine:
-            return planned(prepare(engine, request_of(formula, absorb, cluster, arguments, options)), vcov)
+            return planned(prepare(engine, request), vcov)
     if function == "gee":
         return _planned_gee(formula, data, given, arguments, options)
-    request = _request(formula, arguments | (_generalized(function, formula, given, weights) if function in GENERALIZED else {}), options)
+    clusters, kind = _robust(function, formula, cluster, vcov)
+    more = _generalized(function, formula, given, weights) if function in GENERALIZED else {"clusters": clusters}
+    request = _request(formula, arguments | more, options)
     with closing(open_source(data, options=options)) as engine:
         prepared = prepare(engine, request)
+        if kind is not None and function == "lmm":
+            prepared.notes.append(f"{kind} errors read the rows once more")
         if prepared.path == "crossed":
             from .several import expected as of_several
 
@@ -203,6 +208,22 @@ def plan(
 
             prepared.expected = expected(prepared, compress=function == "glmm")
         return prepared
+
+
+def _robust(
+    function: str, formula: str, cluster: str | Sequence[str] | None, vcov: str | None
+) -> tuple[tuple[str, ...], str | None]:
+    """The clusters and the kind of robust errors of a model that is planned; raises ConfigError as the fit would."""
+    from . import robust_mixed
+    from .formula import parse
+    from .robust import checked, names_of
+    from .solve.sandwich import CR
+
+    if function == "glmm":
+        return robust_mixed.checked_generalized(parse(formula), cluster, vcov)
+    if function == "lmm":
+        return robust_mixed.checked(cluster, vcov, CR)
+    return names_of(cluster, "cluster"), checked(vcov, cluster is not None) if function == "glm" else None
 
 
 def _planned_gee(formula: str, data: Any, given: Mapping[str, Any], arguments: dict[str, Any], options: Options) -> Plan:
@@ -294,8 +315,9 @@ def _collected(formula: str, data: Any, arguments: dict[str, Any], options: Opti
     from .planning import prepare
     from .sources import open_source
 
+    request = _request(formula, arguments, options)
     with closing(open_source(data, options=options)) as engine:
-        prepared = prepare(engine, _request(formula, arguments, options))
+        prepared = prepare(engine, request)
         stats = collect(prepared)
         identity = engine.identity()
         stats.info.update(fingerprint=identity.fingerprint, rescannable=identity.rescannable, bytes=identity.bytes)
@@ -317,7 +339,7 @@ def _fitted(
 
     parsed = parse(formula)
     if not parsed.random:
-        raise ConfigError("the formula has no random term", code="no_random_term", hint="write one, such as (1 | group)")
+        raise ConfigError("the formula has no random term", code="no_random_term", hint="write one, such as (1 | group), or fit by ols")
     if stats.crossed is not None:
         from . import several
 
@@ -364,9 +386,13 @@ def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, s
     initial = reduced.theta_star(start) if start is not None else None
     with stage("solve", stats.info.setdefault("seconds", {}), None, options) as fields:
         solution = solve(reduced.problem, start=initial, tol=options.tol, max_evaluations=options.max_passes)
-        covariance = information(reduced.problem, solution).vcov
+        found = information(reduced.problem, solution)
         fields |= {"evaluations": solution.evaluations, "score": solution.score}
-    return solution, covariance
+    if found.flat:
+        group = reduced.random[0].group
+        what = f"the rows do not tell the variances over {group}: their likelihood is flat (do fixed effects tell its levels apart?)"
+        stats.info["notes"] = [*stats.info.get("notes", []), what]
+    return solution, found.vcov
 
 
 def recollected(fit: LMMFit) -> Held:

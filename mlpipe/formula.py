@@ -66,10 +66,17 @@ def parse(text: str) -> Formula:
 
     Raises: FormulaError, whose message ends with the formula and carets under the place at fault.
     """
+    check_text(text)
     try:
         return _formula(text)
     except FormulaError as error:
         raise expr.pointed(error, text) from None
+
+
+def check_text(formula: object) -> None:
+    """Raises FormulaError for a formula that is no text, such as data in its place."""
+    if not isinstance(formula, str):
+        raise FormulaError(f"the formula must be text, not of type {type(formula).__name__}", hint="the formula comes first, then the data")
 
 
 def parse_expression(text: str) -> Node:
@@ -215,6 +222,9 @@ class _Algebra:
         for term in (RandomTerm(part, group, text) for group in _groups(node.right) for part in parts):
             if any(set(term.terms) == set(other.terms) and set(term.groups) == set(other.groups) for other in self.random):
                 raise FormulaError(f"a random term over {term.group_label} repeats an earlier one", span=node.span)
+            if any(term.group_label == other.group_label and term.groups != other.groups for other in self.random):
+                what = f"two grouping factors are called {term.group_label}: a column of this name, and columns joined by colons"
+                raise FormulaError(what, hint="give the column another name", span=node.span)
             self.random.append(term)
 
 

@@ -82,9 +82,7 @@ def glmm(
         contrasts=contrasts, na=na, options=options,
     )  # fmt: skip
     parsed, made = _checked(formula, method), _density(request, options)
-    clusters, kind = robust_mixed.checked(cluster, vcov, ("CR0", "CR1"))
-    if clusters and any(bar.groups != clusters for bar in parsed.random):
-        raise ConfigError(f"cluster = {clusters[0]!r} is not the grouping factor", code="cluster", hint="a GLMM's blocks are its clusters")
+    clusters, kind = robust_mixed.checked_generalized(parsed, cluster, vcov)
     plan, rows = gathered(data, request, options, compress=True)
     with rows.spool:
         model = built(parsed, plan, rows, made, nagq)

@@ -127,7 +127,9 @@ def _store(fit: MixedFit) -> str:
         return ""
     words = {"replaced": "replaced", "dropped": "no longer counted", "vanished": "gone from the source and kept"}
     more = "".join(f", {len(store[key])} {word}" for key, word in words.items() if store[key])
-    said = f"{len(store['read'])} of {store['total']} partitions were read for this fit{more}; of the others the sums were kept."
+    stopped = f" ({len(resumed)} of them by a run that was stopped)" if (resumed := store.get("resumed")) else ""
+    read = len(store["read"]) + len(store.get("resumed", ()))
+    said = f"{read} of {store['total']} partitions were read for this fit{stopped}{more}; of the others the sums were kept."
     for label, input_ in fit.info.get("input_drift", {}).items():
         beyond = ", and values lie beyond the range of then" if input_["outside"] else ""
         said += (

@@ -2,14 +2,15 @@
 reads only partitions that are new or changed.
 
 Nothing is ever subtracted: what leaves is left out of the next merge (see `trees`). Levels, bases, shifts and scales are fixed when the
-store is made; levels that appear later are added. The record holds, per partition, its name, mark, state and counts, and the last fits.
+store is made; levels that appear later are added. The record holds, per partition, its name, mark, state and counts, those that a run
+read that was stopped, and the last fits.
 """
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,8 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     was read; errors of a partition name it.
     """
     model = _model(request, where, settings)
-    held = None if rebase else shelf.record()
+    there = shelf.record()
+    held = None if rebase else there
     if held is not None:
         _check_model(held["model"], model, shelf.name)
     columns = used_names(parse(request.formula), request)
@@ -83,29 +85,22 @@ def updated(shelf: Shelf, data: Any, request: Request, where: str | None, settin
     before = {part["name"]: part for part in held["partitions"]} if held is not None else {}
     wanted, gone = _wanted(found, list(before), settings)
     record = held or _made(model, [part for part in found if part.name in wanted], request, settings.window)
-    base = Recipe.from_json(record["recipe"])
-    new, seconds, stay, ran = [], dict[str, float](), dict[str, dict[str, Any]](), list[str]()
-    listed = {part.name: part for part in found}
-    for name in wanted:
-        part = listed.get(name)
-        if part is None or (name in before and before[name]["mark"] == part.mark):
-            stay[name] = before[name]
-        else:
-            stay[name] = _collected(shelf, part, request, base, record, seconds, ran)
-            new.append(stay[name])
+    seconds, ran = dict[str, float](), list[str]()
+    with _stopping(shelf, record, keep=there is held) as new:
+        stay, resumed = _gathered(shelf, found, wanted, request, record, new, seconds, ran)
     dropped = [name for name in before if name not in stay]
-    record = {**record, "partitions": list(stay.values())}
+    record = {**record, "partitions": list(stay.values()), "pending": []}
     record["inputs"] = record["inputs"] or _pooled(record["partitions"])
     leaves = [(part["name"], part["state"]) for part in record["partitions"] if part["state"] is not None]
     if not leaves:
         raise DataError("no partition has a row that can be used", code="no_rows")
     root = tree(leaves)
     record["merged"] = sorted(set(record["merged"]) & set(root.merged()))
-    if new or dropped or held is None:
+    if new or resumed or dropped or held is None:
         _commit(shelf, record)
     stats = _merged(shelf, record, root, seconds, request)
-    facts = {"total": len(stay), "read": [part["name"] for part in new], "dropped": dropped, "vanished": gone}
-    facts["replaced"] = [part["name"] for part in new if part["name"] in before]
+    facts = {"total": len(stay), "read": [part["name"] for part in new], "resumed": resumed, "dropped": dropped, "vanished": gone}
+    facts["replaced"] = [part["name"] for part in (*new, *map(stay.__getitem__, resumed)) if part["name"] in before]
     info = _info(record, new, facts, seconds) | {"sql": ran}
     if isinstance(stats, SuffStats):
         info |= {"path": "blocks", "blocks": stats.blocks.n_blocks if stats.blocks is not None else 0}
@@ -145,7 +140,8 @@ def drift(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 def told(fit: MixedFit) -> str:
     """What a run did to its store, and the drift since the fit before, as text."""
     store, lines = fit.info["store"], []
-    words = {"replaced": store["replaced"], "dropped": store["dropped"], "vanished, kept": store["vanished"]}
+    words = {"by a run that was stopped": store["resumed"], "replaced": store["replaced"], "dropped": store["dropped"]}
+    words |= {"vanished, kept": store["vanished"]}
     more = "".join(f", {len(names)} {word}" for word, names in words.items() if names)
     lines.append(f"Store: {store['total']} partitions, {len(store['read'])} read{more}")
     if found := fit.info.get("drift"):
@@ -202,9 +198,45 @@ def _made(model: dict[str, Any], parts: Sequence[Partition], request: Request, w
     recipe = plan.recipe.to_json()
     made = datetime.now(UTC).isoformat(timespec="seconds")
     return {
-        "format": FORMAT, "made": made, "model": model, "recipe": recipe, "types": types, "inputs": {}, "partitions": [], "merged": [],
-        "fits": [], "merges": merges,
+        "format": FORMAT, "made": made, "model": model, "recipe": recipe, "types": types, "inputs": {}, "partitions": [], "pending": [],
+        "merged": [], "fits": [], "merges": merges,
     }  # fmt: skip
+
+
+@contextmanager
+def _stopping(shelf: Shelf, record: dict[str, Any], *, keep: bool) -> Iterator[list[dict[str, Any]]]:
+    """The partitions that are read within, which the record keeps as `pending` where the work is stopped: they are of no fit before all
+    others have been read, and need not be read again. `keep`: not where the record is another one's successor."""
+    new: list[dict[str, Any]] = []
+    try:
+        yield new
+    except BaseException:
+        if new and keep:
+            with suppress(MlpipeError):  # what stopped the work is what is told
+                _commit(shelf, {**record, "pending": list(({part["name"]: part for part in (*record.get("pending", ()), *new)}).values())})
+        raise
+
+
+def _gathered(
+    shelf: Shelf, found: Sequence[Partition], wanted: Sequence[str], request: Request, record: dict[str, Any], new: list[dict[str, Any]],
+    seconds: dict[str, float], ran: list[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What is noted of each partition that counts, and the names of those that a run read that was stopped; what has to be read is, and
+    joins `new`."""
+    base = Recipe.from_json(record["recipe"])
+    before, pending = ({part["name"]: part for part in record.get(key, ())} for key in ("partitions", "pending"))
+    listed, stay, resumed = {part.name: part for part in found}, dict[str, dict[str, Any]](), list[str]()
+    for name in wanted:
+        part = listed.get(name)
+        if part is None or (name in before and before[name]["mark"] == part.mark):
+            stay[name] = before[name]
+        elif name in pending and pending[name]["mark"] == part.mark:
+            stay[name] = pending[name]
+            resumed.append(name)
+        else:
+            stay[name] = _collected(shelf, part, request, base, record, seconds, ran)
+            new.append(stay[name])
+    return stay, resumed
 
 
 # -- one partition ------------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import ConfigError, ConvergenceError, MlpipeError, did_you_mean
+from .errors import ConfigError, ConvergenceError, did_you_mean
 from .options import Options
 
 if TYPE_CHECKING:
@@ -224,8 +225,14 @@ def _check_models(job: Job, path: str) -> None:
             raise ConfigError(f"{path}: [model] {error.message}", code="job_value", hint=error.hint) from error
         if model.kind != "lmm" and (model.by or job.models):
             raise ConfigError(f"{path}: by and [[models]] are for linear mixed models", code="not_available")
+        if has_many(job) and (model.cluster is not None or model.vcov is not None):
+            what = f"{path}: by and [[models]] keep no rows for cluster and vcov"
+            raise ConfigError(what, code="not_available", hint="robust errors need a job for each model")
     if has_many(job) and job.output is not None and job.output.scoring_sql:
         raise ConfigError(f"{path}: output.scoring_sql is for a job of one fit", code="not_available", hint="mlpipe.load one of them")
+    if job.output is not None and job.output.scoring_sql and not job.output.ranef and (job.model or job.models[0]).kind in ("lmm", "glmm"):
+        what = f"{path}: output.scoring_sql joins the tables of random effects, which ranef = false leaves out"
+        raise ConfigError(what, code="job_value", hint="fit.scoring_sql(effects=\"population\") joins none")
     names = [model.name for model in job.models]
     if len(set(names)) < len(names):
         raise ConfigError(f"{path}: two models have one name", code="job_value")
@@ -347,39 +354,35 @@ def has_many(job: Job) -> bool:
 
 
 def fit_jobs(job: Job, limits: Mapping[str, Any]) -> Fits:
-    """Fits all models of a job, those with the same rows and weights from the same scans. Raises what `many.fit_many` raises."""
-    from .many import Fits, Model, fit_many
+    """Fits all models of a job, those with the same rows and weights from the same scans. Raises what `scans.fit_scans` raises."""
+    from .many import Model
     from .plans import Request
+    from .scans import Scan, fit_scans
     from .sources import Subset
 
     models = [NamedModel(name=job.model.formula, **job.model.model_dump())] if job.model is not None else job.models
     names, options, data = ("weights", "freq", "offset", "levels", "contrasts", "na"), _options(job, limits), data_of(job.source)
-    scans: dict[str, list[NamedModel]] = {}
+    shared: dict[str, list[NamedModel]] = {}
     for model in models:
-        scans.setdefault(repr([model.where, *(getattr(model, name) for name in names)]), []).append(model)
-    done = []
-    for shared in scans.values():
-        first = shared[0]
+        shared.setdefault(repr([model.where, *(getattr(model, name) for name in names)]), []).append(model)
+    scans = []
+    for alike in shared.values():
+        first = alike[0]
         request = Request("", by=tuple(first.by), options=options, **{name: getattr(first, name) for name in names})
         part = Subset(data, first.where) if first.where is not None else data
-        try:
-            done.append(fit_many([Model(model.name, model.formula, model.reml) for model in shared], part, request))
-        except MlpipeError as error:
-            if len(scans) > 1:
-                error.message = f"[[models]] {', '.join(model.name for model in shared)}: {error.message}"
-            raise
-    place = {model.name: i for i, model in enumerate(models)}
-    fits = sorted((one for part in done for one in part.fits), key=lambda one: place[one.model])
-    return Fits(fits, done[0].by, {"scans": [one.info for one in done]})
+        scans.append(Scan([Model(model.name, model.formula, model.reml) for model in alike], part, request))
+    fits, place = fit_scans(scans), {model.name: i for i, model in enumerate(models)}
+    return replace(fits, fits=sorted(fits.fits, key=lambda one: place[one.model]))
 
 
 def write_outputs(fits: Fits, output: OutputSection | None) -> None:
-    """Writes all fits as one run where the job says, if it does."""
+    """Writes all fits as one run where the job says, if it does; a model that has none of any value stands there once, without a value."""
     from .store import write_all
     from .tables import Entry
 
     if output is not None:
-        entries = [Entry(one.model, one.fit, one.by, None if one.error is None else one.error.message) for one in fits.fits]
+        nothing: dict[str, Any] = dict.fromkeys(fits.by.names)
+        entries = [Entry(one.model, one.fit, nothing | one.by, None if one.error is None else one.error.message) for one in fits.fits]
         write_all(
             entries, fits.by, output.target, prefix=output.prefix, mode=output.mode, run_id=None, ranef=output.ranef
         )
@@ -416,17 +419,26 @@ def check_policies(fits: Fits, policy: PolicySection) -> None:
     if found:
         shown = "; ".join(f"{one.label}: {', '.join(reasons)}" for one, reasons in found[:3])
         raise ConvergenceError(f"the job's policy forbids {len(found)} of {len(fits.fits)} results: {shown}", code="policy")
+    for scan in fits.scans:
+        if reason := _too_many(scan["rows_nowhere"], scan["rows_read"], policy):
+            raise ConvergenceError(f"the job's policy forbids this result: {scan['nowhere']}; {reason}", code="policy")
 
 
 def _forbidden(fit: MixedFit, policy: PolicySection) -> list[str]:
     states = {"singular": fit.singular, "separation": bool(fit.info.get("separation"))}
     states |= {"rank": bool(fit.dropped), "nonconvergence": not fit.converged}
     reasons: list[str] = [name for name in dict.fromkeys(policy.forbid) if states[name]]
-    read = fit.info.get("rows_read") or 0
-    share = fit.info.get("rows_dropped", 0) / read if read else 0.0
-    if policy.max_drop_fraction is not None and share > policy.max_drop_fraction:
-        reasons.append(f"{share:.2%} of the rows were dropped, {policy.max_drop_fraction:.2%} may be")
+    if reason := _too_many(fit.info.get("rows_dropped", 0), fit.info.get("rows_read") or 0, policy):
+        reasons.append(reason)
     if policy.max_drift is not None and fit.info.get("drift", {}).get("largest", 0.0) > policy.max_drift:
         drift = fit.info["drift"]
         reasons.append(f"{drift['term']} moved by {drift['largest']:.2f} standard errors, {policy.max_drift:g} are allowed")
     return reasons
+
+
+def _too_many(dropped: int, read: int, policy: PolicySection) -> str:
+    """What to say of rows that were dropped, "" where they are not too many."""
+    share = dropped / read if read else 0.0
+    if policy.max_drop_fraction is None or share <= policy.max_drop_fraction:
+        return ""
+    return f"{share:.2%} of the rows were dropped, {policy.max_drop_fraction:.2%} may be"

@@ -94,10 +94,11 @@ def request_of(
     formula: str, absorb: str | Sequence[str] | None, cluster: str | Sequence[str] | None, arguments: Mapping[str, Any], options: Options
 ) -> Request:
     """What is read of the rows: absorbed factors stand as random intercepts, whose sums are the same."""
+    from .expr import Column, label
     from .plans import Request
 
     factors = robust.names_of(absorb, "absorb")
-    text = formula + "".join(f" + (1 | `{name}`)" for name in factors)
+    text = formula + "".join(f" + (1 | {label(Column(name))})" for name in factors)
     return Request(text, clusters=robust.names_of(cluster, "cluster"), options=options, **arguments)
 
 
@@ -122,8 +123,9 @@ def _from_rows(
     from .planning import prepare
     from .sources import open_source
 
+    request = request_of(formula, absorb, clusters, arguments, options)
     with closing(open_source(data, options=options)) as engine:
-        plan = prepare(engine, request_of(formula, absorb, clusters, arguments, options))
+        plan = prepare(engine, request)
         stats = collect(plan)
         identity = engine.identity()
         stats.info.update(fingerprint=identity.fingerprint, rescannable=identity.rescannable, bytes=identity.bytes)

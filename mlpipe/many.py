@@ -5,6 +5,7 @@ and data-dependent bases are those of all rows; the levels of a factor are those
 """
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from . import statements
 from .arrays import column
 from .blocks import Blocks, Collector
-from .collect import changed, not_finite, parts_of
+from .collect import causes, changed, left_out, none_usable, not_finite, parts_of
 from .errors import ConfigError, DataError, FormulaError, MlpipeError, MlpipeWarning
 from .expr import Column, label
 from .features import Recipe
@@ -75,6 +76,11 @@ class Fits:
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def scans(self) -> list[dict[str, Any]]:
+        """What is noted of each scan."""
+        return list(self.info.get("scans", [self.info]))
+
+    @property
     def failed(self) -> list[Fitted]:
         """Those without a fit."""
         return [one for one in self.fits if one.fit is None]
@@ -86,6 +92,7 @@ class Fits:
         loose = [one for one in self.fits if one.fit is not None and not one.fit.converged]
         singular = sum(fit.singular for fit in good)
         lines.append(f"{len(self.fits)} fits: {len(good) - len(loose)} converged, {singular} of all singular, {len(self.failed)} failed")
+        lines += dict.fromkeys(scan["nowhere"] for scan in self.scans if scan["nowhere"])
         lines += [f"not converged: {one.label}" for one in loose[:FEW]]
         lines += [f"failed: {one.label}: {one.error.message}" for one in self.failed[:FEW] if one.error is not None]
         return "\n".join(lines)
@@ -111,9 +118,9 @@ def fit_many(models: Sequence[Model], data: Any, request: Request) -> Fits:
     out: list[Fitted] = []
     with stage("fits", seconds, None, request.options) as fields, warnings.catch_warnings():
         warnings.simplefilter("ignore", MlpipeWarning)  # a fit's fields say the same, for thousands of them
-        for values, stats, rows_read in found:
+        for values, stats, rows_read, dropped in found:
             rows = stats.rows if isinstance(stats, SuffStats) else 0
-            own = {**info, "rows_read": rows_read, "rows_dropped": rows_read - rows, "seconds": {}}
+            own = {**info, "rows_read": rows_read, "rows_dropped": rows_read - rows, "dropped": dropped, "seconds": {}}
             own["sql"] = engine.ran if not out else []  # once: thousands of fits share the scan
             out += [_fitted(model, dict(zip(schema.names, values, strict=True)), stats, own, request.options) for model in models]
         fields |= {"fits": len(out), "failed": sum(one.fit is None for one in out)}
@@ -172,63 +179,120 @@ def _quoted(name: str) -> str:
     return label(Column(name))
 
 
-Found = list[tuple[tuple[Any, ...], SuffStats | DataError | FormulaError, int]]
+Found = list[tuple[tuple[Any, ...], SuffStats | DataError | FormulaError, int, dict[str, int]]]
 
 
 def collected(plan: Plan) -> tuple[pa.Schema, Found, dict[str, Any]]:
-    """The statistics of each value of the plan's `by` columns, in the values' order, with how many rows the source has of it.
+    """The statistics of each value of the plan's `by` columns, in the values' order, with how many rows the source has of it and how many
+    of these are left out, by cause. Rows without a value are of none.
 
-    Raises DataError as `collect` does.
+    Raises DataError as `collect` does where no value can be fitted, and under na="raise" for rows without a value.
     """
     import pyarrow as pa
 
     seconds: dict[str, float] = {}
-    engine, options, recipe = plan.engine, plan.request.options, plan.recipe
-    by, total = plan.request.by, plan.engine.row_count()
+    engine, options, by = plan.engine, plan.request.options, plan.request.by
+    total, keys = engine.row_count(), [plan.names.key(name).name for name in by]
     with stage("cross_products", seconds, engine, options, rows=total) as fields:
-        counts = engine.query(statements.row_counts(by, plan.names), plan.columns).read_all()
-        sums = engine.query(statements.cross_products(recipe, plan.names, by), plan.columns).read_all()
-        fields |= {"values": len(sums)}
-    keys = [plan.names.key(name).name for name in by]
-    _check_finite(plan, sums, keys)
+        counts = engine.query(statements.missing((), (), {}, plan.names, by), plan.columns).read_all()
+        sums = engine.query(statements.cross_products(plan.recipe, plan.names, by), plan.columns).read_all()
+        read = {tuple(row[key] for key in keys): int(row["row_count"]) for row in counts.to_pylist()}
+        held = {tuple(row[key] for key in keys): row for row in sums.to_pylist() if row["row_count"]}
+        left = _left_out(plan, read, held)
+        fields |= {"values": len(held)}
     with stage("blocks", seconds, engine, options, rows=total) as fields:
-        parts = parts_of(plan, sum(sums.column("row_count").to_pylist()))
+        parts = parts_of(plan, sum(int(row["row_count"]) for row in held.values()))
         blocks = _blocks(plan, keys, parts)
         fields |= {"blocks": blocks.n_blocks}
     engine.check_unchanged()
-    own = replace(recipe, groups=recipe.groups[len(by) :])
     pieces = _pieces(blocks, keys)
-    held = {tuple(row[key] for key in keys): row for row in sums.to_pylist()}
     if set(held) != set(pieces):
         raise changed()
-    read = {tuple(row[key] for key in keys): int(row["row_count"]) for row in counts.to_pylist()}
+    own = replace(plan.recipe, groups=plan.recipe.groups[len(by) :])
     found: Found = []
-    for values in sorted(read, key=_order):
-        row = held.get(values)
-        found.append((values, _statistics(own, row, pieces[values], blocks) if row is not None else _nothing(), read[values]))
+    for values in sorted(left.dropped):
+        error = left.errors.get(values)
+        stats = error if error is not None else _statistics(own, held[values], pieces[values], blocks)
+        found.append((values, stats, read[values], left.dropped[values]))
     schema = pa.schema([pa.field(name, counts.schema.field(key).type) for name, key in zip(by, keys, strict=True)])
     info = {
-        "dropped": {}, "passes": 2 + len(parts), "seconds": seconds, "notes": list(plan.notes), "path": "blocks",
-        "engine": engine.dialect, "blocks": blocks.n_blocks, "rows_read": sum(read.values()),
+        "dropped": left.by_cause(), "passes": 2 + len(parts), "seconds": seconds, "path": "blocks", "engine": engine.dialect,
+        "notes": [*plan.notes, *filter(None, [left.note()])], "blocks": blocks.n_blocks,
+        "rows_read": sum(read.values()), "rows_nowhere": left.rows_nowhere, "nowhere": left.note(),
     }  # fmt: skip
     return schema, found, info
 
 
-def _nothing() -> DataError:
-    return DataError("no row of this value can be used", code="no_rows")
+@dataclass
+class _LeftOut:
+    """Of each value's rows those `dropped`, by cause, and the `errors` of values whose rows are refused; `nowhere`: in how many rows a
+    column of the values is missing, so that they are of no model, `rows_nowhere` in all."""
+
+    dropped: dict[tuple[Any, ...], dict[str, int]]
+    errors: dict[tuple[Any, ...], DataError] = field(default_factory=dict)
+    nowhere: dict[str, int] = field(default_factory=dict)
+    rows_nowhere: int = 0
+
+    def by_cause(self) -> dict[str, int]:
+        """The rows that are left out of all models."""
+        out: dict[str, int] = {}
+        for found in (*self.dropped.values(), self.nowhere):
+            for cause, count in found.items():
+                out[cause] = out.get(cause, 0) + count
+        return out
+
+    def note(self) -> str:
+        """How many rows are of no model, as text; "" where there are none."""
+        named = ", ".join(f"{name!r} is missing in {count:,}" for name, count in self.nowhere.items())
+        return f"{self.rows_nowhere:,} rows are of no model: {named}" if self.nowhere else ""
 
 
-def _order(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """By value, nulls last."""
-    return tuple((value is None, value) if value is not None else (True, 0) for value in values)
+def _left_out(plan: Plan, read: Mapping[tuple[Any, ...], int], held: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> _LeftOut:
+    """What becomes of the rows that are in no sum. Raises DataError where there is nothing to fit, as `collect` does."""
+    by = plan.request.by
+    used = {values: int(held[values]["row_count"]) if values in held else 0 for values in read}
+    why = causes(plan, by) if used != read or not all(used.values()) else {}
+    out = _LeftOut({values: {} for values in read if not any(map(_missing, values))})
+    for values in read.keys() - out.dropped.keys():
+        out.rows_nowhere += read[values]
+        for name in (name for name, value in zip(by, values, strict=True) if _missing(value)):
+            out.nowhere[name] = out.nowhere.get(name, 0) + read[values]
+    if out.nowhere and plan.request.na == "raise":
+        raise DataError(out.note(), code="missing_values", column=next(iter(out.nowhere)))
+    endless: DataError | None = None
+    for values in sorted(out.dropped):
+        try:
+            if not used[values]:
+                raise none_usable(why[values], read[values])
+            if used[values] != read[values]:
+                out.dropped[values] = left_out(plan, why[values], read[values] - used[values])
+            if not _finite(held[values]):
+                endless = endless or not_finite(plan)
+                raise endless
+        except DataError as error:
+            out.errors[values] = error
+    if len(out.errors) == len(out.dropped):
+        raise _no_value(by, out, sum(read.values()))
+    return out
 
 
-def _check_finite(plan: Plan, sums: pa.Table, keys: Sequence[str]) -> None:
-    if not column(sums, "row_count").any():  # without by there is a row of sums in any case
-        raise DataError("there is no row that can be used", code="no_rows")
-    for name in sums.column_names:
-        if name not in keys and name != "row_count" and not np.isfinite(column(sums, name)).all():
-            raise not_finite(plan)
+def _no_value(by: Sequence[str], out: _LeftOut, total: int) -> DataError:
+    """The error where no value can be fitted: that of the first."""
+    if not out.errors:
+        return none_usable({"missing": out.nowhere, "zero": {}, "infinite": {}, "negative": {}}, total)
+    values, first = next(iter(out.errors.items()))
+    if by:
+        named = " ".join(f"{name}={value}" for name, value in zip(by, values, strict=True))
+        first.message = f"there is no value of {', '.join(by)} that can be fitted; {named}: {first.message}"
+    return first
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value
+
+
+def _finite(row: Mapping[str, Any]) -> bool:
+    return all(math.isfinite(value) for name, value in row.items() if name.startswith("g_") or name in ("n", "sum_log_w"))
 
 
 def _blocks(plan: Plan, keys: Sequence[str], parts: Sequence[Expression | None]) -> Blocks:

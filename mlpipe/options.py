@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 from dataclasses import dataclass
 
@@ -55,6 +56,8 @@ class Options:
         _check(_whole(self.max_passes, 1), "max_passes", self.max_passes, "a whole number from 1")
         _check(_whole(self.seed, 0), "seed", self.seed, "a whole number from 0")
         _check(_fraction(self.tol), "tol", self.tol, "between 0 and 1")
+        place = self.temp_directory
+        _check(place is None or isinstance(place, str | os.PathLike), "temp_directory", place, "a path")
         _check(self.progress in (None, True, False), "progress", self.progress, "True, False or None")
         for name, known in _CHOICES.items():
             value = getattr(self, name)

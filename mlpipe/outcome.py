@@ -71,7 +71,8 @@ def _counts(node: expr.Call, family: str, trials: str | None) -> tuple[expr.Node
 
 def _level(node: expr.Node, name: str, family: str, success: str | None) -> expr.Node:
     if family != "binomial" or success is None:
-        raise DataError(f"the response {name} is not numeric", code="response_type", column=next(iter(expr.columns(node)), None))
+        hint = "it is read as text: are there values such as '1,5' or 'n/a' among numbers?"
+        raise DataError(f"the response {name} is not numeric", code="response_type", column=next(iter(expr.columns(node)), None), hint=hint)
     return expr.Binary("==", node, expr.Text(success))
 
 

@@ -56,7 +56,7 @@ def _plain(table: pa.Table, by: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _value(row: Mapping[str, Any], by: Sequence[str]) -> str:
-    return ", ".join(str(row[name]) for name in by)
+    return ", ".join("–" if row[name] is None else str(row[name]) for name in by)  # a model that was fitted to no value
 
 
 def _head(rows: Sequence[Mapping[str, Any]], models: Sequence[str], by: Sequence[str]) -> str:

@@ -58,10 +58,7 @@ def _files(data: Any) -> list[Partition]:
         raise ConfigError('partition_by = "file" is for files of this machine', code="partition_by")
     found = list(dict.fromkeys(os.path.abspath(file) for path in given for file in files.locate(path)))
     hive = files.is_hive(found, given)
-    try:
-        states = files.Snapshot.of(found).states
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}", code="file_unreadable") from error
+    states = files.Snapshot.of(found).states
     return [
         Partition(file, PathSource([file], data.types, hive), fingerprint(*states[file]), states[file][0]) for file in sorted(found)
     ]
@@ -76,7 +73,7 @@ def unchanged(part: Partition) -> bool:
     (path,) = _paths(part.data)
     try:
         return fingerprint(*files.Snapshot.of([path]).states[path]) == part.mark
-    except OSError:
+    except DataError:
         return False
 
 

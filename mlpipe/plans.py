@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from .design import code
 from .engines.base import Columns, Engine
+from .errors import ConfigError
 from .features import Recipe
+from .formula import check_text
 from .looks import used_columns
 from .options import Options
 
@@ -45,6 +47,22 @@ class Request:
     by_row: bool = False
     by: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        """Raises FormulaError or ConfigError, before anything is read, for an argument that is of another kind."""
+        check_text(self.formula)
+        for name in ("weights", "freq", "offset", "trials", "time"):
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                what = f"{name} must be the name of a column or an expression, not a value of type {type(value).__name__}"
+                raise ConfigError(what, hint="put its values into a column of the data")
+        for name in ("levels", "contrasts"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping | None):
+                what = f"{name} must map factors to theirs, not be of type {type(value).__name__}"
+                raise ConfigError(what, hint=f'{name}={{"factor": …}}')
+        if not isinstance(self.options, Options):
+            raise ConfigError(f"options must be mlpipe.Options, not of type {type(self.options).__name__}")
 
 
 @dataclass(frozen=True)

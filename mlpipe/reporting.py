@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import history, overview, page, sections
-from .atomic import regular, replacing, writing
+from .atomic import apart, regular, replacing, writing
 from .drawing import require
 from .errors import ConfigError
 from .layout import one_line
@@ -40,12 +40,15 @@ def report(
     `data`: the rows, for the plots of residuals, by one scan; a fit that has its source at hand needs none. A file that exists is
     replaced once the new one is complete.
 
-    Raises ConfigError where Altair or vl-convert-python is not installed or no fit matches, DataError where there is no fit or the
-    data cannot be read, ResourceError where the file cannot be written.
+    Raises ConfigError where Altair or vl-convert-python is not installed, no fit matches, or the file is one that is read, DataError
+    where there is no fit or the data cannot be read, ResourceError where the file cannot be written.
     """
     require()
     target = regular(path)
+    apart(path, fit, data)
     if isinstance(fit, MixedFit):
+        if model is not None or by:
+            raise ConfigError("model and by choose among fits that were written, and this is one", code="which_fit")
         text = _page(fit, [], list(fit.info.get("sql", ())), data, options)
     else:
         text = _of_written(fit, prefix, model, by, data, options)

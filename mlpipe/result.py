@@ -103,6 +103,11 @@ class MixedFit:
         return self.sigma if self.residual_scaled else 1.0
 
     @property
+    def dispersion(self) -> float:
+        """The residual variance, phi of the Gaussian family."""
+        return self.sigma**2
+
+    @property
     def has_residual(self) -> bool:
         """Whether there is a residual scale."""
         return True

@@ -19,6 +19,7 @@ from .robust import Source
 from .solve.sandwich import cluster_factor, corrected, covariance, half
 
 if TYPE_CHECKING:
+    from .formula import Formula
     from .levels import Levels
     from .result import MixedFit
     from .stats import SuffStats
@@ -36,6 +37,14 @@ def checked(cluster: Any, vcov: str | None, known: tuple[str, ...]) -> tuple[tup
     kind = robust.checked(vcov, True) if clusters else None
     if kind is not None and kind not in known:
         raise ConfigError(f"vcov = {vcov!r} is not one of {', '.join(known)}, those of this model", code="vcov")
+    return clusters, kind
+
+
+def checked_generalized(formula: Formula, cluster: Any, vcov: str | None) -> tuple[tuple[str, ...], str | None]:
+    """The same of a generalized mixed model, whose clusters are its blocks."""
+    clusters, kind = checked(cluster, vcov, ("CR0", "CR1"))
+    if clusters and any(bar.groups != clusters for bar in formula.random):
+        raise ConfigError(f"cluster = {clusters[0]!r} is not the grouping factor", code="cluster", hint="a GLMM's blocks are its clusters")
     return clusters, kind
 
 

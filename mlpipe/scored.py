@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .atomic import regular, replacing, synced, writing
+from .atomic import apart, regular, replacing, synced, writing
 from .errors import ConfigError, DataError
 from .store import new_run_id, write_run
 
@@ -30,6 +30,15 @@ class Piece:
 
     name: str
     rows: int
+
+
+def check_file(out: str, *read: object) -> None:
+    """Raises ConfigError (code "target") for a target whose suffix is another format's, and for one of the files that are read."""
+    from .engines import files
+
+    apart(out, *read)
+    if (files.is_known(out) or out.lower().endswith(files.DATABASES)) and not out.lower().endswith(PARQUET):
+        raise ConfigError(f"{out}: predictions are written as Parquet", code="target", hint="give the target the suffix .parquet")
 
 
 def pieces(paths: Sequence[str], out: str, options: Options) -> list[Piece] | None:

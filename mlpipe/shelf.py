@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Set
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -142,13 +142,14 @@ def _database(path: Path, options: Options) -> Iterator[DatabaseShelf]:
 
     with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with target.opened(path, options, read_only=False) as database:
-            yield DatabaseShelf(database, path, options)
-    except ResourceError as error:
-        if error.code != "io" or "lock" not in error.message:
-            raise
-        raise ResourceError(f"another job is using the store {path}", code="locked", hint="try again when it is done") from error
+    with ExitStack() as stack:
+        try:
+            database = stack.enter_context(target.opened(path, options, read_only=False))
+        except ResourceError as error:
+            if error.code != "locked":
+                raise
+            raise ResourceError(f"another job is using the store {path}", code="locked", hint=error.hint) from error
+        yield DatabaseShelf(database, path, options)
 
 
 class DatabaseShelf:
@@ -209,7 +210,8 @@ class DatabaseShelf:
 
 def named(record: dict[str, Any]) -> set[str]:
     """The states that a record names."""
-    return {part["state"] for part in record["partitions"] if part["state"] is not None} | set(record["merged"])
+    parts = (*record["partitions"], *record.get("pending", ()))
+    return {part["state"] for part in parts if part["state"] is not None} | set(record["merged"])
 
 
 def checked(text: str, name: str) -> dict[str, Any]:

@@ -27,6 +27,8 @@ def simulate(fit: MixedFit, n: int, seed: int | None, prefix: str) -> pa.RecordB
 
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ConfigError(f"n = {n!r} is not a whole number from 1")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+        raise ConfigError(f"seed = {seed!r} is not a whole number from 0")
     recipe = fit.recipe
     family = fit.family if fit.residual_scaled else fit.base_family  # type: ignore[attr-defined]
     if recipe.freq is not None and family not in SUMMED:

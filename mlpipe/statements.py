@@ -128,13 +128,6 @@ def cross_products(recipe: Recipe, names: Names, by: Sequence[str] = ()) -> exp.
     return over(statement, used_rows(recipe, names, keys=bool(by)), "used")
 
 
-def row_counts(by: Sequence[str], names: Names) -> exp.Select:
-    """Per value of these keys, nulls included, how many rows the source has: row_count."""
-    keys = [names.key(name) for name in by]
-    statement = skeleton("missing").select(*keys, copy=False)
-    return statement.group_by(*(key.copy() for key in keys), copy=False) if keys else statement
-
-
 def rest_names(recipe: Recipe) -> list[str]:
     """The columns of `block_sums` beyond s0, s1, …, where whole cross-products are asked for."""
     return [*(f"x{k}" for k in range(len(recipe.rest()))), *(column.alias for column in _weight_sums(recipe))]
@@ -206,8 +199,11 @@ def sums(nodes: Sequence[expr.Node], names: Names, where: Expression) -> exp.Sel
     return over(statement, inner.where(where, copy=False), "used")
 
 
-def missing(columns: Iterable[str], keys: Iterable[str], weights: Mapping[str, str], names: Names) -> exp.Select:
-    """One row: per used column the missing and infinite values, per weight the zero and negative ones."""
+def missing(
+    columns: Iterable[str], keys: Iterable[str], weights: Mapping[str, str], names: Names, by: Iterable[str] = ()
+) -> exp.Select:
+    """One row, or one per value of the keys `by`, nulls included: row_count, per used column the missing and infinite values, per weight
+    the zero and negative ones."""
     statement = skeleton("missing")
     for k, name in enumerate(columns):
         value = names.value(name)
@@ -233,7 +229,8 @@ def missing(columns: Iterable[str], keys: Iterable[str], weights: Mapping[str, s
             _count(exp.LT(this=weight.copy(), expression=number(0)), f"negative_{name}"),
             copy=False,
         )
-    return statement
+    values = [names.key(name) for name in by]
+    return statement.select(*values, copy=False).group_by(*(key.copy() for key in values), copy=False) if values else statement
 
 
 def _infinite(value: Expression) -> Expression:

@@ -79,6 +79,8 @@ class SuffStats:
 
     def __add__(self, other: SuffStats) -> SuffStats:
         """The statistics of the union of two disjoint sets of rows."""
+        if not isinstance(other, SuffStats):
+            return NotImplemented
         return merge(self, other)
 
     def update(self, data: Any, *, options: Options | None = None) -> SuffStats:

@@ -233,6 +233,11 @@ def _load_folder(folder: Path, wanted: dict[str, Any]) -> MixedFit:
         path = runs / f"{prefix}_ranef_{name}.parquet"
         return pq.ParquetFile(path).read() if path.exists() else None
 
+    if record.get("format") != FORMATS and wanted:
+        wanted_by = [name for name in wanted if name != "model"]
+        if wanted_by or wanted["model"] != _read(record, str(folder)).formula:
+            what = f"are not by {wanted_by[0]!r}" if wanted_by else f"have no model {wanted['model']!r}"
+            raise ConfigError(f"the fits of {folder} {what}", code="which_fit", hint="it holds one fit: load it without model and by")
     if record.get("format") == FORMATS:
         return _of_several(pq.ParquetFile(runs / f"{prefix}_manifest.parquet").read(), wanted, str(folder), modes)
     fit = _read(record, str(folder))
@@ -303,11 +308,23 @@ def matching(table: pa.Table, wanted: Mapping[str, Any]) -> pa.Table:
     for name, value in wanted.items():
         column = table.column(name)
         try:
+            if isinstance(value, str) and pa.types.is_time(column.type):  # which Arrow does not read
+                value = datetime.time.fromisoformat(value)
             scalar = pa.scalar(value).cast(column.type) if isinstance(value, str) else pa.scalar(value, column.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, ValueError) as error:
             raise ConfigError(f"{value!r} is no value of {name!r}, which is {column.type}", code="which_fit") from error
         table = table.filter(pc.is_null(column) if value is None else pc.equal(column, scalar))
     return table
+
+
+def check_target(target: str) -> None:
+    """Raises ConfigError for a directory of other things and for a file that is no database, before the work whose result goes there."""
+    from .engines import target as database
+
+    if _is_database(target):
+        database.check(target)
+    else:
+        check_ours(Path(target), FIT, "fit")
 
 
 def holds_fit(target: str, prefix: str) -> bool:

@@ -12,18 +12,23 @@ if TYPE_CHECKING:
 
 
 def report(fit: Any, options: Options) -> None:
-    """Warnings for what the fields of a fit say, at the line that asked for it. Raises ConvergenceError where the options ask for it."""
+    """Warnings for what the fields of a fit say, at the line that asked for it and in its `info`. Raises ConvergenceError where the
+    options ask for it."""
+    found: list[tuple[str, type[Warning]]] = []
     if fit.dropped:
-        warn(f"coefficients repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning)
+        found.append((f"coefficients repeat others and were dropped: {', '.join(fit.dropped)}", RankWarning))
     if separated := fit.info.get("separation"):
-        warn(f"{', '.join(separated)} separate(s) the outcomes: these estimates go to infinity", SeparationWarning)
+        found.append((f"{', '.join(separated)} separate(s) the outcomes: these estimates go to infinity", SeparationWarning))
     if fit.singular:
-        warn("the fit is singular: a random-effects covariance is on the boundary", SingularFitWarning)
+        found.append(("the fit is singular: a random-effects covariance is on the boundary", SingularFitWarning))
     if not fit.converged:
         message = f"the fit did not converge: {fit.message} (scaled score {fit.score:.2g} after {fit.evaluations} evaluations)"
         if options.on_nonconvergence == "raise":
             raise ConvergenceError(message)
-        warn(message, ConvergenceWarning)
+        found.append((message, ConvergenceWarning))
+    fit.info["warnings"] = [message for message, _ in found]
+    for message, category in found:
+        warn(message, category)
 
 
 def warn(message: str, category: type[Warning]) -> None:

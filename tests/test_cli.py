@@ -105,7 +105,11 @@ def test_a_fit_that_is_there_is_refused_before_the_work(invoke: Invoke, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr("mlpipe.fit.lmm", None)
         refused = invoke("fit", FORMULA, SLEEP, "--out", "fit")
+        (tmp_path / "theirs").mkdir()
+        (tmp_path / "theirs" / "letter.txt").write_text("dear")
+        other = invoke("fit", FORMULA, SLEEP, "--out", "theirs")
     assert refused.code == 2 and "already holds a fit\nhint: --overwrite" in refused.err
+    assert other.code == 2 and "theirs exists and is no fit" in other.err
     assert invoke("fit", FORMULA, SLEEP, "--out", "fit", "--overwrite", "--ml").code == 0
     assert not mp.load("fit").reml
 
@@ -183,6 +187,13 @@ MISTAKES: list[tuple[tuple[str, ...], int, str]] = [
     (("fit", FORMULA, SLEEP, SLEEP, "--table", "t"), 2, "one database"),
     (("show", "nowhere"), 3, "error: there is no fit in nowhere"),
     (("predict", "nowhere", SLEEP, "--out", "p.parquet"), 3, "no fit in nowhere"),
+    (("fit", FORMULA, SLEEP, "--overwrite"), 2, "--overwrite belongs to --out"),
+    (("fit", FORMULA, SLEEP, "--out", "-"), 2, "standard output takes no files"),
+    (("fit", FORMULA, SLEEP, "--out", SLEEP), 2, "exists and is no fit"),
+    (("fit", FORMULA, SLEEP, "--table", "t"), 3, "sleepstudy.parquet is not a DuckDB database"),
+    (("fit", "subject ~ days + (1 | days)", SLEEP), 3, "the response subject is not numeric\nhint: it is read as text"),
+    (("report", "nowhere", "--out", "r.html", "--table", "t"), 2, "--table names a table of DATA, which is missing"),
+    (("show", "nowhere", "--effects", "marginal"), 2, "--source and --effects belong to --sql"),
     (("run", "nowhere.toml"), 2, "cannot read the job nowhere.toml"),
     ((), 2, "Usage: mlpipe"),
 ]
@@ -438,8 +449,33 @@ def test_predict_writes_every_row_in_order(invoke: Invoke, tmp_path: Path) -> No
     scored = pl.read_parquet("p.parquet")
     assert scored.drop("predicted").equals(pl.read_parquet(SLEEP))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fit", "p.parquet"]
-    again = invoke("predict", "fit", "p.parquet", "--out", "p.parquet", "--prefix", "fixed_", "--effects", "population")
-    assert again.code == 0 and pl.read_parquet("p.parquet").columns[-2:] == ["predicted", "fixed_predicted"]
+    again = invoke("predict", "fit", "p.parquet", "--out", "q.parquet", "--prefix", "fixed_", "--effects", "population")
+    assert again.code == 0 and pl.read_parquet("q.parquet").columns[-2:] == ["predicted", "fixed_predicted"]
+    assert invoke("predict", "fit", SLEEP, "--out", "q.parquet").code == 0 and pl.read_parquet("q.parquet").equals(scored)
+
+
+@pytest.mark.parametrize("target", ["out", "out.duckdb"])
+def test_one_of_many_fits_is_shown_and_predicts(target: str, invoke: Invoke, tmp_path: Path) -> None:
+    rows = pl.read_parquet(SLEEP).with_columns(half=pl.when(pl.col("days") < 5).then(pl.lit("early")).otherwise(pl.lit("late")))
+    rows.write_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "job.toml").write_text(
+        '[source]\npath = "rows.parquet"\n[model]\nformula = "reaction ~ days + (1 | subject)"\nby = ["half"]\n'
+        f'[output]\ntarget = "{target}"\n'
+    )
+    assert invoke("run", "job.toml").code == 0
+    assert invoke("show", target).code == 2 and "holds 2 fits\nhint: name one: model=" in invoke("show", target).err
+    late = mp.load(tmp_path / target, by={"half": "late"})
+    assert invoke("show", target, "--by", "half=late") == (0, late.summary() + "\n", "")
+    assert invoke("predict", target, "rows.parquet", "--by", "half=late", "--out", "p.parquet").code == 0
+    expected = [value for batch in late.predict(rows) for value in batch.column("predicted").to_pylist()]
+    assert pl.read_parquet("p.parquet")["predicted"].to_list() == expected
+    assert invoke("show", target, "--by", "half").code == 2 and invoke("show", target, "--model", "other").code == 2
+
+
+def test_reports_keep_to_their_time(invoke: Invoke, tmp_path: Path) -> None:
+    fit = written(tmp_path)
+    done = invoke("report", fit, "--out", "r.html", "--timeout", "soon")
+    assert done.code == 2 and "'soon' is not a length of time" in done.err and not (tmp_path / "r.html").exists()
 
 
 def test_unseen_levels(invoke: Invoke, tmp_path: Path) -> None:
@@ -488,6 +524,11 @@ def test_predictions_stream_in_large_row_groups(tmp_path: Path) -> None:
 def test_the_entry_point_in_a_pipe() -> None:
     done = process("fit", FORMULA, SLEEP)
     assert (done.returncode, done.stderr) == (0, "") and "251.405" in done.stdout
+
+
+def test_the_package_is_the_command_too() -> None:
+    command = [sys.executable, "-m", "mlpipe", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, env=environment()).stdout == f"mlpipe, version {mp.__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["plan", "fit"])

@@ -400,6 +400,22 @@ def test_a_singular_fit_says_so_everywhere(tmp_path: Path) -> None:
     assert set(modes["estimate"].to_pylist()) == {0.0} and set(modes["reliability"].to_pylist()) == {None}
     fit.write(tmp_path / "fit")
     assert mp.load(tmp_path / "fit").singular
+    said = ["the fit is singular: a random-effects covariance is on the boundary"]
+    assert fit.info["warnings"] == mp.load(tmp_path / "fit").info["warnings"] == said
+    assert fit.dispersion == fit.sigma**2 and mp.lmm("y ~ x + (1 | g)", data()).info["warnings"] == []
+
+
+def test_variances_that_no_row_tells_are_noted() -> None:
+    """Restricted likelihood knows nothing of levels that the fixed effects tell apart, and any variance is as good as another."""
+    frame = data().with_columns(level=pl.col("g").cast(pl.String))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mp.MlpipeWarning)
+        for formula in ("y ~ level + (1 | level)", "y ~ x + level + (x | level)", "y ~ 0 + level:x + level + (0 + x | level)"):
+            fit = mp.lmm(formula, frame)
+            assert "their likelihood is flat" in fit.info["notes"][-1] and "note: the rows do not tell the variances over level" in str(fit)
+        for formula, reml in [("y ~ level + (1 | level)", False), ("y ~ x + (1 | level)", True), ("y ~ x + (x | level)", True)]:
+            assert not any("flat" in note for note in mp.lmm(formula, frame, reml=reml).info["notes"])
+        assert not any("flat" in note for note in mp.lmm("y ~ x + (1 | g)", flat()).info["notes"])
 
 
 def test_perfect_correlation_is_singular() -> None:

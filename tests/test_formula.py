@@ -171,6 +171,8 @@ BAD = [
     ("y ~ (1 | 1)", "a grouping factor is a column", (9, 10)),
     ("y ~ (1 | g) + (x | h) + (1 | g)", "over g repeats", (24, 31)),
     ("y ~ (1 | g:h) + (1 | h:g)", "over h:g repeats", (16, 25)),
+    ("y ~ (1 | g:h) + (x | `g:h`)", "two grouping factors are called g:h", (16, 27)),
+    ("y ~ (1 | `g:h`/i) + (1 | g:h:i)", "two grouping factors are called g:h:i", (20, 31)),
     ("y ~ (offset(z) | g)", "can only be added", (5, 14)),
     ("y ~ " + "(" * 200, "nested too deeply", (63, 64)),
     ("y ~ I(" + "+".join("x" * 200) + ")", "nested too deeply", (4, 406)),

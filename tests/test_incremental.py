@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import polars as pl
 import pytest
 
 import mlpipe as mp
-from mlpipe import shelf
+from mlpipe import incremental, shelf
 from mlpipe.incremental import drift
 from mlpipe.options import Options
 from mlpipe.trees import Node, statistics, tree
@@ -356,6 +357,86 @@ def test_drift_of_terms_that_come_and_go() -> None:
     found = drift(one, two)
     assert (found["largest"], found["term"], found["added"], found["gone"], found["since"]) == (2.0, "b", ["c"], ["a"], "t")
     assert drift({**one, "names": ["d", "e"]}, two)["term"] is None
+
+
+# -- runs that are stopped ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has a run be stopped, as by a timeout, when it has read so many partitions."""
+    read = incremental._read
+
+    def stop(number: int) -> None:
+        left = [None] * number
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return read(*args, **kwargs)
+
+        monkeypatch.setattr(incremental, "_read", counted)
+
+    return stop
+
+
+@pytest.mark.parametrize("path", ["store", "store.duckdb"])
+def test_a_run_that_is_stopped_keeps_what_it_has_read(path: str, run: Run, after: Callable[[int], None], tmp_path: Path) -> None:
+    """Also the first of all, and again and again: each goes on where the last one was stopped, until one reads the rest."""
+    files, store = lake(tmp_path / "lake", 1, 5), {"path": f"{tmp_path}/{path}"}
+    for _ in range(2):
+        after(2)
+        with pytest.raises(KeyboardInterrupt):
+            run(store=store)
+        with shelf.opened(store["path"], Options()) as held:
+            record = held.record()
+            assert record is not None and record["partitions"] == []
+            assert all(held.load(state).rows for state in shelf.named(record))
+    assert [Path(part["name"]).stem for part in record["pending"]] == ["d01", "d02", "d03", "d04"]
+    day(12).write_parquet(files / "d02.parquet")  # what changed since is read again, what is gone is forgotten
+    (files / "d03.parquet").unlink()
+    after(2)
+    fit = run(store=store)
+    assert names(fit) == ["d02", "d05"] and names(fit, "resumed") == ["d01", "d04"]
+    assert incremental.told(fit).splitlines()[0] == "Store: 4 partitions, 2 read, 2 by a run that was stopped"
+    same(fit, mp.lmm(FORMULA, files))
+    with shelf.opened(store["path"], Options()) as held:
+        assert (record := held.record()) is not None and record["pending"] == [] and len(record["partitions"]) == 4
+    assert names(run(store=store), "resumed") == []
+
+
+def test_a_stopped_run_leaves_what_counts_as_it_was(run: Run, after: Callable[[int], None], tmp_path: Path) -> None:
+    files = lake(tmp_path / "lake", 1, 3)
+    run()
+    before = json.loads((tmp_path / "store" / "store.json").read_text())
+    lake(files, 4, 6)
+    day(12).write_parquet(files / "d02.parquet")
+    after(2)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    record = json.loads((tmp_path / "store" / "store.json").read_text())
+    assert {**record, "pending": []} == before and len(record["pending"]) == 2
+    day(5).drop("x").write_parquet(files / "d05.parquet")
+    after(9)
+    with pytest.raises(mp.DataError, match="d05.parquet: there is no column 'x'"):
+        run()
+    lake(files, 5, 5)
+    fit = run()
+    assert names(fit) == ["d05", "d06"] and names(fit, "resumed") == ["d02", "d04"] and names(fit, "replaced") == ["d02"]
+    same(fit, mp.lmm(FORMULA, files))
+
+
+def test_a_rebase_that_is_stopped_leaves_the_store_as_it_was(run: Run, after: Callable[[int], None], tmp_path: Path) -> None:
+    lake(tmp_path / "lake", 1, 3)
+    before = run()
+    record = (tmp_path / "store" / "store.json").read_text()
+    after(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(rebase=True)
+    assert (tmp_path / "store" / "store.json").read_text() == record
+    after(0)
+    same(run(), before)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------

@@ -241,6 +241,13 @@ def test_unseen_levels_take_the_mean_effect() -> None:
         ({"cluster": 3}, mp.ConfigError, "cluster"),
         ({"cluster": "one"}, mp.DataError, "two clusters"),
         ({"formula": "y ~ x + (1 | firm)"}, mp.ConfigError, "random term"),
+        ({"formula": None}, mp.FormulaError, "the formula must be text, not of type NoneType"),
+        ({"weights": np.ones(3)}, mp.ConfigError, "weights must be the name of a column or an expression, not a value of type ndarray"),
+        ({"offset": 1}, mp.ConfigError, "put its values into a column of the data"),
+        ({"contrasts": "sum"}, mp.ConfigError, "contrasts must map factors to theirs"),
+        ({"contrasts": {"f": 3}}, mp.ConfigError, "unknown contrast 3 for 'f'"),
+        ({"levels": ["a"]}, mp.ConfigError, "levels must map factors to theirs"),
+        ({"options": {"threads": 1}}, mp.ConfigError, "options must be mlpipe.Options, not of type dict"),
     ],
 )
 def test_bad_requests(arguments: dict[str, Any], error: Any, text: str) -> None:
@@ -249,6 +256,27 @@ def test_bad_requests(arguments: dict[str, Any], error: Any, text: str) -> None:
     with pytest.raises(error) as caught:
         mp.ols(formula, frame, **arguments)
     assert text in f"{caught.value} {getattr(caught.value, 'hint', '')}"
+
+
+def test_arguments_are_looked_at_before_the_data_are() -> None:
+    """Whatever function, and where formula and data are in each other's place."""
+    for function, more in [("lmm", {}), ("glmm", {"family": "poisson"}), ("glm", {"family": "poisson"}), ("gee", {"groups": "g"})]:
+        formula = "y ~ x + (1 | g)" if "mm" in function else "y ~ x"
+        with pytest.raises(mp.ConfigError, match="freq must be the name of a column"):
+            getattr(mp, function)(formula, "nowhere.parquet", freq=[1], **more)
+        with pytest.raises(mp.FormulaError, match="not of type DataFrame"):
+            getattr(mp, function)(FRAME, formula, **more)
+    with pytest.raises(mp.DataError, match="the formula comes first, then the data"):
+        mp.lmm("rows.parquet", "y ~ x + (1 | g)")
+    with pytest.raises(mp.ConfigError, match="no function"):
+        mp.plan(mp.lmm, "y ~ x", FRAME)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        mp.suffstats("y ~ x", FRAME) + 1  # type: ignore[operator]
+
+
+def test_absorbed_columns_of_any_name() -> None:
+    odd = FRAME.rename({"firm": "fi`rm \\ 1"})
+    assert mp.ols("y ~ x", odd, absorb="fi`rm \\ 1").fixef() == mp.ols("y ~ x", FRAME, absorb="firm").fixef()
 
 
 def test_rows_without_a_cluster_are_dropped_and_counted() -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,68 @@ def test_a_value_that_cannot_be_fitted_does_not_stop_the_others() -> None:
     nowhere = frame.head(10).with_columns(region=pl.lit(None, pl.String))
     made = fits_of(pl.concat([frame, few, missing, one_level, nowhere], how="vertical_relaxed"), [Model("m", FORMULA)], ("region",))
     assert {one.by["region"]: one.error.code if one.error else None for one in made.fits} == {
-        **dict.fromkeys("abcde"), "lone": "one_level", "missing": "no_rows", "plain": "data", None: "no_rows",
+        **dict.fromkeys("abcde"), "lone": "one_level", "missing": "no_rows", "plain": "data",
     }  # fmt: skip
-    assert len(made.failed) == 4 and "fewer than two levels" in str(made.failed[0].error)
+    assert len(made.failed) == 3 and "fewer than two levels" in str(made.failed[0].error)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(None, pl.String), (float("nan"), pl.Float64)])
+def test_rows_without_a_value_are_of_no_model_and_counted(value: Any, kind: Any) -> None:
+    frame = rows().with_columns(v=pl.col("year").cast(kind))
+    few = frame.with_columns(v=pl.when(pl.int_range(len(frame)) < 17).then(pl.lit(value, kind)).otherwise("v"))
+    missing = few[17:]["x"].null_count()
+    for data in (few, few.to_arrow()):
+        made = fits_of(data, [Model("m", "y ~ x + (1 | g)")], ("v",))
+        assert [one.by["v"] for one in made.fits] == frame["v"].unique().sort().to_list() and not made.failed
+        assert made.info["dropped"] == {"x": missing, "v": 17} and made.info["rows_nowhere"] == 17
+        assert "\n17 rows are of no model: 'v' is missing in 17" in made.told()
+        for one in made.fits:
+            alike(one, mp.lmm("y ~ x + (1 | g)", few.filter(pl.col("v") == one.by["v"])))
+    with pytest.raises(mp.DataError, match="17 rows are of no model: 'v' is missing in 17") as caught:
+        fits_of(few, [Model("m", "y ~ e + (1 | g)")], ("v",), na="raise")
+    assert caught.value.code == "missing_values" and caught.value.column == "v"
+
+
+def spoilt(name: str, value: float | None) -> pl.DataFrame:
+    """The first row of region "a" has another value of a column."""
+    frame = rows().filter(pl.col("x").is_not_null()).sort("region", maintain_order=True)
+    return frame.with_columns(pl.when(pl.int_range(len(frame)) == 0).then(pl.lit(value, pl.Float64)).otherwise(name).alias(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "settings", "code", "message"),
+    [
+        ("x", math.inf, {}, "infinite_values", "the column 'x' is infinite in 1 rows"),
+        ("y", -math.inf, {}, "infinite_values", "the column 'y' is infinite in 1 rows"),
+        ("w", -1.0, {"weights": "w"}, "negative_weights", "the weight 'w' is negative in 1 rows"),
+        ("x", None, {"na": "raise"}, "missing_values", "1 rows have missing values: 'x' is missing in 1"),
+        ("e", 0.0, {"weights": "1 / e^2"}, "not_finite", "is not finite in 1 rows, such as e = 0"),
+    ],
+)
+def test_values_that_are_refused(name: str, value: float | None, settings: dict[str, Any], code: str, message: str) -> None:
+    """Alone they stop a fit; of many, that of the value whose rows have them."""
+    frame = spoilt(name, value)
+    with pytest.raises(mp.DataError, match=message) as caught:
+        fits_of(frame, [Model("m", "y ~ x + (1 | g)")], (), **settings)
+    assert caught.value.code == code
+    made = fits_of(frame, [Model("m", "y ~ x + (1 | g)")], ("region",), **settings)
+    assert [one.by["region"] for one in made.failed] == ["a"] and len(made.fits) == 5
+    error = made.failed[0].error
+    assert error is not None and error.code == code and message in error.message
+    with pytest.raises(mp.DataError, match=f"no value of region that can be fitted; region=a: .*{message}"):
+        fits_of(frame.filter(pl.col("region") == "a"), [Model("m", "y ~ x + (1 | g)")], ("region",), **settings)
+
+
+def test_what_is_dropped_is_counted_by_cause() -> None:
+    frame = rows().with_columns(w=pl.when(pl.int_range(len(rows())) < 3).then(0.0).otherwise("w"))
+    made = fits_of(frame, [Model("m", "y ~ x + (1 | g)")], ("region",), weights="w")
+    for one in made.fits:
+        alone = mp.lmm("y ~ x + (1 | g)", frame.filter(pl.col("region") == one.by["region"]), weights="w")
+        assert one.fit is not None and one.fit.info["dropped"] == alone.info["dropped"]
+    assert made.info["dropped"] == mp.lmm("y ~ x + (1 | g)", frame, weights="w").info["dropped"]
+    with pytest.raises(mp.DataError, match="none of the 20 rows can be used: 'x' is missing in 20") as caught:
+        fits_of(frame.head(20).with_columns(x=pl.lit(None, pl.Float64)), [Model("m", "y ~ x + (1 | g)")], ())
+    assert caught.value.column == "x"
 
 
 def test_hundreds_of_values() -> None:

@@ -419,6 +419,23 @@ def test_a_report_that_fails_leaves_what_was_there(sleep: Any, tmp_path: Path, m
     assert target.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_a_fit_at_hand_is_not_chosen(sleep: Any, tmp_path: Path) -> None:
+    for wanted in ({"model": "other"}, {"by": {"region": "north"}}):
+        with pytest.raises(mp.ConfigError, match="choose among fits that were written"):
+            mp.report(sleep, tmp_path / "x.html", **wanted)
+
+
+def test_a_report_never_replaces_what_it_reads(sleep: Any, tmp_path: Path) -> None:
+    for name in ("fit.duckdb", "rows.parquet"):
+        sleep.write(tmp_path / name) if name == "fit.duckdb" else pl.read_parquet(SLEEP).write_parquet(tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    rows = tmp_path / "rows.parquet"
+    for name, data in [("fit.duckdb", None), ("rows.parquet", rows), ("rows.parquet", [str(rows)])]:
+        with pytest.raises(mp.ConfigError, match=f"{name} is what is read, and would be replaced"):
+            mp.report(tmp_path / "fit.duckdb", tmp_path / name, data=data)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_without_the_packages(sleep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 

@@ -138,6 +138,8 @@ def test_policies_of_many(job: Any) -> None:
         ('[model]\nformula = "y ~ x + (1 | g)"\nby = ["Seconds"]\n', "'Seconds': the tables of results have a column of this name"),
         ('[model]\nformula = "y ~ x + (1 | g)"\nby = ["r", "R"]\n', "'R': the tables of results have a column of this name"),
         ('[[models]]\nname = "a"\nformula = "y ~ x + (1 | g)"\nweigths = "x"', "unknown key models.0.weigths"),
+        ('[model]\nformula = "y ~ x + (1 | g)"\nby = ["region"]\ncluster = "g"\n', "keep no rows for cluster and vcov"),
+        ('[[models]]\nname = "a"\nformula = "y ~ x + (1 | g)"\ncluster = ["g"]\nvcov = "CR0"', "keep no rows for cluster and vcov"),
         ('[model]\nkind = "glm"\nfamily = "poisson"\nformula = "y ~ x"\nby = ["g"]', "are for linear mixed models"),
     ],
 )
@@ -147,11 +149,66 @@ def test_mistakes(models: str, message: str, job: Any) -> None:
     assert message in caught.value.message
 
 
-def test_a_model_that_stops_a_job_is_named(job: Any) -> None:
-    other = '[[models]]\nname = "far"\nformula = "y ~ x + (1 | g)"\nwhere = "x > 1e9"\n'
-    read = job(f'[[models]]\nname = "all"\nformula = "y ~ x + (1 | g)"\n{other}', "out")
-    with pytest.raises(mp.DataError, match=r"\[\[models\]\] far: there is no row"):
-        jobs.fit_jobs(read, {})
+@pytest.mark.parametrize("target", ["out", "out.duckdb"])
+def test_a_text_stands_for_a_value_of_its_column(target: str, job: Any, tmp_path: Path) -> None:
+    """Of any kind that `by` may have, as messages show it."""
+    one = pl.col("region") == "north"
+    values = {
+        "clock": pl.when(one).then(pl.time(11, 30)).otherwise(pl.time(9)), "when": pl.datetime(2026, 1, 1, one.cast(int), time_zone="UTC"),
+        "cost": one.cast(int).cast(pl.Decimal(10, 2)), "share": one / 2.0, "is": one,
+    }  # fmt: skip
+    frame().filter(pl.col("region") != "lone").with_columns(**values).write_parquet(tmp_path / "rows.parquet")
+    read = job(f'[model]\nformula = "y ~ x + (1 | g)"\nby = {list(values)}'.replace("'", '"'), target)
+    fits = jobs.fit_jobs(read, {})
+    jobs.write_outputs(fits, read.output)
+    for fitted in fits.fits:
+        again = mp.load(tmp_path / target, by={name: str(value) for name, value in fitted.by.items()})
+        assert fitted.fit is not None and again.loglik == fitted.fit.loglik and again.written.items() >= fitted.by.items()
+    with pytest.raises(mp.ConfigError, match="'half past nine' is no value of 'clock', which is time64"):
+        mp.load(tmp_path / target, by={"clock": "half past nine"})
+
+
+ALL = '[[models]]\nname = "all"\nformula = "y ~ x + (1 | g)"\n'
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.parametrize("by", ["", 'by = ["region"]\n'])
+def test_a_model_that_its_rows_do_not_allow_does_not_stop_the_others(by: str, job: Any, tmp_path: Path) -> None:
+    far = f'[[models]]\nname = "far"\nformula = "y ~ x + (1 | g)"\nwhere = "x > 1e9"\n{by}'
+    gone = f'[[models]]\nname = "gone"\nformula = "y ~ age + (1 | g)"\n{by}'
+    null = f'[[models]]\nname = "null"\nformula = "y ~ 1 + (1 | g)"\n{by}'
+    read = job(far + gone + ALL + by + null, "out", "[policy]\nmax_drop_fraction = 0.5\n")
+    fits = jobs.fit_jobs(read, {})
+    jobs.write_outputs(fits, read.output)
+    found = table(tmp_path / "out", "mlpipe_fit")
+    lost = found.filter(pl.col("model").is_in(["far", "gone"]))
+    assert lost["model"].to_list() == ["far", "gone"] and lost["loglik"].null_count() == 2 and not lost["converged"].any()
+    assert "there are no rows" in lost["message"][0] and "no column 'age'" in lost["message"][1]
+    assert not by or lost["region"].null_count() == 2
+    assert "failed: gone: there is no column 'age'" in fits.told()
+    alone = jobs.fit_jobs(job(ALL + by + null, "alone"), {})  # what is left shares its scan as if the others had never been there
+    assert len(alone.fits) == len(fits.fits) - 2
+    for one, other in zip(fits.fits[2:], alone.fits, strict=True):
+        assert (one.model, one.by) == (other.model, other.by)
+        assert (one.fit and one.fit.loglik) == (other.fit and other.fit.loglik)
+    with pytest.raises(mp.DataError, match="could not be fitted"):
+        mp.load(tmp_path / "out", model="gone")
+
+
+def test_a_job_of_which_nothing_can_be_fitted_is_refused(job: Any) -> None:
+    gone = '[[models]]\nname = "gone"\nformula = "y ~ age + (1 | g)"\n'
+    with pytest.raises(mp.DataError, match=r"\[\[models\]\] gone: there is no column 'age'"):
+        jobs.fit_jobs(job(gone + gone.replace('"gone"', '"too"'), "out"), {})
+    with pytest.raises(mp.FormulaError, match=r"unknown function logg"):  # a mistake of the request comes before all work
+        jobs.fit_jobs(job(ALL + gone.replace("age", "logg(x)"), "out"), {})
+
+
+def test_too_many_rows_of_no_model_are_forbidden(job: Any, tmp_path: Path) -> None:
+    half = frame().with_columns(region=pl.when(pl.int_range(len(frame())) % 2 > 0).then("region"))
+    half.write_parquet(tmp_path / "rows.parquet")
+    read = job(f'{ALL}by = ["region"]\n', "out", "[policy]\nmax_drop_fraction = 0.4\n")
+    with pytest.raises(mp.ConvergenceError, match=r"rows are of no model: 'region' is missing in \d+; 50.00% of the rows were dropped"):
+        jobs.check_policies(jobs.fit_jobs(read, {}), read.policy)
 
 
 def _write(target: str, run: str, ready: Any, out: Any) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -96,6 +97,28 @@ def test_what_is_refused() -> None:
         mp.lmm("y ~ x + (1 | klass)", FRAME, vcov="CR1")
     with pytest.raises(mp.ConfigError, match="grouping factor"):
         mp.glmm("y ~ x + (1 | klass)", FRAME, family="gaussian", cluster="school")
+
+
+@pytest.mark.parametrize(
+    ("function", "formula", "arguments"),
+    [
+        ("lmm", "y ~ x + (1 | klass)", {"vcov": "CR1"}), ("lmm", "y ~ x + (1 | klass)", {"cluster": ["school", "klass"]}),
+        ("lmm", "y ~ x + (1 | klass)", {"cluster": "scholl"}), ("lmm", "y ~ x + (1 | klass)", {"cluster": "school", "vcov": "HC1"}),
+        ("glmm", "y ~ x + (1 | klass)", {"family": "gaussian", "cluster": "school"}),
+        ("glmm", "y ~ x + (1 | klass)", {"family": "gaussian", "cluster": "klass", "vcov": "CR2"}),
+        ("glm", "y ~ x", {"family": "gaussian", "vcov": "CR1"}), ("glm", "y ~ x", {"family": "gaussian", "vcov": "HC9"}),
+    ],
+)
+def test_a_plan_refuses_what_the_fit_would(function: str, formula: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(mp.MlpipeError) as caught:
+        getattr(mp, function)(formula, FRAME, **arguments)
+    with pytest.raises(type(caught.value)) as planned:
+        mp.plan(function, formula, FRAME, **arguments)
+    assert str(planned.value) == str(caught.value)
+
+
+def test_a_plan_tells_the_scan_of_robust_errors() -> None:
+    assert "CR2 errors read the rows once more" in str(mp.plan("lmm", "y ~ x + (1 | klass)", FRAME, cluster="school", vcov="CR2"))
 
 
 @pytest.mark.parametrize("kind", ["CR0", "CR1", "CR2"])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import duckdb
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
@@ -172,6 +173,28 @@ def test_targets_that_are_refused(predict: Predict, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "fit", "lake", "theirs"]
     twice = predict("lake", f"lake/{NAMES[0]}", "--out", "out")
     assert twice.code == 2 and "named twice" in twice.err
+
+
+def test_what_is_read_is_never_replaced(predict: Predict, tmp_path: Path) -> None:
+    """The file itself, by whatever name, a database that holds the rows or the fit; nor does Parquet hide behind another suffix."""
+    tree(tmp_path / "lake")
+    file, link, database = tmp_path / "rows.parquet", tmp_path / "link.parquet", tmp_path / "rows.duckdb"
+    pl.read_parquet(tmp_path / "lake" / NAMES[0]).write_parquet(file)
+    link.symlink_to(file)
+    with duckdb.connect(str(database)) as con:
+        con.execute(f"create table held as from '{file}'")
+    results.load(str(tmp_path / "fit")).write(tmp_path / "fit.db")
+    before = {path: path.read_bytes() for path in (file, database, tmp_path / "fit.db")}
+    for data, out in [(["rows.parquet"], "rows.parquet"), (["link.parquet"], "rows.parquet"), (["rows.parquet"], "link.parquet")]:
+        done = predict(*data, "--out", out)
+        assert done.code == 2 and f"{out} is what is read, and would be replaced" in done.err
+    done = predict("rows.duckdb", "--table", "held", "--out", "rows.duckdb")
+    assert done.code == 2 and "rows.duckdb is what is read" in done.err
+    for out in ("scored.csv", "scored.json.gz", "fit.db", "SCORED.DUCKDB", "-"):
+        done = predict("rows.parquet", "--out", out)
+        assert done.code == 2 and not (out != "-" and "are written as Parquet" not in done.err), (out, done)
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fit", "fit.db", "lake", "link.parquet", "rows.duckdb", "rows.parquet"]
 
 
 def test_of_two_jobs_one_is_told(predict: Predict, tmp_path: Path) -> None:

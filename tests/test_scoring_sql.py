@@ -256,12 +256,16 @@ def test_a_job_writes_the_text_beside_its_result(target: str, file: str, tmp_pat
     agrees(con.sql(text).pl().sort("id"), fit, FRAME)
 
 
-def test_a_job_of_many_fits_has_no_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "output", "message"), [('by = ["h"]\n', "", "one fit"), ("", "ranef = false\n", "ranef = false leaves out")]
+)
+def test_jobs_that_have_no_text(model: str, output: str, message: str, tmp_path: Path) -> None:
+    """Of many fits, and where the tables that it would join are not written."""
     from mlpipe import job
 
-    text = '[source]\npath = "x"\n[model]\nformula = "y ~ x + (1 | g)"\nby = ["h"]\n[output]\ntarget = "out"\nscoring_sql = ["duckdb"]\n'
-    (tmp_path / "job.toml").write_text(text)
-    with pytest.raises(mp.ConfigError, match="one fit"):
+    text = f'[source]\npath = "x"\n[model]\nformula = "y ~ x + (1 | g)"\n{model}[output]\ntarget = "out"\nscoring_sql = ["duckdb"]\n'
+    (tmp_path / "job.toml").write_text(text + output)
+    with pytest.raises(mp.ConfigError, match=message):
         job.read_job(tmp_path / "job.toml")
 
 

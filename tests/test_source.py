@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import os
+import subprocess
+import sys
 import tempfile
 import urllib.parse
 import warnings
@@ -24,7 +27,7 @@ import sqlglot
 from pyarrow import fs
 
 import mlpipe as mp
-from mlpipe.engines import remote
+from mlpipe.engines import files, remote
 from mlpipe.engines.base import Columns, Engine
 from mlpipe.errors import ColumnNotFoundError, ConfigError, DataError, MlpipeError, ResourceError
 from mlpipe.options import Options, parse_bytes
@@ -341,6 +344,25 @@ def test_a_dataset_whose_files_are_not_of_its_schema(tmp_path: Path) -> None:
     open_source(paths).close()  # from the files themselves: an error only where the column is used
 
 
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DataError, match="pipe.csv is no file that can be read twice"):
+        open_source(tmp_path / "pipe.csv")
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs this may read all files, so the system's refusal is played."""
+    path = parquet(tmp_path / "a.parquet", x=[1.0])
+
+    def refused(file: str, *_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", file)
+
+    monkeypatch.setattr(files, "_state", refused)
+    with pytest.raises(DataError, match="cannot read .*a.parquet: Permission denied") as caught:
+        open_source(path)
+    assert caught.value.code == "file_unreadable"
+
+
 def test_a_delta_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "_delta_log").mkdir()
     parquet(tmp_path / "a.parquet", x=[1.0])
@@ -349,19 +371,29 @@ def test_a_delta_table_is_refused(tmp_path: Path) -> None:
 
 
 BAD = {
-    "absent.parquet": "no file matches", "*.parquet": "no file matches", "empty.csv": "is empty", "text.parquet": "is not a Parquet file",
+    "absent.parquet": "no file matches", "*.parquet": "no file matches", "folder": "no file in the directory",
+    "empty.csv": "is empty", "text.parquet": "is not a Parquet file",
     "cut.parquet": "cut.parquet is cut off", "a.xlsx": "parquet, csv", "a": "parquet, csv", "a.duckdb": "mp.table", "a.db": "mp.table",
-    "s4://bucket/a.parquet": "s4://", "broken.arrow": "broken.arrow",
+    "s4://bucket/a.parquet": "s4://", "broken.arrow": "broken.arrow", "latin.csv": "latin.csv is not UTF-8 text in line 2",
+    "cut.csv.gz": "cut.csv.gz is cut off, or not compressed", "plain.csv.gz": "plain.csv.gz is cut off, or not compressed",
+    "ragged.csv": "ragged.csv: its lines differ in the number of values between ','",
+}
+HELD = {
+    "empty.csv": b"", "cut.parquet": b"PAR1 and no more", "latin.csv": "x,g\n1,caf\xe9\n".encode("latin-1"),
+    "cut.csv.gz": gzip.compress(b"".join(b"%d,%d\n" % (k, k * k) for k in range(900)))[:-400], "ragged.csv": b"x,g\n1,2\n2,3,4\n5,6\n",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_paths_that_are_no_data(name: str, tmp_path: Path) -> None:
-    if "*" not in name and "absent" not in name and "://" not in name:
-        (tmp_path / name).write_text("" if "empty" in name else "PAR1 and no more" if "cut" in name else "this is text and not that at all")
+    if name == "folder":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "letter.txt").write_text("dear")
+    elif "*" not in name and "absent" not in name and "://" not in name:
+        (tmp_path / name).write_bytes(HELD.get(name, b"this is text and not that at all"))
     with pytest.raises(DataError) as caught:
         open_source(name if "://" in name else str(tmp_path / name))
-    assert BAD[name] in str(caught.value)
+    assert BAD[name] in str(caught.value) and " Error: " not in str(caught.value)
 
 
 def test_several_formats_and_no_paths(tmp_path: Path) -> None:
@@ -439,6 +471,27 @@ def test_a_database_file_is_opened_read_only(database: Path, opened: Opened) -> 
     assert used(opened(table("t", database.with_name("memory.duckdb"))), "x") == [(1.5,)]
     with pytest.raises(DataError, match="no database file"):
         opened(table("t", database.with_name("other.duckdb")))
+
+
+def test_a_database_that_is_none_or_not_free(database: Path) -> None:
+    other = database.with_name("text.duckdb")
+    other.write_text("this is text and not that at all")
+    with pytest.raises(DataError, match="text.duckdb is not a DuckDB database"):
+        open_source(table("t", other))
+    with pytest.raises(DataError, match="text.duckdb is not a DuckDB database"):
+        mp.load(other)
+    with pytest.raises(DataError, match="there is no table 't'") as caught:
+        open_source(table("t", database))
+    assert caught.value.hint == "known: 'plain', 's.My T', 'v'"  # none of the engine's own
+    code = f"import duckdb, time; held = duckdb.connect({str(database)!r}); print('open', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        try:
+            with pytest.raises(ResourceError, match=rf"is open in another process, {process.pid}") as refused:
+                open_source(table("plain", database))
+            assert refused.value.code == "locked"
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("name", ["plane", "s.plain", "read_csv('a.csv')", "'a.csv'", "con", "plain; drop table plain", ""])
@@ -705,6 +758,16 @@ def test_a_remote_file_that_changes(bucket: Path, opened: Opened) -> None:
         engine.check_unchanged()
 
 
+def test_a_store_out_of_reach_is_worth_a_retry(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(url: str) -> Any:
+        raise OSError("When resolving region for bucket 'b': AWS Error NETWORK_CONNECTION")
+
+    monkeypatch.setattr(remote, "from_uri", unreachable)
+    with pytest.raises(ResourceError, match="bucket://b/a.parquet: .*NETWORK_CONNECTION") as caught:
+        open_source("bucket://b/a.parquet")
+    assert caught.value.code == "io"
+
+
 def test_remote_copies_are_refused_by_a_full_disk(bucket: Path, monkeypatch: pytest.MonkeyPatch, scratch: Options) -> None:
     write(bucket / "a.csv", pl.DataFrame({"x": [1]}))
 
@@ -755,7 +818,7 @@ def test_parse_bytes_refuses(text: Any) -> None:
 
 WRONG = [
     {"memory_limit": "much"}, {"threads": 0}, {"threads": 1.5}, {"max_passes": 0}, {"seed": -1}, {"tol": 0.0}, {"tol": float("nan")},
-    {"progress": "yes"}, {"curvature": "expectd"}, {"on_nonconvergence": "stop"},
+    {"progress": "yes"}, {"curvature": "expectd"}, {"on_nonconvergence": "stop"}, {"temp_directory": 3},
 ]  # fmt: skip
 
 

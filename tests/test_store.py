@@ -82,6 +82,17 @@ def test_the_same_tables_as_in_a_directory(sleep: mp.LMMFit, tmp_path: Path) -> 
         assert pl.DataFrame(there.select(kept)).equals(pl.read_parquet(path, columns=kept))
 
 
+@pytest.mark.parametrize("target", ["fit", "fit.duckdb"])
+def test_a_fit_that_another_name_asks_for_is_not_given(target: str, sleep: mp.LMMFit, tmp_path: Path) -> None:
+    """Where one fit was written, its model is called by its formula, and it is of no value."""
+    sleep.write(tmp_path / target)
+    assert mp.load(tmp_path / target, model=FORMULA).loglik == sleep.loglik
+    for wanted, message in [({"model": "other"}, "fit"), ({"by": {"region": "north"}}, "are not by 'region'")]:
+        with pytest.raises(mp.ConfigError, match=message) as caught:
+            mp.load(tmp_path / target, **wanted)
+        assert caught.value.code == "which_fit"
+
+
 def test_modes(sleep: mp.LMMFit) -> None:
     con = duckdb.connect()
     sleep.write(con, run_id="a")
@@ -228,8 +239,9 @@ def test_a_failure_leaves_the_file_as_it_was(sleep: mp.LMMFit, tmp_path: Path, m
 
 def test_files_that_cannot_be_written_or_read(sleep: mp.LMMFit, tmp_path: Path) -> None:
     (tmp_path / "no.duckdb").write_text("something else")
-    with pytest.raises(mp.ResourceError, match="not a valid DuckDB"):
+    with pytest.raises(mp.ConfigError, match="no.duckdb exists and is no database") as caught:
         sleep.write(tmp_path / "no.duckdb")
+    assert caught.value.code == "target_exists"
     assert (tmp_path / "no.duckdb").read_text() == "something else"
     with pytest.raises(mp.DataError, match="no fit in"):
         mp.load(tmp_path / "absent.duckdb")
@@ -398,10 +410,10 @@ def test_factors_of_like_names_keep_their_tables(target: str, last: str, tmp_pat
 
 @pytest.mark.parametrize("target", ["folder", "x.duckdb"])
 def test_a_model_of_many_values_is_named_with_its_value(target: str, tmp_path: Path) -> None:
-    frame = pl.concat([pl.read_parquet(datasets.path("sleepstudy")).with_columns(region=pl.lit(r)) for r in ("n'orth", "süd", None)])
+    frame = pl.concat([pl.read_parquet(datasets.path("sleepstudy")).with_columns(region=pl.lit(r)) for r in ("n'orth", "süd")])
     frame = frame.with_columns(pl.when(pl.col("region") == "süd").then(pl.col("reaction") * 2).otherwise("reaction").alias("reaction"))
     fits = fit_many([Model("m", "reaction ~ days + (1 | subject)")], frame, Request("", by=("region",)))
-    entries = [Entry(one.model, one.fit, one.by) for one in fits.fits]
+    entries = [*(Entry(one.model, one.fit, one.by) for one in fits.fits), Entry("m", None, {"region": None}, "of no value")]
     store.write_all(entries, fits.by, str(tmp_path / target), prefix="p", mode="error", run_id=None, ranef=True)
     given: dict[str, Any] = {"prefix": "p"} if target == "x.duckdb" else {}
     with pytest.raises(mp.ConfigError, match="holds 3 fits, 3 of them match") as caught:

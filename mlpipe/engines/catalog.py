@@ -32,12 +32,12 @@ def found_table(name: str, con: DuckDBPyConnection) -> exp.Table:
         raise DataError(f"{name!r} is not the name of a table", code="table_not_found", hint='quote odd names: \'schema."odd name"\'')
     wanted = [part.name.lower() for part in table.parts]
     known = con.execute(
-        "select database_name, schema_name, table_name from duckdb_tables() union all "
-        "select database_name, schema_name, view_name from duckdb_views()"
+        "select database_name, schema_name, table_name, internal from duckdb_tables() union all "
+        "select database_name, schema_name, view_name, internal from duckdb_views()"
     ).fetchall()
-    paths = [[part.lower() for part in row] for row in known]
+    paths = [[part.lower() for part in row[:3]] for row in known]
     if not any(path[3 - len(wanted) :] == wanted or [path[0], path[2]] == wanted for path in paths):
-        names = [row[2] if len(wanted) == 1 else ".".join(row[3 - len(wanted) :]) for row in known if row[1] != "pg_catalog"]
+        names = sorted(".".join(row[3 - max(len(wanted), 1 + (row[1] != "main")) : 3]) for row in known if not row[3])
         raise DataError(f"there is no table {name!r}", code="table_not_found", hint=did_you_mean(name, names))
     for part in table.parts:
         part.set("quoted", True)

@@ -21,7 +21,7 @@ from .base import BATCH_ROWS, Columns, ColumnType, Identity, buffered, fingerpri
 from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
 from .failures import translating
-from .files import Merged, Snapshot, Workspace
+from .files import Merged, Snapshot, Workspace, is_database
 from .memory import MOST_BITS, ROWS_PER_SLOT, SETTINGS, direct_bits, distinct_keys, hash_is_key, ranges, table_room
 from .origin import RELATION, Origin, select_all, source_rows, with_source
 
@@ -264,7 +264,11 @@ def open_files(
             from . import text
 
             _check_types(con, types)
-            table = (text.csv_table if form == "csv" else text.json_table)(con, files, types, hive)
+            try:
+                table = (text.csv_table if form == "csv" else text.json_table)(con, files, types, hive)
+            except duckdb.Error as error:
+                text.refuse_other(files, error)
+                raise
         bound = con.sql(render(select_all(table.from_, table.raw, len(table.names)), "duckdb"))
         columns = _columns(table.names, bound, table.levels)
         identity = Identity(snapshot.fingerprint, True, True, snapshot.bytes, tuple(files), table.notes)
@@ -385,6 +389,8 @@ def open_database(path: str, options: Options, *, table: str | None = None, sql:
     """A table of, or a query on, a database file opened read-only. Raises DataError where there is no such file."""
     if not os.path.isfile(path):
         raise DataError(f"there is no database file {path}", code="file_not_found")
+    if not is_database(path):
+        raise DataError(f"{path} is not a DuckDB database", code="file_format")
     workspace = Workspace(options.temp_directory)
     con = connect(options, workspace)
     with translating(con, workspace):

@@ -27,6 +27,12 @@ def explained(error: duckdb.Error) -> MlpipeError:
     if "file handle conflict" in message:
         hint = "pass the connection that has it open"
         return ResourceError("the database file is open in this process", code="database_open", hint=hint)
+    if "Could not set lock" in message:
+        who = re.search(r"\(PID (\d+)\)", message)
+        what = f"{_file(message)} is open in another process{f', {who[1]}' if who else ''}"
+        return ResourceError(what, code="locked", hint="try again when it is done")
+    if "not a valid DuckDB database" in message:
+        return DataError(f"{_file(message)} is not a DuckDB database", code="file_format")
     if "Resource In Use" in message:
         hint = "read out or close the result that is still open on the connection"
         return ResourceError("the connection is busy", code="connection_busy", hint=hint)
@@ -36,6 +42,11 @@ def explained(error: duckdb.Error) -> MlpipeError:
         if isinstance(error, kind):
             return ResourceError(message, code=code, hint=hint_)
     return DataError(message, code="engine_refused")
+
+
+def _file(message: str) -> str:
+    found = re.search(r'file "(.*?)"', message)
+    return found[1] if found else "the database file"
 
 
 class _Closable(Protocol):

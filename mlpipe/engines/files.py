@@ -19,7 +19,8 @@ SUFFIXES = {
     ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow",
 }  # fmt: skip
 _COMPRESSED = (".gz", ".zst")
-_DATABASES = (".duckdb", ".db", ".ddb")
+DATABASES = (".duckdb", ".db", ".ddb")
+_MAGIC = b"DUCK"
 _END_BYTES = 4_096
 ACCEPTED = "parquet, csv, tsv, json, ndjson, arrow and feather files (csv and json also as .gz or .zst)"
 
@@ -37,7 +38,8 @@ class Workspace:
             try:
                 self._scratch = Scratch(self._parent)
             except OSError as error:
-                raise ResourceError(f"no temporary directory in {self._parent!r}: {error}", code="temp_directory") from error
+                what = f"no temporary directory in {self._parent!r}: {error.strerror or error}"
+                raise ResourceError(what, code="temp_directory") from error
         return self._scratch.name
 
     def close(self) -> None:
@@ -50,9 +52,10 @@ def format_of(path: str) -> str:
     """The format of a file by its suffix. Raises DataError, for a database naming mp.table."""
     name = path.lower()
     stem, suffix = os.path.splitext(name)
-    if suffix in _DATABASES:
+    if suffix in DATABASES:
         raise DataError(
-            f"{path} is a database, of which one table or query must be named", code="source_type", hint=f'mp.table("…", {path!r})'
+            f"{path} is a database, of which one table or query must be named", code="source_type",
+            hint=f'mp.table("…", {path!r}), in the shell --table NAME',
         )
     packed = suffix in _COMPRESSED
     found = SUFFIXES.get(os.path.splitext(stem)[1] if packed else suffix)
@@ -79,8 +82,13 @@ def locate(path: str) -> list[str]:
     else:
         found = [match for match in sorted(glob.glob(path, recursive=True)) if os.path.isfile(match)]
     if not found:
-        raise DataError(f"no file matches {path}", code="file_not_found")
+        inside = f"no file in the directory {path} has a suffix that is known"
+        message, hint = (inside, f"accepted are {ACCEPTED}") if os.path.isdir(path) else (f"no file matches {path}", None)
+        hint = "the formula comes first, then the data" if "~" in path else hint
+        raise DataError(message, code="file_not_found", hint=hint)
     for file in found:
+        if not os.path.isfile(file):
+            raise DataError(f"{file} is no file that can be read twice", code="source_type", hint="write what it holds to a file")
         format_of(file)
         if os.path.getsize(file) == 0:
             raise DataError(f"{file} is empty", code="file_empty")
@@ -107,6 +115,12 @@ def is_known(path: str) -> bool:
     return (os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix) in SUFFIXES
 
 
+def is_database(path: str) -> bool:
+    """Whether a file is a DuckDB database."""
+    with open(path, "rb") as file:
+        return file.read(12)[8:] == _MAGIC  # behind a checksum of eight bytes
+
+
 def is_hive(files: Sequence[str], given: Sequence[str]) -> bool:
     """Whether the directories below what was given are `key=value`."""
     if len(files) == 1 and files[0] in given:
@@ -126,9 +140,15 @@ class Snapshot:
 
     @classmethod
     def of(cls, files: Iterable[str], filesystem: Any = None) -> Snapshot:
-        """The state of the files now."""
+        """The state of the files now. Raises DataError (code "file_unreadable") for one that cannot be opened."""
         remote = None if type(filesystem).__name__ == "LocalFileSystem" else filesystem
-        return cls({file: _state(file, remote) for file in files}, remote)
+        states = {}
+        for file in files:
+            try:
+                states[file] = _state(file, remote)
+            except OSError as error:
+                raise DataError(f"cannot read {file}: {error.strerror or error}", code="file_unreadable") from error
+        return cls(states, remote)
 
     @property
     def bytes(self) -> int:

@@ -15,7 +15,7 @@ _GLOB = "*?["
 
 def locate(urls: Sequence[str]) -> tuple[Any, list[str]]:
     """The filesystem of URLs and the files they mean, as a path, a directory or a glob. Raises DataError where there are none,
-    or for a scheme that pyarrow does not know."""
+    or for a scheme that pyarrow does not know, ResourceError where they cannot be reached."""
     from pyarrow import ArrowException
 
     found: list[str] = []
@@ -28,6 +28,8 @@ def locate(urls: Sequence[str]) -> tuple[Any, list[str]]:
             pattern = None if base == url else posixpath.join(root, url[len(posixpath.dirname(base)) + 1 :])
             matches = sorted(_matches(filesystem, root, pattern))
         except (ArrowException, OSError, ValueError) as error:
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
+                raise ResourceError(f"{url}: {error}", code="io", hint="try again, or look at the network and the credentials") from error
             raise DataError(f"{url}: {error}", code="file_not_found") from error
         if not matches or other.type_name != filesystem.type_name:
             raise DataError(f"no file matches {url}" if not matches else "URLs of several schemes", code="file_not_found")

@@ -19,7 +19,7 @@ from ..errors import ConfigError, DataError, ResourceError
 from .dialects import render
 from .duckdb import connect
 from .failures import translating
-from .files import Workspace
+from .files import Workspace, is_database
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -119,6 +119,8 @@ def opened(target: Any, options: Options, *, read_only: bool) -> Iterator[Databa
             ((catalog, schema),) = target.execute("select current_database(), current_schema()").fetchall()
             yield Database(target, catalog, schema)
         return
+    if not read_only:
+        check(target)
     workspace, fresh = Workspace(options.temp_directory), not Path(target).exists()
     con = connect(options, workspace)
     try:
@@ -133,6 +135,12 @@ def opened(target: Any, options: Options, *, read_only: bool) -> Iterator[Databa
     finally:
         con.close()
         workspace.close()
+
+
+def check(target: str | os.PathLike[str]) -> None:
+    """Raises ConfigError for a target that is there and is no database."""
+    if os.path.isfile(target) and os.path.getsize(target) and not is_database(os.fspath(target)):
+        raise ConfigError(f"{os.fspath(target)} exists and is no database", code="target_exists", hint="choose another target")
 
 
 def _remove_stump(file: Path) -> None:

@@ -1,6 +1,7 @@
 """CSV and JSON files as DuckDB reads them, with names and types found once, from whole files."""
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,6 +27,20 @@ class _Csv(NamedTuple):
     file: str
     dialect: tuple[object, ...]
     types: dict[str, str]
+
+
+def refuse_other(files: Sequence[str], cause: Exception) -> None:
+    """Raises DataError (code "file_format") where DuckDB's error says that a file is not what its suffix says, or not UTF-8."""
+    message = str(cause)
+    named = re.search(r"file = (.*)", message)
+    file = named[1].strip() if named else next((file for file in files if file in message), files[0])
+    if "is not utf-8 encoded" in message:
+        line = re.search(r"CSV Error on Line: (\d+)", message)
+        where = f" in line {line[1]}" if line else ""
+        raise DataError(f"{file} is not UTF-8 text{where}", code="file_format", hint="convert it, for example by iconv -t UTF-8") from cause
+    if re.search(r"gzip|zstd", message, re.IGNORECASE):
+        what = f"{file} is cut off, or not compressed as its suffix says"
+        raise DataError(what, code="file_format", hint="write it again") from cause
 
 
 def csv_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str, str], hive: bool) -> FileTable:
@@ -83,6 +98,9 @@ def _sniffed(con: DuckDBPyConnection, file: str, types: Mapping[str, str]) -> _C
             names = _exact_names(first[0], names)
             shown = shown if values["HasHeader"] else [(name, "VARCHAR") for name in names]
             dialect = tuple(key == "HasHeader" or value for key, value in zip(_DIALECT, dialect, strict=True))
+    if len(names) == 1 and values["Quote"] == _NONE and (found := re.search(r"[,;|\t]", names[0])):
+        what = f"{file}: its lines differ in the number of values between {found[0]!r}, so that its header is one column, {names[0]!r}"
+        raise DataError(what, code="file_format", hint="mend the lines, or read the file by Polars and pass the frame")
     return _Csv(file, dialect, {name: types.get(name, kind) for name, (_, kind) in zip(names, shown, strict=True)})
 
 

@@ -11,6 +11,8 @@ from mlpipe.solve.boundary import positive_diagonal
 from mlpipe.solve.likelihood import LMMProblem, evaluate, fixed_psi_hessian, jacobian, second_order
 from mlpipe.solve.optimize import Step, maximize
 
+FLAT = 1e-12  # curvature in θ over that in log σ, which is twice the rows, below which it is rounding
+
 
 @dataclass
 class LMMSolution:
@@ -86,11 +88,13 @@ def solve(problem: LMMProblem, *, start: Array | None = None, tol: float = 1e-8,
 class Information:
     """Observed information of (θ, log σ), and its inverse, their approximate covariance.
 
-    NaN for θ on the boundary; the covariance is all NaN where the information is singular.
+    NaN for θ on the boundary; the covariance is all NaN where the information is singular. `flat`: whether some θ hardly changes the
+    likelihood at all.
     """
 
     matrix: Array
     vcov: Array
+    flat: bool
 
 
 def information(problem: LMMProblem, solution: LMMSolution) -> Information:
@@ -109,14 +113,24 @@ def information(problem: LMMProblem, solution: LMMSolution) -> Information:
     cross = 2.0 * J.T @ at.tt.reshape(-1) / at.s2
     matrix = np.block([[theta, cross[:, None]], [cross[None, :], np.full((1, 1), 4.0 * at.rss / at.s2)]]) / 2.0
     inside = np.append(np.diagonal(lambda_)[free[1]] > 0.0, True)
-    return _invert(np.where(np.outer(inside, inside), matrix, np.nan), inside)
+    return _invert(np.where(np.outer(inside, inside), matrix, np.nan), inside, _is_flat(matrix, solution.theta, inside))
 
 
-def _invert(matrix: Array, inside: npt.NDArray[np.bool_]) -> Information:
+def _is_flat(matrix: Array, theta: Array, inside: npt.NDArray[np.bool_]) -> bool:
+    """Whether the curvature in some direction of θ is no more than its rounding error: one block alone gives about 1 in log θ."""
+    kept = np.flatnonzero(inside[:-1])
+    scale = np.maximum(1.0, np.abs(theta[kept]))
+    curvature = matrix[np.ix_(kept, kept)] * np.outer(scale, scale)
+    if len(kept) == 0 or not np.isfinite(curvature).all():
+        return False
+    return bool(np.linalg.eigvalsh(curvature)[0] < FLAT * (1.0 + matrix[-1, -1]))
+
+
+def _invert(matrix: Array, inside: npt.NDArray[np.bool_], flat: bool) -> Information:
     vcov = np.full_like(matrix, np.nan)
     at = np.ix_(inside, inside)
     try:
         vcov[at] = np.linalg.inv(matrix[at])
     except np.linalg.LinAlgError:
         pass
-    return Information(matrix, vcov)
+    return Information(matrix, vcov, flat)
