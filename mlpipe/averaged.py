@@ -18,7 +18,7 @@ from .design import Variable, level_label
 from .formula import Formula
 from .integrals import Integrated, integrated, linked
 from .solve.link import LINKS
-from .wald import check_level, wald_table
+from .wald import check_level, roots, wald_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,7 +48,10 @@ class Means:
 
     def __init__(self, fit: MixedFit, integrate: bool = True) -> None:
         self.fit, self.link, self.z = fit, fit.link, list(fit.recipe.z)
-        self.Q, self.R = np.linalg.qr(design(fit))
+        T = design(fit)
+        if fit.terms and not random_terms(fit):  # absorbed effects have the constant's part of every column
+            T[fit.recipe.features.index(())] = 0.0
+        self.Q, self.R = np.linalg.qr(T)
         self.gamma = np.asarray(fit.gamma[: fit.recipe.n_covariates])
         curved = integrate and bool(random_terms(fit)) and fit.link != "identity"
         self.half = half_factor(fit) if curved else None
@@ -64,6 +67,7 @@ class Means:
         V = parameter_covariance(self.fit)[: p + k, : p + k]
         V[:p] = self.R @ V[:p]
         V[:, :p] = V[:, :p] @ self.R.T
+        V[:p, :p] = self.Q.T @ self.fit.gamma_covariance @ self.Q
         return np.asarray(V)
 
     def at(self, F: Array, offset: Array | None) -> tuple[Integrated, Array]:
@@ -141,7 +145,7 @@ def effects(fit: MixedFit, data: Any, conf_level: float, options: Options | None
         texts["effect"] += [kind] * len(names)
         texts["term"] += names
         estimates.append(np.array(estimate, dtype=float))
-        errors.append(np.sqrt(np.maximum(np.diag(covariance), 0.0)))
+        errors.append(roots(np.diag(covariance)))
     if reach is not None:
         unknown = reach.unknown(total.n)
         estimates[-1][unknown] = errors[-1][unknown] = np.nan

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .coefficients import critical
 from .errors import ConfigError, did_you_mean
 from .lookup import MODE_VARIANCE
 from .predictions import Output
-from .reduction import Coding
 from .solve.link import LINKS
 
 if TYPE_CHECKING:
@@ -21,8 +21,11 @@ INTERVALS = ("confidence", "prediction")
 def bands(fit: MixedFit, wanted: str, kind: str, interval: str, level: float, factors: list[str]) -> tuple[Output, Output]:
     """The outputs `lower` and `upper`; see `MixedFit.predict`. Raises ConfigError for an interval that the fit has not."""
     _check(fit, wanted, interval, level, factors)
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    V, features = _over_features(fit)
+    degrees = getattr(fit, "df_test", np.inf)  # of least squares, as in its tests
+    z = NormalDist().inv_cdf(0.5 + level / 2) if np.isinf(degrees) else critical(level, degrees)
+    V = fit.gamma_covariance
+    features = np.flatnonzero(np.diag(V) != 0.0).tolist()  # NaN too
+    V = V[np.ix_(features, features)]
     parts = ["conditional" if wanted == "conditional" else "population", *(f"f{i}" for i in features)]
     further = [MODE_VARIANCE] if wanted == "conditional" else []
     if interval == "prediction":
@@ -68,17 +71,3 @@ def _check(fit: MixedFit, wanted: str, interval: str, level: float, factors: lis
                     f"the effects of {group} have covariances that the fit does not keep", hint='effects="population" has intervals'
                 )
 
-
-def _over_features(fit: MixedFit) -> tuple[np.ndarray, list[int]]:
-    """The covariance of the fixed part's coefficients over features, and which features these are."""
-    kept = getattr(fit, "held", None)
-    coding = kept.coding if kept is not None else {}
-    parsed = fit.parsed
-    columns = Coding(fit.recipe, parsed, coding.get("contrasts"), coding.get("levels") or {}).columns(parsed.fixed)
-    by_name = {column.name: column for column in columns}
-    T = fit.recipe.matrix([by_name[name] for name in fit.names])
-    size = np.abs(T) @ np.abs(fit.beta) + 1e-300
-    if (np.abs(T @ fit.beta - fit.gamma) > 1e-6 * size.max()).any():
-        raise ConfigError("the contrasts of this fit are not known any more", hint="fit it again for intervals")
-    features = np.flatnonzero(np.abs(T).max(axis=1, initial=0.0)).tolist()
-    return T[features] @ fit.covariance @ T[features].T, features

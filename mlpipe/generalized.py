@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from . import robust_mixed
 from .checkpoint import Checkpoint
 from .errors import ConfigError, did_you_mean
@@ -95,7 +93,8 @@ def glmm(
         fit, solution = _mixed(formula, model, data, start, options, state, method)
         if kind is not None and solution is not None:
             meat = block_sandwich(model, solution)
-            fit.covariance = _raw(model, meat * cluster_factor(kind, rows.spool.n_blocks, rows.nobs, len(fit.names)))
+            star = meat * cluster_factor(kind, rows.spool.n_blocks, rows.nobs, len(fit.names))
+            fit.covariance, fit.gamma_covariance = model.fixed.raw(star), model.Q @ star @ model.Q.T
             robust_mixed.noted(fit, kind, clusters, rows.spool.n_blocks)
     return _told(fit, model, began, options)
 
@@ -207,13 +206,6 @@ def glm(
     fit.info["seconds"]["total"] = fit.seconds = time.perf_counter() - began
     report(fit, options)
     return fit
-
-
-def _raw(model: Model, covariance: np.ndarray) -> np.ndarray:
-    """A covariance of the coefficients in the user's coordinates."""
-    half = np.linalg.solve(model.fixed.R, covariance)
-    out = np.linalg.solve(model.fixed.R, half.T)
-    return np.asarray((out + out.T) / 2.0)
 
 
 def _density(request: Request, options: Options) -> Density:

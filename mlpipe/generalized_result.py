@@ -13,6 +13,7 @@ from .passes import first_tau
 from .reduction import lower_factor, stacked_inverse
 from .result import MixedFit, RandomTerm
 from .solve.density import density
+from .solve.glm import inverse
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -157,7 +158,7 @@ class GLMFit(GeneralizedFit):
         """The fit from a solver's solution; needs the spool for a sandwich covariance."""
         p, shape = len(model.fixed.names), model.density.family.shape
         quasi = family != model.density.family.name
-        bread = np.linalg.pinv(solution.information, hermitian=True)
+        bread = inverse(solution.information)
         pearson = marginal.pearson(model, solution.psi) / max(model.rows.nobs - p, 1.0) if quasi else 1.0
         covariance = bread[:p, :p] * pearson
         if robust is not None:
@@ -185,12 +186,11 @@ class GLMFit(GeneralizedFit):
 def common(text: str, model: Model, beta: Array, covariance: Array, data: Any, options: Options) -> dict[str, Any]:
     """What does not depend on the kind of fit."""
     recipe, rows, R = model.plan.recipe, model.rows, model.fixed.R
-    half = np.linalg.solve(R, covariance)
-    full = np.linalg.solve(R, half.T)
     info = {name: value for name, value in rows.info.items() if name != "modes"}
     return {
         "formula": text, "recipe": recipe, "response": recipe.responses[0], "reml": False, "names": model.fixed.names,
-        "dropped": model.fixed.dropped, "beta": np.linalg.solve(R, beta), "covariance": (full + full.T) / 2.0,
+        "dropped": model.fixed.dropped, "beta": np.linalg.solve(R, beta), "covariance": model.fixed.raw(covariance),
+        "gamma_covariance": model.Q @ covariance @ model.Q.T,
         "gamma": model.fixed.Q @ beta, "sigma": math.nan, "nobs": rows.nobs, "rows": rows.rows,
         "n_blocks": rows.spool.n_blocks if recipe.groups else 0, "info": info, "source": data if info["rescannable"] else None,
         "options": options, "family": model.density.family.name, "link": model.density.link.name,

@@ -38,8 +38,11 @@ def check_ddf(fit: MixedFit, ddf: str) -> None:
         raise ConfigError(f"ddf = {ddf!r} is not one of {', '.join(DDF)}", code="ddf", hint=did_you_mean(str(ddf), list(DDF)))
     if ddf == "wald":
         return
-    if not fit.residual_scaled or not fit.terms:
+    if not fit.residual_scaled or not fit.terms or hasattr(fit, "df_test"):
         raise ConfigError(f"ddf = {ddf!r} belongs to linear mixed models", code="ddf", hint='ddf="wald"')
+    if fit.info.get("robust"):
+        message = f"ddf = {ddf!r} belongs to the model's own covariance, not to a cluster-robust one"
+        raise ConfigError(message, code="ddf", hint='ddf="wald"')
     if ddf == "kenward-roger" and not fit.reml:
         raise ConfigError("Kenward and Roger's method is for restricted likelihood", code="ddf", hint="fit with reml=True")
 

@@ -67,7 +67,7 @@ def _deleted(fit: MixedFit, blocks: Callable[[], Iterator[Block]], top: int) -> 
     if fit.info.get("robust"):  # its covariance is not the inverse of the information: that comes by a further look at the blocks
         A = np.sum([part.A.sum(axis=0) for part in parts(blocks())], axis=0)
     else:
-        covariance = R @ fit.covariance @ R.T
+        covariance = Q.T @ fit.gamma_covariance @ Q
         A = s2 * np.linalg.inv((covariance + covariance.T) / 2.0)
     return most(Deletion(fit, R, A, s2, fit.recipe.groups), parts(blocks()), top)
 
@@ -104,7 +104,7 @@ def _summed(fit: MixedFit, scan: Scan) -> Iterator[Block]:
 
     m = fit.recipe.n_covariates
     keys = [scan.names.key(group) for group in fit.recipe.groups]
-    wanted = Columns(scan.positions(fit.recipe.kinds), scan.positions(fit.recipe.groups))
+    wanted = Columns(scan.positions(fit.recipe.kinds), scan.positions(fit.recipe.keys))
     for batch in scan.engine.query(_statement(fit, scan, keys), wanted):
         if not batch.num_rows:
             continue

@@ -194,6 +194,7 @@ def _result(
     return OLSFit(
         formula=formula, recipe=stats.recipe, response=solution.response, reml=False, names=solution.fixed.names,
         dropped=(*solution.fixed.dropped, *solution.absorbed), beta=beta, covariance=solution.raw(solution.bread) * sigma2,
+        gamma_covariance=_over(solution, stats, solution.bread * sigma2),
         gamma=solution.gamma, terms=tuple(absorbed_term(group, stats.recipe) for group in left.groups), sigma=math.sqrt(sigma2),
         loglik=loglik(solution.rss, n, stats.sum_log_w), nobs=n, rows=stats.rows, n_blocks=max(info.get("levels", {"": 0}).values()),
         converged=True, singular=False, score=0.0, evaluations=1, message="", theta_covariance=np.zeros((0, 0)), info=info, options=options,
@@ -227,7 +228,7 @@ def _robust(
     if kind not in CR:
         fit.info["passes"] += 1
         meat = robust.of_rows(source, fitted, kind).matrix * row_factor(kind, stats.n, len(fit.beta) + left.rank)
-        fit.covariance = solution.raw(covariance(solution.bread, meat))
+        _settle(fit, solution, stats, covariance(solution.bread, meat))
         return
     found = ways(clusters)
     nested: list[set[str]] = [set(left.groups) if own else set() for _ in found]
@@ -242,7 +243,18 @@ def _robust(
             "CR2 needs absorbed factors that lie within the clusters: across them their effects have leverages too", code="vcov",
             hint='vcov="CR1", or the factor as a term of the formula',
         )  # fmt: skip
-    _combined(fit, solution, left, kind, clusters, meats, nested)
+    _combined(fit, stats, solution, left, kind, clusters, meats, nested)
+
+
+def _over(solution: Solution, stats: SuffStats, star: Array) -> Array:
+    """The covariance of gamma over covariate features from that of the solver's coefficients, of slopes alone beside absorbed effects."""
+    m = stats.recipe.n_covariates
+    return solution.fixed.over(star)[:m, :m]
+
+
+def _settle(fit: OLSFit, solution: Solution, stats: SuffStats, star: Array) -> None:
+    """A covariance of the solver's coefficients in place of the fit's."""
+    fit.covariance, fit.gamma_covariance = solution.raw(star), _over(solution, stats, star)
 
 
 def _leverages(stats: SuffStats, counts: Array | None, options: Options | None) -> Leverages:
@@ -260,18 +272,18 @@ def _leverages(stats: SuffStats, counts: Array | None, options: Options | None) 
 
 
 def _combined(
-    fit: OLSFit, solution: Solution, left: Projection, kind: str, clusters: tuple[str, ...], meats: list[Meat], nested: list[set[str]]
-) -> None:
+    fit: OLSFit, stats: SuffStats, solution: Solution, left: Projection, kind: str, clusters: tuple[str, ...], meats: list[Meat],
+    nested: list[set[str]],
+) -> None:  # fmt: skip
     """The meats of all clusterings, each with its own factor, with the signs of inclusion and exclusion."""
     total = np.zeros_like(solution.bread)
     for (_, sign), meat, inside in zip(ways(clusters), meats, nested, strict=True):
-        k = len(fit.beta) + (1 if left.groups else 0)
-        k += sum(rank for group, rank in zip(left.groups, left.ranks, strict=True) if group not in inside)
+        k = len(fit.beta) + left.counted(inside)
         total += sign * cluster_factor(kind, meat.clusters, fit.nobs, k) * meat.matrix
     counts = [meat.clusters for (keys, _), meat in zip(ways(clusters), meats, strict=True) if len(keys) == 1]
     robust.few(kind, counts)
     fit.n_clusters, fit.df_test = tuple(counts), min(counts) - 1.0
-    fit.covariance = solution.raw(covariance(solution.bread, total))
+    _settle(fit, solution, stats, covariance(solution.bread, total))
     if (np.diag(fit.covariance) < 0.0).any():
         fit.info["notes"] = [*fit.info["notes"], "clustering in several ways gave a negative variance: too few clusters for it"]
 
@@ -350,7 +362,7 @@ def _from_statistics(
     if kind is not None:
         fitted = Fitted(recipe, solution.fixed.Q, solution.e, half(solution.bread))
         meat = robust.of_statistics(stats, fitted, kind, within=bool(absorb))
-        _combined(fit, solution, left, kind, clusters, [meat], [set(left.groups)])
+        _combined(fit, stats, solution, left, kind, clusters, [meat], [set(left.groups)])
     if left.effects:
         _keep_effects(fit, stats, left, solution, None)
     return fit

@@ -35,6 +35,16 @@ class Fixed:
     Q: np.ndarray
     R: np.ndarray
 
+    def raw(self, covariance: np.ndarray) -> np.ndarray:
+        """A covariance (p, p) of coefficients of F Q as one of those of X."""
+        half = np.linalg.solve(self.R, covariance)
+        out = np.linalg.solve(self.R, half.T)
+        return np.asarray((out + out.T) / 2.0)
+
+    def over(self, covariance: np.ndarray) -> np.ndarray:
+        """The same of their combination of features, (F, F)."""
+        return np.asarray(self.Q @ covariance @ self.Q.T)
+
 
 @dataclass(frozen=True)
 class Random:
@@ -71,9 +81,7 @@ class Reduced:
 
     def vcov(self, vcov_star: np.ndarray) -> np.ndarray:
         """Their covariance (p, p)."""
-        half = np.linalg.solve(self.fixed.R, vcov_star) * self.scale**2
-        out = np.linalg.solve(self.fixed.R, half.T)
-        return np.asarray((out + out.T) / 2)
+        return self.fixed.raw(vcov_star * self.scale**2)
 
     def objective(self, value: float) -> float:
         """-2 log-likelihood (or REML criterion) of the response and columns as the user has them."""
@@ -275,19 +283,24 @@ class Gram(Protocol):
     def n(self) -> float: ...
 
 
-def fixed_part(stats: Gram, columns: Sequence[DesignColumn], recipe: Recipe) -> Fixed:
-    """Keeps each column that adds to the earlier ones, as lme4 does: later ones go."""
+def fixed_part(stats: Gram, columns: Sequence[DesignColumn], recipe: Recipe, *, constant: bool = True) -> Fixed:
+    """Keeps each column that adds to the earlier ones, as lme4 does: later ones go. Without `constant`, columns are as far as they are no
+    multiple of it: the effects of absorbed factors have that part."""
     T = recipe.matrix(columns)
+    if not constant:
+        T[recipe.features.index(())] = 0.0
     kept: list[int] = []
+    lengths: list[float] = []
     Q = np.zeros((len(T), 0))
     for j in range(T.shape[1]):
-        direction = new_direction(T[:, j], Q)
-        if direction is not None and adds(stats.gram, Q, direction):
-            Q = np.column_stack([Q, direction])
+        found = new_direction(T[:, j], Q)
+        if found is not None and adds(stats.gram, Q, found[0]):
+            Q = np.column_stack([Q, found[0]])
             kept.append(j)
+            lengths.append(found[1])
     names = tuple(columns[j].name for j in kept)
     dropped = tuple(column.name for j, column in enumerate(columns) if j not in kept)
-    R = np.triu(Q.T @ T[:, kept])
+    R = np.triu(Q.T @ T[:, kept], 1) + np.diag(lengths)
     if kept:
         Q, R = orthogonal(Q, R, Q.T @ stats.gram @ Q / stats.n)
     return Fixed(names, dropped, T[:, kept], Q, R)

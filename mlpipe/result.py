@@ -53,7 +53,8 @@ class MixedFit:
     Fields: `formula`; `recipe`, `response` (what was summed, which response); `reml`; `names`, `dropped` (coefficients kept, and dropped as
     repeats); `beta` (p,), `covariance` (p, p) given theta; `gamma` (features,), X beta over features; `terms`, the random part; `sigma`;
     `loglik` (restricted if `reml`); `nobs`, `rows`, `n_blocks`; `converged`, `singular`, `score`, `evaluations`, `message`;
-    `theta_covariance`, covariance of the solver's (theta, log sigma), NaN on the boundary; `seconds`; `info`.
+    `theta_covariance`, covariance of the solver's (theta, log sigma), NaN on the boundary; `gamma_covariance` (covariate features,
+    covariate features), of gamma there, which keeps the digits that `covariance` loses where covariates are far from 0; `seconds`; `info`.
     `source` is the data it came from (None after `mp.load`), `options` how it was read, `effects_table` the BLUPs where they were kept,
     `effects_tables` those of several factors, by group. `written`: the run, model and values by which result tables tell its rows.
     """
@@ -79,6 +80,7 @@ class MixedFit:
     evaluations: int
     message: str
     theta_covariance: Array
+    gamma_covariance: Array
     seconds: float = 0.0
     info: dict[str, Any] = field(default_factory=dict)
     source: Any = None
@@ -183,12 +185,12 @@ class MixedFit:
         return hypotheses.drop1(self)
 
     def glance(self) -> pa.Table:
-        """One row: nobs, likelihood, information criteria, status."""
+        """One row: nobs, likelihood, information criteria, status; null what the fit has not."""
         import pyarrow as pa
 
-        table = pa.Table.from_pylist([self.facts()])
-        at = table.schema.get_field_index("sigma")
-        return table.set_column(at, "sigma", table.column(at).cast(pa.float64()))
+        known = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in self.facts().items()}
+        types = {name: pa.float64() for name, value in known.items() if value is None}
+        return pa.table({name: pa.array([value], types.get(name)) for name, value in known.items()})
 
     def facts(self) -> dict[str, Any]:
         """What `glance` shows, by column."""
@@ -483,6 +485,7 @@ class LMMFit(MixedFit):
     ) -> LMMFit:
         """The fit from a solver's solution, in the user's coordinates."""
         factors, stars = reduced.factors(solution.lambda_), reduced.split(solution.lambda_)
+        m = stats.recipe.n_covariates
         terms = tuple(
             RandomTerm(term.group, term.names, factor, term.Q, term.R, star)
             for term, factor, star in zip(reduced.random, factors, stars, strict=True)
@@ -496,6 +499,7 @@ class LMMFit(MixedFit):
             dropped=reduced.fixed.dropped,
             beta=reduced.beta(solution.beta),
             covariance=reduced.vcov(solution.vcov),
+            gamma_covariance=reduced.fixed.over(solution.vcov * reduced.scale**2)[:m, :m],
             gamma=reduced.linear_predictor(solution.beta),
             terms=terms,
             sigma=math.sqrt(solution.sigma2) * reduced.scale,

@@ -44,14 +44,14 @@ def settle(fit: MixedFit, kind: str, cluster: tuple[str, ...], fixed: Fixed, sco
     """Puts the sandwich of clusters' scores (p, G) (and X'V⁻¹X (p, p, G) for CR2) over the columns F Q in place of the covariance."""
     if scores.shape[1] < 2:
         robust.few(kind, [scores.shape[1]])
-    bread = fixed.R @ fit.covariance @ fixed.R.T / fit.effect_scale**2
-    bread = (bread + bread.T) / 2.0
+    m = len(fit.gamma_covariance)
+    back = np.linalg.pinv(fixed.Q[:m])
+    bread = back @ fit.gamma_covariance @ back.T / fit.effect_scale**2
     if grams is not None:
         scores = corrected(scores, grams, half(bread))
     meat = cluster_factor(kind, scores.shape[1], fit.nobs, len(fit.names)) * scores @ scores.T
-    inner = np.linalg.solve(fixed.R, covariance(bread, meat))
-    out = np.linalg.solve(fixed.R, inner.T)
-    fit.covariance = (out + out.T) / 2.0
+    star = covariance(bread, meat)
+    fit.covariance, fit.gamma_covariance = fixed.raw(star), fixed.over(star)[:m, :m]
     noted(fit, kind, cluster, scores.shape[1])
 
 

@@ -246,8 +246,7 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
         terms.append(RandomTerm(term.group, term.names, term.raw(star), term.Q, term.R, star))
     R, p = parts.fixed.R, len(parts.fixed.names)
     scale = parts.scale
-    half = np.linalg.solve(R, at.s2 * at.C) * scale**2
-    covariance = np.linalg.solve(R, half.T)
+    star, m = at.s2 * at.C * scale**2, stats.recipe.n_covariates
     loglik = solution.loglik + model.constant
     beta_star = scale * at.beta + parts.offset
     info = {**stats.info, "evaluations": solution.evaluations, "score": solution.score}
@@ -257,8 +256,9 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
     info["levels"] = {factor.levels.group: len(factor.levels) for factor in model.crossed.factors}
     fit = LMMFit(
         formula=text, recipe=stats.recipe, response=parts.response, reml=problem.reml, names=parts.fixed.names, dropped=parts.fixed.dropped,
-        beta=np.linalg.solve(R, beta_star) if p else np.zeros(0), covariance=(covariance + covariance.T) / 2.0,
-        gamma=parts.fixed.Q @ beta_star, terms=tuple(terms), sigma=math.sqrt(at.s2) * scale, loglik=loglik, nobs=stats.n, rows=stats.rows,
+        beta=np.linalg.solve(R, beta_star) if p else np.zeros(0), covariance=parts.fixed.raw(star),
+        gamma_covariance=parts.fixed.over(star)[:m, :m], gamma=parts.fixed.Q @ beta_star,
+        terms=tuple(terms), sigma=math.sqrt(at.s2) * scale, loglik=loglik, nobs=stats.n, rows=stats.rows,
         n_blocks=max(info["levels"].values()), converged=solution.converged, singular=solution.singular, score=solution.score,
         evaluations=solution.evaluations, message=solution.message, theta_covariance=_theta_covariance(model, solved), info=info,
         source=data if stats.info.get("rescannable", True) else None, options=options, held=_held(model, coding),

@@ -198,7 +198,7 @@ def to_json(fit: MixedFit) -> dict[str, Any]:
     """Everything of a fit but its data and BLUPs, as JSON values (floats by their shortest exact text)."""
     out: dict[str, Any] = {name: getattr(fit, name) for name in _PLAIN}
     out |= {"names": list(fit.names), "dropped": list(fit.dropped), "recipe": fit.recipe.to_json()}
-    out |= {name: getattr(fit, name).tolist() for name in ("beta", "covariance", "gamma", "theta_covariance")}
+    out |= {name: getattr(fit, name).tolist() for name in ("beta", "covariance", "gamma", "theta_covariance", "gamma_covariance")}
     out["terms"] = [
         {f.name: v.tolist() if isinstance(v := getattr(term, f.name), np.ndarray) else v for f in fields(RandomTerm)} for term in fit.terms
     ]
@@ -348,7 +348,7 @@ def _from_json(record: dict[str, Any]) -> MixedFit:
         RandomTerm(t["group"], tuple(t["names"]), matrix(t["factor"]), matrix(t["Q"]).reshape(-1, k), matrix(t["R"]), matrix(t["star"]))
         for t, k in zip(record["terms"], q, strict=True)
     )
-    p, t = len(record["names"]), len(record["theta_covariance"])
+    p, t, m = (len(record[name]) for name in ("names", "theta_covariance", "gamma_covariance"))
     return _kind(record["kind"])(
         **{name: record[name] for name in _PLAIN},
         recipe=Recipe.from_json(record["recipe"]),
@@ -359,6 +359,7 @@ def _from_json(record: dict[str, Any]) -> MixedFit:
         gamma=np.array(record["gamma"], dtype=float),
         terms=terms,
         theta_covariance=matrix(record["theta_covariance"]).reshape(t, t),
+        gamma_covariance=matrix(record["gamma_covariance"]).reshape(m, m),
         info=record["info"],
         **record["more"],
     )
