@@ -19,6 +19,7 @@ from .plans import Request
 from .several_generalized import JointModel
 from .several_generalized import resumed as joint_resumed
 from .solve.density import density
+from .solve.glm import inverse
 from .solve.kernel import Chunk, Piece
 from .solve.profile import PassSurface, PlainSurface, Surface
 from .spool import Spool
@@ -163,7 +164,7 @@ def _optimum(model: Model, joint: JointModel | None, psi: Array, options: Option
     p = model.Q.shape[1]
     if not model.random:
         plainly = plain(model, None, options.tol, options.max_passes)
-        covariance, surface = np.linalg.pinv(plainly.information, hermitian=True), PlainSurface(plain_looks(model, None))
+        covariance, surface = inverse(plainly.information), PlainSurface(plain_looks(model, None))
         return Found(plainly.psi, p, np.zeros((0, 0)), covariance, plainly.loglik, plainly.converged, surface)
     search, found = resumed(model, psi, options) if joint is None else joint_resumed(joint, psi, options)
     return Found(found.psi, p, found.lambda_, found.vcov, found.loglik, found.converged and not found.rough, PassSurface(search))

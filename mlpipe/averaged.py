@@ -18,7 +18,7 @@ from .design import Variable, level_label
 from .formula import Formula
 from .integrals import Integrated, integrated, linked
 from .solve.link import LINKS
-from .wald import check_level, wald_table
+from .wald import check_level, roots, wald_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -154,7 +154,7 @@ def effects(fit: MixedFit, data: Any, conf_level: float, options: Options | None
         texts["effect"] += [kind] * len(names)
         texts["term"] += names
         estimates.append(np.array(estimate, dtype=float))
-        errors.append(np.sqrt(np.maximum(np.diag(covariance), 0.0)))
+        errors.append(roots(np.diag(covariance)))
     if reach is not None:
         unknown = reach.unknown(total.n)
         estimates[-1][unknown] = errors[-1][unknown] = np.nan

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .coefficients import critical
 from .errors import ConfigError, did_you_mean
 from .lookup import MODE_VARIANCE
 from .predictions import Output, variance_of
@@ -21,7 +22,8 @@ INTERVALS = ("confidence", "prediction")
 def bands(fit: MixedFit, wanted: str, kind: str, interval: str, level: float, factors: list[str]) -> tuple[Output, Output]:
     """The outputs `lower` and `upper`; see `MixedFit.predict`. Raises ConfigError for an interval that the fit has not."""
     _check(fit, wanted, interval, level, factors)
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    degrees = getattr(fit, "df_test", np.inf)  # of least squares, as in its tests
+    z = NormalDist().inv_cdf(0.5 + level / 2) if np.isinf(degrees) else critical(level, degrees)
     V, features = _over_features(fit)
     parts = ["conditional" if wanted == "conditional" else "population", *(f"f{i}" for i in features)]
     further = [MODE_VARIANCE] if wanted == "conditional" else []

@@ -47,7 +47,9 @@ def tidy(fit: MixedFit, conf_level: float, degrees: float) -> pa.Table:
     rows = []
     for name, estimate, se, t, value in zip(fit.names, fit.beta, standard_errors(fit), statistic, p, strict=True):
         row = estimate_row("fixed", None, name, estimate, se, width)
-        row |= {"statistic": float(t), "p_value": float(value), "df": None if math.isinf(degrees) else float(degrees)}
+        if not math.isnan(t):
+            row |= {"statistic": float(t), "p_value": float(value)}
+        row["df"] = None if math.isinf(degrees) else float(degrees)
         rows.append(row)
     rows += [estimate_row("ran_pars", *parameter, width) for parameter in fit.family_parameters()]
     return pa.Table.from_pylist(rows, schema=tidy_schema())
@@ -60,7 +62,8 @@ def intervals(fit: MixedFit, method: str, level: float, degrees: float) -> pa.Ta
     if method != "wald":
         raise ConfigError(f'method = {method!r}: intervals of this fit are method="wald"')
     width = critical(level, degrees) * standard_errors(fit)
-    return pa.table({"term": list(fit.names), "conf_low": fit.beta - width, "conf_high": fit.beta + width})
+    ends = {"conf_low": fit.beta - width, "conf_high": fit.beta + width}
+    return pa.table({"term": pa.array(fit.names, pa.string())} | {name: pa.array(at, mask=np.isnan(at)) for name, at in ends.items()})
 
 
 def text_rows(fit: MixedFit, degrees: float) -> list[list[str]]:

@@ -80,6 +80,8 @@ def compare(fit: LMMFit, conf_level: float) -> Comparison:
     notes += how
     if clustered is not None:
         found["pooled, cluster-robust"] = Estimate(ordinary.fixed.names, ordinary.coefficients, clustered, m - 1.0)
+    if left_out := fixed_effects.fixed.dropped:
+        notes.append(f"Within leaves out {', '.join(left_out)}, which the others tell once the blocks' means are taken off.")
     found |= _between(stats, fit, m)
     df = n - m - len(fixed_effects.beta)
     if len(fixed_effects.beta) and df > 0:
@@ -180,13 +182,14 @@ def _psi(fit: LMMFit) -> float:
 
 
 def hausman(fit: LMMFit, stats: SuffStats, ordinary: Solution, inside: Solution) -> tuple[float, int]:
-    """(b_W - b_RE)'[V_W - V_RE]⁻¹(b_W - b_RE) over the slopes that vary within blocks, both covariances with the model's sigma²."""
-    psi, Q = _psi(fit), ordinary.fixed.Q
+    """(b_W - b_RE)'[V_W - V_RE]⁻¹(b_W - b_RE) over the slopes that vary within blocks, both covariances with the model's sigma²; b_RE as
+    the within regression of the fitted values has it, so that without an intercept the effects of a factor are differences in both."""
+    psi, Q, M = _psi(fit), ordinary.fixed.Q, inside.fixed.Q
     A = stats.gram - block_products(stats, lambda n: psi / (1.0 + psi * n))
-    V_re = ordinary.raw(np.linalg.inv(Q.T @ A @ Q)) * fit.sigma**2
-    at = [ordinary.fixed.names.index(name) for name in inside.fixed.names]
-    V = inside.raw(inside.bread) * fit.sigma**2 - V_re[np.ix_(at, at)]
-    return _wald(inside.coefficients - fit.beta[[fit.names.index(name) for name in inside.fixed.names]], V)
+    G = within(stats).gram
+    P = inside.bread @ (M.T @ G @ Q)
+    V = inside.bread - P @ np.linalg.inv(Q.T @ A @ Q) @ P.T
+    return _wald(inside.beta - P @ (ordinary.fixed.R @ fit.beta), V * fit.sigma**2)
 
 
 def mundlak(fit: LMMFit, stats: SuffStats, ordinary: Solution, inside: Solution) -> tuple[float, int]:

@@ -117,7 +117,7 @@ class Scan:
             statement = statement.where(only, copy=False)
         if order:
             statement = statement.order_by(exp.column("rn"), copy=False)
-        wanted = Columns(self.positions([*self.recipe.kinds, *sizes]), self.positions(self.recipe.groups), row_number=order)
+        wanted = Columns(self.positions([*self.recipe.kinds, *sizes]), self.positions(self.recipe.keys), row_number=order)
         for batch in self.engine.query(statement, wanted):
             if batch.num_rows:
                 yield self._made(batch, reached, list(more or {}))
@@ -158,7 +158,7 @@ def scanned(fit: MixedFit, data: Any, options: Options | None = None, more: Sequ
         return
     with closing(open_source(data, options=options or fit.options)) as engine:
         names = found(engine, recipe, list(dict.fromkeys([*value_names(recipe, False), *_frequency_names(recipe), *more])))
-        yield Scan(engine, names, recipe, own=False)
+        yield Scan(engine, names, replace(recipe, clusters=()), own=False)
 
 
 def evaluated(fit: MixedFit, table: Mapping[str, Sequence[Any]], of: Sequence[int] | None = None) -> Rows:
@@ -217,7 +217,7 @@ def covariate_means(fit: MixedFit, wanted: Sequence[str], data: Any, options: Op
             inner = exp.select(named(weight, "q"), *columns).from_("src").where(scan.where, copy=False)
             sums = [total(times(exp.column("q"), exp.column(f"x{k}")), f"t{k}") for k in range(len(missing))]
             statement = exp.select(total(exp.column("q"), "n"), *sums).from_(inner.subquery("used", copy=False))
-            read = Columns(scan.positions(recipe.kinds), scan.positions(recipe.groups))
+            read = Columns(scan.positions(recipe.kinds), scan.positions(recipe.keys))
             row = scan.engine.query(statement, read).read_all().to_pylist()[0]
         if not row["n"]:
             raise DataError("no row has all covariates", code="no_rows")

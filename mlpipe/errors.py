@@ -82,7 +82,7 @@ class RankWarning(MlpipeWarning):
 
 
 class SeparationWarning(MlpipeWarning):
-    """A covariate separates the outcomes of a binomial response."""
+    """A covariate separates the outcomes of a binomial response, or the counts that are zero from the rest."""
 
 
 EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (

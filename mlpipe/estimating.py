@@ -11,6 +11,7 @@ import numpy as np
 from .errors import ConfigError, DataError, did_you_mean
 from .estimating_result import KINDS, GEEFit
 from .families import check_plain, check_weights, checked_family
+from .findings import DISCRETE, SETTLED, running
 from .formula import parse
 from .options import Options
 from .passes import START_CHUNKS, START_SHARE, START_TOLERANCE, Model, built, plain
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     Array = np.ndarray
 
 FAMILIES = ("gaussian", "binomial", "poisson", "gamma", "inverse_gaussian", "quasibinomial", "quasipoisson")
+ONE_EVENT = 1.0  # information along a direction that one event gives at least
 MOST_TIMES = 200  # levels of time of an unstructured correlation
 
 
@@ -88,6 +90,8 @@ def gee(
             solution = _solved(model, working, options, watch)
             fields |= {"passes": solution.passes, "score": solution.score}
         fit = GEEFit.from_solution(formula, model, solution, data, options, family, corr, kind, times)
+        fit.info["separation"] = _separated(model, solution, options)
+        fit.info["notes"] += _unseen(working, solution)
     fit.info["passes"] = round(rows.spool.passes, 2)
     fit.info["seconds"]["total"] = fit.seconds = clock.perf_counter() - began
     report(fit, options)
@@ -181,6 +185,32 @@ def _times(model: Model, corr: str) -> Array:
     if len(times) > MOST_TIMES:
         raise ConfigError(f"{len(times):,} levels of time are too many for an unstructured correlation", code="time", hint='corr="ar1"')
     return times
+
+
+def _separated(model: Model, solution: GEESolution, options: Options) -> list[str]:
+    """The coefficients that run away, as independent rows have them, where there is little information or none."""
+    if model.density.family.name not in DISCRETE or not model.fixed.names:
+        return []
+    information = solution.look.independence
+    if solution.converged and np.linalg.eigvalsh(information)[0] > ONE_EVENT:
+        return []
+    found, p = plain(model, None, options.tol, options.max_passes), len(model.fixed.names)
+    if not found.score < SETTLED:
+        return []
+    return running(model, np.linalg.solve(model.fixed.R, found.psi[:p]), found.information[:p, :p])
+
+
+def _unseen(working: Working, solution: GEESolution) -> list[str]:
+    """Notes on correlations that no pair of rows speaks of."""
+    pairs = solution.look.moments.pairs
+    if working.corr == "independence":
+        return []
+    if not pairs.sum() - np.trace(np.atleast_2d(pairs)) * (working.corr == "unstructured"):
+        return ["no block has two rows: the correlation is taken as 0"]
+    if working.corr != "unstructured":
+        return []
+    missing = int((pairs[np.triu_indices(len(working.times), 1)] == 0.0).sum())
+    return [f"no block has rows at both of {missing:,} pairs of times: their correlations are taken as 0"] if missing else []
 
 
 def _solved(model: Model, working: Working, options: Options, watch: Watch) -> GEESolution:

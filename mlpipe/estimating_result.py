@@ -69,6 +69,7 @@ class GEEFit(GeneralizedFit):
             times=_shown(times, model), quasi=solution.look.quasi, penalty=penalty,
         )  # fmt: skip
         fit.family = family
+        fit.sigma = math.sqrt(solution.phi) if fit.has_residual else math.nan
         fit.info |= {"evaluations": solution.passes, "score": solution.score}
         return fit
 

@@ -15,6 +15,8 @@ SPARSE = 6.0  # trials, events or rows per block below which the Laplace approxi
 SETTLED = 1e-3  # scaled score from which a search has come to an end
 RUNAWAY = 1.0  # spread of a term's part of the linear predictor that only separation gives
 SEPARATED = 1e-8  # information along a direction, relative to the largest, that only separation leaves
+FEW = 1e-3  # and below that of any one event
+DISCRETE = ("binomial", "poisson", "negbinomial", "negbinomial1")  # families whose estimates can be infinite
 
 
 def noted(fit: Any, model: Model, nagq: int) -> None:
@@ -44,19 +46,29 @@ def _sparse(model: Model, per_block: float) -> str:
 
 
 def separated(fit: Any, model: Model) -> list[str]:
-    """The coefficients that run away where a binomial likelihood has no maximum, seen by directions without information (Albert and
-    Anderson 1984); or the grouping factor, whose variance does where no block varies."""
+    """The coefficients that run away where the likelihood has no maximum; or the grouping factor, whose variance does where no block
+    varies."""
     p = len(fit.names)
     information = fit.info.pop("information")[:p, :p]
     if model.random and not model.plan.recipe.factors and model.rows.flat == model.rows.spool.n_blocks:
         return [":".join(model.plan.recipe.groups)]
-    if not fit.score < SETTLED:  # far from any optimum the information says nothing
+    return running(model, fit.beta, information) if fit.score < SETTLED else []  # far from any optimum the information says nothing
+
+
+def running(model: Model, beta: np.ndarray, information: np.ndarray) -> list[str]:
+    """The coefficients that run away where a likelihood of proportions or counts has no maximum, seen by directions without information
+    (Albert and Anderson 1984; of counts Santos Silva and Tenreyro 2010): those that go along with the estimate in these."""
+    size = model.rows.size
+    if model.density.family.name not in DISCRETE or not len(beta) or not np.isfinite(information).all():
         return []
-    if model.density.family.name != "binomial" or not p or not np.isfinite(information).all():
+    values, vectors = np.linalg.eigh(information)
+    least = min(SEPARATED * max(values[-1], 0.25e-3 * size), FEW)
+    away = vectors[:, values < least] if values[0] > -least else vectors  # of what is negative the rest means nothing either
+    if not away.shape[1]:
         return []
-    values = np.linalg.eigvalsh(information)
-    if values[0] >= SEPARATED * max(values[-1], 0.25e-3 * model.rows.size):
-        return []
+    gone = np.linalg.solve(model.fixed.R, away @ (away.T @ (model.fixed.R @ beta)))
     gram = model.fixed.T.T @ padded(model.plan.recipe, model.rows) @ model.fixed.T
-    size = np.abs(fit.beta) * np.sqrt(np.maximum(np.diag(gram) / model.rows.size, 0.0))  # the effect of each on the linear predictor
-    return [name for name, share in zip(fit.names, size, strict=True) if share > 0.5 * size.max()] if size.max() > RUNAWAY else []
+    effects = np.abs(gone) * np.sqrt(np.maximum(np.diag(gram) / size, 0.0))  # of each on the linear predictor
+    if model.random and effects.max() <= RUNAWAY:  # large variances of random effects leave little information too
+        return []
+    return [name for name, effect in zip(model.fixed.names, effects, strict=True) if effect > 0.5 * effects.max()]

@@ -37,7 +37,7 @@ REPEATING = 0.5  # distinct design rows per row of a sample, above which they ar
 class Gathered:
     """The rows of a fit: the `spool`; the counts `rows`, `nobs` (with frequencies), `size` (with trials); `mean` and `variance` of the
     response and the mean `offset`; cross-products `gram` (m, m) and `sums` (m,) of the covariate features; `flat` blocks whose
-    response does not vary; `info`."""
+    response does not vary; `info`; `weight`, the mean prior weight."""
 
     spool: Spool
     rows: int
@@ -50,6 +50,7 @@ class Gathered:
     sums: np.ndarray
     flat: int
     info: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 def gather(plan: Plan, *, compress: bool) -> Gathered:
@@ -96,6 +97,7 @@ def surveyed(recipe: Recipe, spool: Spool, rows: int, nobs: float, info: dict[st
 def _gathered(spool: Spool, found: _Survey, rows: int, nobs: float, info: dict[str, Any]) -> Gathered:
     return Gathered(
         spool, rows, nobs, found.size, found.mean, found.variance, found.offset / found.size, found.gram, found.sums, found.flat, info,
+        found.weight / found.size,
     )
 
 
@@ -269,8 +271,8 @@ def made(plan: Plan, statement: exp.Select, options: Options) -> Iterator[pa.Rec
 
 @dataclass
 class _Survey:
-    """Sums over all cells: see Gathered; `y1`, `y2` of size times y and y² about `about`, `offset` of size times offset; `low`, `high`:
-    the least and the largest y."""
+    """Sums over all cells: see Gathered; `y1`, `y2` of size times y and y² about `about`, `offset` and `weight` of size times offset and
+    prior weight; `low`, `high`: the least and the largest y."""
 
     gram: np.ndarray
     sums: np.ndarray
@@ -282,6 +284,7 @@ class _Survey:
     low: float
     high: float
     about: float
+    weight: float = 0.0
 
     @property
     def mean(self) -> float:
@@ -311,7 +314,9 @@ def _survey(recipe: Recipe, spool: Spool) -> _Survey:
             ad = d if a is None else a * d
             inside = 0.0 if square is None else rows.cells.statistics[square] * (1.0 if a is None else a)
             total.gram, total.sums = total.gram + weighted @ rows.F.T, total.sums + weighted.sum(axis=1)
-            total.size += float(len(y) if a is None else a.sum())
+            total.size += (size := float(len(y) if a is None else a.sum()))
+            w = rows.cells.weight
+            total.weight += size if w is None else float(w.sum() if a is None else a @ w)
             with np.errstate(over="ignore"):  # said by `_check`
                 total.y1, total.y2 = total.y1 + float(ad.sum()), total.y2 + float(ad @ d) + float(np.sum(inside))
             total.low, total.high = min(total.low, float(y.min())), max(total.high, float(y.max()))
@@ -324,9 +329,9 @@ def _survey(recipe: Recipe, spool: Spool) -> _Survey:
 
     parts = spool.map(look)
     spool.rows_read = 0  # passes count what the fit reads
-    size, y1, y2, offset = (math.fsum(getattr(part, name) for part in parts) for name in ("size", "y1", "y2", "offset"))
+    sizes = {name: math.fsum(getattr(part, name) for part in parts) for name in ("size", "y1", "y2", "offset", "weight")}
     gram, sums = np.zeros((m, m)), np.zeros(m)
     for part in parts:
         gram, sums = gram + part.gram, sums + part.sums
     low, high = min((part.low for part in parts), default=0.0), max((part.high for part in parts), default=0.0)
-    return _Survey(gram, sums, size, y1, y2, offset, sum(part.flat for part in parts), low, high, about)
+    return _Survey(gram, sums, flat=sum(part.flat for part in parts), low=low, high=high, about=about, **sizes)

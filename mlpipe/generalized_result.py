@@ -13,6 +13,7 @@ from .passes import first_tau
 from .reduction import lower_factor, stacked_inverse
 from .result import MixedFit, RandomTerm
 from .solve.density import density
+from .solve.glm import inverse
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -157,7 +158,7 @@ class GLMFit(GeneralizedFit):
         """The fit from a solver's solution; needs the spool for a sandwich covariance."""
         p, shape = len(model.fixed.names), model.density.family.shape
         quasi = family != model.density.family.name
-        bread = np.linalg.pinv(solution.information, hermitian=True)
+        bread = inverse(solution.information)
         pearson = marginal.pearson(model, solution.psi) / max(model.rows.nobs - p, 1.0) if quasi else 1.0
         covariance = bread[:p, :p] * pearson
         if robust is not None:

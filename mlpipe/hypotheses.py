@@ -335,7 +335,7 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
             kept = held(fit)
             return lmm(text, kept.stats, reml=False, options=options, **kept.coding)
         if fit.source is None:
-            raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
+            raise DataError("the fit has no data to fit smaller models to", code="no_source", hint="fit it again")
         settings: dict[str, Any] = {
             "weights": recipe.weights, "freq": recipe.freq, "offset": recipe.offset, "contrasts": _of(recipe.contrasts, text),
             "levels": outcome(recipe) or None,

@@ -38,7 +38,7 @@ def check_ddf(fit: MixedFit, ddf: str) -> None:
         raise ConfigError(f"ddf = {ddf!r} is not one of {', '.join(DDF)}", code="ddf", hint=did_you_mean(str(ddf), list(DDF)))
     if ddf == "wald":
         return
-    if not fit.residual_scaled or not fit.terms:
+    if not fit.residual_scaled or not fit.terms or hasattr(fit, "df_test"):
         raise ConfigError(f"ddf = {ddf!r} belongs to linear mixed models", code="ddf", hint='ddf="wald"')
     if robust := fit.info.get("robust"):
         message = f"ddf = {ddf!r} is of the model's own covariance, and the fit's is cluster-robust ({robust['kind']})"

@@ -103,7 +103,7 @@ def _summed(fit: MixedFit, scan: Scan) -> Iterator[Block]:
 
     m = fit.recipe.n_covariates
     keys = [scan.names.key(group) for group in fit.recipe.groups]
-    wanted = Columns(scan.positions(fit.recipe.kinds), scan.positions(fit.recipe.groups))
+    wanted = Columns(scan.positions(fit.recipe.kinds), scan.positions(fit.recipe.keys))
     for batch in scan.engine.query(_statement(fit, scan, keys), wanted):
         if not batch.num_rows:
             continue

@@ -75,7 +75,7 @@ def _combinations(fit: MixedFit, scan: Scan, limit: int) -> tuple[Array, pa.Tabl
     from .statements import block_sums
 
     recipe = scan.recipe
-    wanted = Columns(scan.positions(recipe.kinds), scan.positions(recipe.groups))
+    wanted = Columns(scan.positions(recipe.kinds), scan.positions(recipe.keys))
     found = scan.engine.query(block_sums(recipe, scan.names, whole=True), wanted).read_all()
     needed = len(found) * 8 * len(recipe.features) ** 2
     if needed > limit // 2:

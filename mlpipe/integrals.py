@@ -140,9 +140,9 @@ def variance_coefficients(fit: MixedFit) -> tuple[float, float, float, float]:
     family, phi = fit.base_family, fit.dispersion  # type: ignore[attr-defined]
     if family == "gaussian":  # the scale of estimating equations, sigma² of a likelihood
         return phi, 0.0, 0.0, 0.0
-    if family in PLAIN:
-        factor = phi if fit.family != family else 1.0
-        return tuple(factor * c for c in PLAIN[family])  # type: ignore[return-value]
+    if family in PLAIN:  # phi is 1 but for quasi families and estimating equations
+        constant, linear, square, cubic = PLAIN[family]
+        return phi * constant, phi * linear, phi * square, phi * cubic
     return {
         "negbinomial": (0.0, 1.0, 1.0 / phi, 0.0), "negbinomial1": (0.0, 1.0 + phi, 0.0, 0.0), "gamma": (0.0, 0.0, phi, 0.0),
         "inverse_gaussian": (0.0, 0.0, 0.0, phi), "beta": (0.0, 1.0 / (1.0 + phi), -1.0 / (1.0 + phi), 0.0),

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +27,30 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Projection:
-    """What is left of the features' cross-products once the effects of factors are taken out (`gram`), the `rank` of these factors,
-    each factor's part of it (`ranks`), and with several factors the levels and their effects on every feature."""
+    """What is left of the features' cross-products once the effects of factors are taken out (`gram`), the `rank` of these factors
+    together, and with several of them the levels and their effects on every feature, and their `cells`."""
 
     gram: Array
     groups: tuple[str, ...] = ()
-    ranks: tuple[int, ...] = ()
+    rank: int = 0
     effects: tuple[tuple[Levels, Array], ...] = ()
     notes: tuple[str, ...] = ()
+    cells: Cells | None = None
 
     @property
     def n(self) -> float:
         """For `fixed_part`: the scale of the cross-products does not matter."""
         return 1.0
 
-    @property
-    def rank(self) -> int:
-        """Of all factors together."""
-        return sum(self.ranks)
+    def counted(self, apart: Collection[str]) -> int:
+        """The rank of the constant and of the effects of the factors that are not `apart`; 0 where nothing is absorbed."""
+        kept = [k for k, group in enumerate(self.groups) if group not in apart]
+        if len(kept) == len(self.groups):
+            return self.rank
+        if not kept:
+            return 1
+        assert self.cells is not None
+        return self.cells.among(kept).rank()[0]
 
 
 @dataclass(frozen=True)
@@ -71,9 +77,7 @@ class Solution:
 
     def raw(self, covariance: Array) -> Array:
         """A covariance (p, p) in the user's coordinates."""
-        half = np.linalg.solve(self.fixed.R, covariance)
-        out = np.linalg.solve(self.fixed.R, half.T)
-        return np.asarray((out + out.T) / 2.0)
+        return self.fixed.spread(covariance).raw
 
 
 def pooled(stats: SuffStats) -> Projection:
@@ -106,7 +110,7 @@ def within(stats: SuffStats) -> Projection:
     constant = recipe.features.index(())
     if stats.crossed is None:
         assert stats.blocks is not None
-        found = Projection(stats.gram - block_products(stats, lambda n: 1.0 / n), (":".join(recipe.groups),), (stats.blocks.n_blocks,))
+        found = Projection(stats.gram - block_products(stats, lambda n: 1.0 / n), (":".join(recipe.groups),), stats.blocks.n_blocks)
     else:
         found = _within_several(stats)
     gram = found.gram.copy()
@@ -134,14 +138,12 @@ def _within_several(stats: SuffStats) -> Projection:
     if not solved.converged:
         raise ConvergenceError(f"the effects of {len(sums)} factors were not found in {solved.steps:,} steps of conjugate gradients")
     gram = stats.gram - sum((s.T @ effects for s, effects in zip(sums, solved.effects, strict=True)), np.zeros_like(stats.gram))
-    sizes = [len(factor.levels) for factor in crossed.factors]
-    ranks = [sizes[0], *(m - 1 for m in sizes[1:])]
-    ranks[-1] += solved.rank - sum(ranks)
     notes = [f"effects of {' and '.join(f.levels.group for f in crossed.factors)} absorbed in {solved.steps} steps of conjugate gradients"]
     if not solved.exact:
         notes.append("redundant levels among three and more factors were counted in pairs: the degrees of freedom may be too few")
     effects = tuple((factor.levels, found) for factor, found in zip(crossed.factors, solved.effects, strict=True))
-    return Projection((gram + gram.T) / 2.0, tuple(f.levels.group for f in crossed.factors), tuple(ranks), effects, tuple(notes))
+    groups = tuple(factor.levels.group for factor in crossed.factors)
+    return Projection((gram + gram.T) / 2.0, groups, solved.rank, effects, tuple(notes), cells)
 
 
 def _cross(crossed: Crossed, constant: int) -> dict[tuple[int, int], csr_matrix]:
@@ -179,7 +181,7 @@ def solved(
         absorbed = [columns[j].name for j in range(len(columns)) if j not in kept and columns[j].name != "(Intercept)"]
         columns = [columns[j] for j in kept]
         target = _without_constant(target, recipe)
-    fixed = fixed_part(left, columns, recipe)
+    fixed = fixed_part(left, columns, recipe, constant=not left.groups)
     offset = np.linalg.lstsq(fixed.Q, target, rcond=None)[0] if len(fixed.names) else np.zeros(0)
     t = target - fixed.Q @ offset
     A = fixed.Q.T @ left.gram @ fixed.Q

@@ -267,8 +267,7 @@ def _combined(
     """The meats of all clusterings, each with its own factor, with the signs of inclusion and exclusion."""
     total = np.zeros_like(solution.bread)
     for (_, sign), meat, inside in zip(ways(clusters), meats, nested, strict=True):
-        k = len(fit.beta) + (1 if left.groups else 0)
-        k += sum(rank for group, rank in zip(left.groups, left.ranks, strict=True) if group not in inside)
+        k = len(fit.beta) + left.counted(inside)
         total += sign * cluster_factor(kind, meat.clusters, fit.nobs, k) * meat.matrix
     counts = [meat.clusters for (keys, _), meat in zip(ways(clusters), meats, strict=True) if len(keys) == 1]
     robust.few(kind, counts)

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import ConfigError
 from .robust import few
+from .solve.glm import definite
 from .solve.kernel import Chunk
 from .solve.sandwich import CERTAIN, cluster_factor, corrected, half, row_factor
 from .variance import about_mean
@@ -118,13 +119,16 @@ def pearson(model: Model, psi: Array) -> float:
 def sandwich(model: Model, psi: Array, bread: Array, kind: str) -> Array:
     """bread · Σ s s' · bread with s the score of a block of rows (CR) or of a row (HC), in the solver's coordinates (Liang and Zeger
     1986). HC2, HC3 and CR2 correct the scores by the leverages of √W X, W the weights of Fisher scoring (McCaffrey and Bell 2006).
-    Raises DataError for one cluster."""
+    NaN where estimates are infinite. Raises DataError for one cluster."""
     if kind.startswith("CR"):
         few(kind, [model.rows.spool.n_blocks])
     Q, density = model.Q, model.density
     gamma, tau = Q @ psi[: Q.shape[1]], float(psi[-1]) if density.family.shape else 0.0
     clustered, levered = kind.startswith("CR"), kind in ("HC2", "HC3", "CR2")
-    L = half(np.linalg.inv(fisher(model, gamma, tau))) if levered else np.zeros((0, 0))
+    information = fisher(model, gamma, tau) if levered else np.zeros((0, 0))
+    if not definite(information):  # estimates that go to infinity leave no leverages
+        return np.full_like(bread, math.nan)
+    L = half(np.linalg.inv(information)) if levered else information
 
     def look(chunk: Chunk) -> Array:
         scores: list[Array] = []
@@ -153,7 +157,7 @@ def sandwich(model: Model, psi: Array, bread: Array, kind: str) -> Array:
             s = np.vstack([corrected(s[: len(L)], np.sum(grams, axis=0), L), s[len(L) :]])
         return np.asarray(s @ s.T)
 
-    meat = sum(model.rows.spool.map(look))
+    meat = sum(model.rows.spool.map(quietly(look)))
     n, p, G = model.rows.nobs, Q.shape[1], model.rows.spool.n_blocks
     factor = cluster_factor(kind, G, n, p) if clustered else row_factor(kind, n, p)
     return np.asarray(factor * bread @ meat @ bread)
@@ -169,4 +173,14 @@ def fisher(model: Model, gamma: Array, tau: float) -> Array:
             total = total + (rows.F * model.density.safe_curvature(eta, rows.cells, tau)) @ rows.F.T
         return total
 
-    return np.asarray(model.Q.T @ sum(model.rows.spool.map(look)) @ model.Q)
+    return np.asarray(model.Q.T @ sum(model.rows.spool.map(quietly(look))) @ model.Q)
+
+
+def quietly(look: Callable[[Chunk], Array]) -> Callable[[Chunk], Array]:
+    """The same without warnings of what is not finite: infinite estimates make it so."""
+
+    def quiet(chunk: Chunk) -> Array:
+        with np.errstate(all="ignore"):
+            return look(chunk)
+
+    return quiet

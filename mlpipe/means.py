@@ -22,7 +22,7 @@ from .inference import Tests, t_quantile, t_tail
 from .integrals import linked
 from .predictions import value_names
 from .solve.link import LINKS
-from .wald import check_level, wald_table
+from .wald import check_level, roots, wald_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +62,7 @@ def means(
         raise ConfigError("a fit with absorbed effects has no means", hint="it has contrasts", code="not_available")
     found = _found(fit, tests, term, kind, effects, at, data, options)
     texts = {"term": [found.term] * len(found.labels), "level": found.labels}
-    unknown, se = _leaning(found.aliased), np.sqrt(np.diag(found.covariance))
+    unknown, se = _leaning(found.aliased), roots(np.diag(found.covariance))
     estimate, se, df = _without(unknown, found.estimate, se, tests.each(found.slopes))
     table = _tested(texts, estimate, se, df, conf_level)
     return table if kind == "link" or fit.link == "identity" else _on_link(table, fit.link, conf_level)
@@ -82,7 +82,7 @@ def contrasts(
         raise ConfigError('adjust="tukey" is for all pairwise differences', hint='adjust="bonferroni" or "holm"')
     found = _found(fit, tests, term, kind, effects, at, data, options)
     names, K = _coefficients(method, found.labels, found.base)
-    se = np.sqrt(np.maximum(np.diag(K @ found.covariance @ K.T), 0.0))
+    se = roots(np.diag(K @ found.covariance @ K.T))
     texts = {"term": [found.term] * len(names), "contrast": names}
     linear = kind == "link" or fit.link == "identity"  # there a difference may be estimable where its means are not
     unknown = _leaning(K @ found.aliased) if linear else (K[:, _leaning(found.aliased)] != 0.0).any(axis=1)

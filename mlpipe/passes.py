@@ -183,7 +183,7 @@ def _first(model: Model) -> np.ndarray:
 
 
 def first_tau(model: Model) -> float:
-    """The family's parameter by moments of the response, as if nothing explained it."""
+    """The family's parameter by moments of the response, as if nothing explained it; weights divide a dispersion."""
     mean, variance, family = model.rows.mean, model.rows.variance, model.density.family
     mean = max(mean, 0.5 / model.rows.size) if family.low == 0.0 else mean
     excess = max(variance - mean, 0.05 * mean)
@@ -200,7 +200,7 @@ def first_tau(model: Model) -> float:
             tau = max(mean * (1.0 - mean) / variance - 1.0, 0.1)
         case _:
             tau = 1.0 / variance
-    return math.log(tau)
+    return math.log(tau) - math.log(model.rows.weight)
 
 
 # -- mixed model -------------------------------------------------------------------------------------------------------

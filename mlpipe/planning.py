@@ -206,11 +206,15 @@ def used_names(formula: Formula, request: Request) -> tuple[str, ...]:
 
 
 def _shell(formula: Formula, request: Request, names: Names, variables: Mapping[str, Variable], responses: tuple[str, ...]) -> Recipe:
-    """A recipe without features, for statements that only need to know which rows enter."""
+    """A recipe without features, for statements that only need to know which rows enter. Raises DataError for weights that are text."""
+    kinds = {name: names.kinds[name] for name in used_names(formula, request)}
+    for what, text in (("weights", request.weights), ("freq", request.freq)):
+        if text is not None and expr.kind(node := parse_expression(text), kinds) == "text":
+            raise DataError(f"{what} = {text!r} is not numeric", code="weights_type", column=next(iter(expr.columns(node)), None))
     factors = tuple(dict.fromkeys(bar.groups for bar in formula.random))
     return Recipe(
         formula=formula,
-        kinds={name: names.kinds[name] for name in used_names(formula, request)},
+        kinds=kinds,
         extra_responses=tuple(request.responses or ()),
         contrasts=dict(request.contrasts) if request.contrasts else None,
         responses=responses,

@@ -14,8 +14,8 @@ def orthogonal(Q: np.ndarray, R: np.ndarray, G: np.ndarray) -> tuple[np.ndarray,
     return np.linalg.solve(U.T, Q.T).T, np.triu(U @ R)
 
 
-def new_direction(column: np.ndarray, Q: np.ndarray) -> np.ndarray | None:
-    """The unit vector of what a column of T adds to the span of Q; None where nothing."""
+def new_direction(column: np.ndarray, Q: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """The unit vector of what a column of T adds to the span of Q, and its length; None where nothing."""
     norm = np.linalg.norm(column)
     if norm == 0.0:
         return None
@@ -25,7 +25,7 @@ def new_direction(column: np.ndarray, Q: np.ndarray) -> np.ndarray | None:
         v, size = v - Q @ along, size + np.abs(Q) @ np.abs(along)
     v[np.abs(v) <= STRUCTURAL * size] = 0.0
     left = np.linalg.norm(v)
-    return np.asarray(v / left) if left > 0 else None
+    return (np.asarray(v / left), float(left * norm)) if left > 0 else None
 
 
 def adds(gram: np.ndarray, Q: np.ndarray, v: np.ndarray) -> bool:
@@ -51,7 +51,7 @@ def column_rank(T: np.ndarray) -> int:
     """The number of columns of T that add to the earlier ones."""
     Q = np.zeros((len(T), 0))
     for column in T.T:
-        direction = new_direction(column, Q)
-        if direction is not None:
-            Q = np.column_stack([Q, direction])
+        found = new_direction(column, Q)
+        if found is not None:
+            Q = np.column_stack([Q, found[0]])
     return Q.shape[1]

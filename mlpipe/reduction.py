@@ -303,19 +303,24 @@ class Gram(Protocol):
     def n(self) -> float: ...
 
 
-def fixed_part(stats: Gram, columns: Sequence[DesignColumn], recipe: Recipe) -> Fixed:
-    """Keeps each column that adds to the earlier ones, as lme4 does: later ones go."""
+def fixed_part(stats: Gram, columns: Sequence[DesignColumn], recipe: Recipe, *, constant: bool = True) -> Fixed:
+    """Keeps each column that adds to the earlier ones, as lme4 does: later ones go. Without `constant`, columns are as far as they are no
+    multiple of it: the effects of absorbed factors have that part."""
     T = recipe.matrix(columns)
+    if not constant:
+        T[recipe.features.index(())] = 0.0
     kept: list[int] = []
+    lengths: list[float] = []
     Q = np.zeros((len(T), 0))
     for j in range(T.shape[1]):
-        direction = new_direction(T[:, j], Q)
-        if direction is not None and adds(stats.gram, Q, direction):
-            Q = np.column_stack([Q, direction])
+        found = new_direction(T[:, j], Q)
+        if found is not None and adds(stats.gram, Q, found[0]):
+            Q = np.column_stack([Q, found[0]])
             kept.append(j)
+            lengths.append(found[1])
     names = tuple(columns[j].name for j in kept)
     dropped = tuple(column.name for j, column in enumerate(columns) if j not in kept)
-    R = np.triu(Q.T @ T[:, kept])
+    R = np.triu(Q.T @ T[:, kept], 1) + np.diag(lengths)
     if kept:
         Q, R = orthogonal(Q, R, Q.T @ stats.gram @ Q / stats.n)
     return Fixed(names, dropped, T[:, kept], Q, R)

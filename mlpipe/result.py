@@ -193,12 +193,12 @@ class MixedFit:
         return hypotheses.drop1(self)
 
     def glance(self) -> pa.Table:
-        """One row: nobs, likelihood, information criteria, status."""
+        """One row: nobs, likelihood, information criteria, status; null what the fit has not."""
         import pyarrow as pa
 
-        table = pa.Table.from_pylist([self.facts()])
-        at = table.schema.get_field_index("sigma")
-        return table.set_column(at, "sigma", table.column(at).cast(pa.float64()))
+        known = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in self.facts().items()}
+        types = {name: pa.float64() for name, value in known.items() if value is None}
+        return pa.table({name: pa.array([value], types.get(name)) for name, value in known.items()})
 
     def facts(self) -> dict[str, Any]:
         """What `glance` shows, by column."""

@@ -162,7 +162,7 @@ def of_clusters(source: Source, fitted: Fitted, keys: tuple[str, ...], kind: str
     for batch in source.engine.query(statement, used_columns(recipe, source.names)):
         if not batch.num_rows:
             continue
-        r = np.stack([column(batch, f"r_{j}") for j in used])
+        r = np.stack([column(batch, f"r_{j}") for j in used]) if used else np.zeros((0, batch.num_rows))
         P = np.zeros((len(used), len(used), batch.num_rows))
         for i, j in pairs:
             P[i, j] = P[j, i] = column(batch, f"p_{i}_{j}")

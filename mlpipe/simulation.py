@@ -1,6 +1,7 @@
 """Rows of a source with simulated responses, streamed."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -30,6 +31,9 @@ def simulate(fit: MixedFit, n: int, seed: int | None, prefix: str) -> pa.RecordB
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
         raise ConfigError(f"seed = {seed!r} is not a whole number from 0")
     recipe = fit.recipe
+    if math.isnan(fit.loglik):
+        hint = "quasi families and estimating equations have none"
+        raise ConfigError("the fit has no likelihood to simulate from", code="not_available", hint=hint)
     family = fit.family if fit.residual_scaled else fit.base_family  # type: ignore[attr-defined]
     if recipe.freq is not None and family not in SUMMED:
         raise ConfigError(f"rows of family {family!r} that stand for several cannot be simulated as one", hint="leave freq out")

@@ -92,9 +92,11 @@ def tidy(fit: MixedFit, conf_level: float, ddf: str) -> pa.Table:
 def _wald(fit: MixedFit, z: float) -> list[Row]:
     rows = []
     for name, estimate, se in zip(fit.names, fit.beta, standard_errors(fit), strict=True):
-        statistic = float(estimate / se) if se > 0 else math.nan
-        p_value = math.erfc(abs(statistic) / math.sqrt(2))
-        rows.append(estimate_row("fixed", None, name, estimate, se, z) | {"statistic": statistic, "p_value": p_value})
+        row = estimate_row("fixed", None, name, estimate, se, z)
+        if se > 0:
+            statistic = float(estimate / se)
+            row |= {"statistic": statistic, "p_value": math.erfc(abs(statistic) / math.sqrt(2))}
+        rows.append(row)
     return rows
 
 

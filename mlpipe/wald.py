@@ -22,6 +22,13 @@ def check_level(level: float, name: str = "conf_level") -> None:
         raise ConfigError(f"{name} = {level!r} is not between 0 and 1")
 
 
+def roots(variances: np.ndarray) -> np.ndarray:
+    """Standard errors (n,) of variances: 0 of rounding errors, NaN of what is negative, as clusters in several ways can make them."""
+    values = np.asarray(variances, dtype=float)
+    with np.errstate(invalid="ignore"):
+        return np.sqrt(np.where(np.abs(values) <= 1e-12 * np.abs(values).max(initial=0.0), np.maximum(values, 0.0), values))
+
+
 def wald_table(
     texts: Mapping[str, Sequence[Any]], estimate: np.ndarray, se: np.ndarray, conf_level: float, degrees: float = math.inf
 ) -> pa.Table:
@@ -39,7 +46,7 @@ def wald_table(
 
         z, p = float(stdtrit(degrees, 0.5 + conf_level / 2)), 2.0 * stdtr(degrees, -np.abs(statistic))
     values = (estimate, se, statistic, p, estimate - z * se, estimate + z * se)
-    columns = {name: pa.array(list(column)) for name, column in texts.items()}
+    columns = {name: pa.array(list(column), None if column else pa.string()) for name, column in texts.items()}
     return pa.table(columns | {name: _nullable(v) for name, v in zip(COLUMNS, values, strict=True)})
 
 

@@ -140,3 +140,33 @@ def test_simulation_needs_the_source(tmp_path: Path, slope: mp.LMMFit) -> None:
     slope.write(tmp_path / "fit")
     with pytest.raises(mp.DataError, match="not at hand"):
         mp.load(tmp_path / "fit").simulate()
+
+
+FAR = {
+    "ols": lambda d: mp.ols("y ~ x + f", d, cluster="g", vcov="CR2"), "glm": lambda d: mp.glm("n ~ x + f", d, family="poisson"),
+    "gee": lambda d: mp.gee("n ~ x + f", d, groups="g", family="poisson"), "lmm": lambda d: mp.lmm("y ~ x + f + (1 + x | g)", d),
+    "crossed": lambda d: mp.lmm("y ~ x + f + (1 | g) + (1 | h)", d), "glmm": lambda d: mp.glmm("n ~ x + f + (1 | g)", d, family="poisson"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAR)
+def test_far_covariates_take_no_digits_from_intervals(kind: str, tmp_path: Path) -> None:
+    """Seconds since 1970: nothing may come from the intercept's variance, which is 1e18 times that of a mean."""
+    rng = np.random.default_rng(3)
+    g, x = rng.integers(0, 20, 300), np.round(rng.normal(size=300) * 2**20) / 2**20
+    y = 1.0 + x + rng.normal(size=20)[g] + rng.normal(size=300)
+    columns = {"y": y, "x": x, "g": g, "f": rng.choice(["a", "b"], 300), "h": rng.integers(0, 6, 300), "n": rng.poisson(np.exp(0.3 * x))}
+    near = pl.DataFrame(columns)
+    far = near.with_columns(x=pl.col("x") + 1.75 * 2**30)
+    fits = [FAR[kind](data) for data in (near, far)]
+    fits[1].write(tmp_path / "fit")
+    for fit in (fits[1], mp.load(tmp_path / "fit")):
+        bands = [scored(one, data, effects="population", interval="confidence") for one, data in ((fits[0], near), (fit, far))]
+        for name in ("lower", "upper"):
+            np.testing.assert_allclose(bands[1][name], bands[0][name], rtol=1e-5)
+    for ask in (lambda fit: fit.means("f"), lambda fit: fit.contrasts("f"), lambda fit: fit.effects()):
+        errors = [pl.DataFrame(ask(fit))["std_error"].to_numpy() for fit in fits]
+        at = slice(None) if len(errors[0]) < 4 else slice(-2, None)  # of effects the averages
+        np.testing.assert_allclose(errors[1][at], errors[0][at], rtol=1e-5)
+    if kind == "lmm":
+        np.testing.assert_allclose(fits[1].influence()["leverage"], fits[0].influence()["leverage"], rtol=1e-5)

@@ -97,3 +97,16 @@ def test_other_models_are_refused() -> None:
 def test_balanced_covariates_leave_nothing_to_test() -> None:
     found = mp.lmm("reaction ~ days + (1 | subject)", mp.datasets.path("sleepstudy")).compare()
     assert [(row["statistic"], row["df"], row["p_value"]) for row in found.tests.to_pylist()] == [(0.0, 0.0, 1.0)] * 2
+
+
+@pytest.mark.parametrize("weights", [None, "w"])
+def test_hausman_without_an_intercept(weights: str | None) -> None:
+    """The levels of a factor are means there, and differences within blocks: what is compared are the differences."""
+    rng = np.random.default_rng(3)
+    frame = simulated().with_columns(f=pl.Series(rng.choice(["p", "q", "r"], len(simulated()))))
+    found = [pl.DataFrame(mp.lmm(f"y ~ {one} + f + x + (1 | g)", frame, weights=weights).compare().tests) for one in ("0", "1")]
+    np.testing.assert_allclose(found[0]["statistic"], found[1]["statistic"], rtol=1e-5)
+    assert found[0]["statistic"][0] == pytest.approx(found[0]["statistic"][1], rel=1e-6)
+    assert found[0]["df"].to_list() == found[1]["df"].to_list()
+    notes = mp.lmm("y ~ 0 + f + x + (1 | g)", frame).compare().notes
+    assert any("leaves out fr" in note for note in notes)

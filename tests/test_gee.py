@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +225,107 @@ def test_one_block_has_no_sandwich() -> None:
         fit.vcov("robust")
     with pytest.raises(mp.DataError, match="fewer than two clusters"):
         mp.glm("y ~ x", frame, family="gaussian", cluster="g")
+
+
+def plain(blocks: int = 40, seed: int = 1) -> pl.DataFrame:
+    """Four visits a subject; `u` is the subject's own."""
+    rng = np.random.default_rng(seed)
+    g = np.repeat(np.arange(blocks), 4)
+    frame = pl.DataFrame({"g": g, "t": np.tile(np.arange(4), blocks), "x": rng.normal(size=len(g)), "u": rng.normal(size=blocks)[g]})
+    return frame.with_columns(y=1.0 + pl.col("x") + pl.col("u") + pl.Series(rng.normal(size=len(g))))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("corr", ["exchangeable", "ar1"])
+def test_residuals_that_repeat_each_other_have_no_correlation_below_one(corr: str, sign: float) -> None:
+    frame = plain().filter(pl.col("t") < 2).with_columns(y=pl.col("u") * pl.when(pl.col("t") == 0).then(1.0).otherwise(sign))
+    with pytest.warns(mp.ConvergenceWarning, match="not positive definite"):
+        fit = mp.gee("y ~ 1", frame, groups="g", corr=corr, time="t")
+    assert not fit.converged
+
+
+def test_a_correlation_close_to_one() -> None:
+    u = np.random.default_rng(3).normal(size=(40, 4))
+    for k in range(1, 4):
+        u[:, k] = 0.999 * u[:, k - 1] + np.sqrt(1.0 - 0.999**2) * u[:, k]
+    frame = plain().with_columns(y=pl.Series(u.ravel()))
+    fit = mp.gee("y ~ x", frame, groups="g", corr="ar1", time="t")
+    assert fit.converged and 0.999 < fit.alpha[0] < 1.0
+    X = np.column_stack([np.ones(160), frame["x"]])
+    ones = np.ones(160)
+    want = Dense(X, frame["y"].to_numpy(), frame["g"].to_numpy(), frame["t"].to_numpy(), ones, 0 * ones, "gaussian", "identity", "ar1")
+    want.fit(fit.beta)
+    np.testing.assert_allclose(fit.beta, want.beta, rtol=1e-8)
+    np.testing.assert_allclose(fit.vcov(), want.covariance("robust"), rtol=1e-6)
+
+
+@pytest.mark.parametrize("corr", ["independence", "exchangeable", "ar1", "unstructured"])
+def test_an_exact_fit_is_told(corr: str) -> None:
+    with pytest.warns(mp.ConvergenceWarning, match="fitted exactly"):
+        fit = mp.gee("y ~ x", plain().with_columns(y=1.0 + 2.0 * pl.col("x")), groups="g", corr=corr, time="t")
+    assert not fit.converged and fit.evaluations < 20
+
+
+@pytest.mark.parametrize("corr", ["independence", "exchangeable", "ar1", "unstructured"])
+@pytest.mark.parametrize("family", ["binomial", "poisson"])
+@pytest.mark.parametrize("blocks", [40, 1000])
+def test_a_level_without_events_is_named(family: str, corr: str, blocks: int) -> None:
+    """A rare one too; the sandwich of such a coefficient is small and says nothing."""
+    rng = np.random.default_rng(2)
+    frame = plain(blocks).with_columns(f=pl.when(pl.col("g") < 8).then(pl.lit("none")).otherwise(pl.lit("a")))
+    y = rng.poisson(np.exp(0.3 * frame["x"].to_numpy())) if family == "poisson" else rng.integers(0, 2, len(frame))
+    frame = frame.with_columns(y=pl.when(pl.col("f") == "none").then(0).otherwise(pl.Series(y)))
+    with pytest.warns(mp.SeparationWarning, match="fnone"):
+        fit = mp.gee("y ~ x + f", frame, groups="g", corr=corr, time="t", family=family)
+    assert fit.info["separation"] == ["fnone"] and "separation: fnone" in str(fit)
+
+
+def test_correlations_that_no_pair_of_rows_speaks_of() -> None:
+    frame = plain()
+    for corr in ("exchangeable", "ar1", "unstructured"):
+        fit = mp.gee("y ~ x", frame.with_columns(g=pl.int_range(pl.len())), groups="g", corr=corr, time="t")
+        assert any("no block has two rows" in note for note in fit.info["notes"])
+    some = frame.filter(~((pl.col("t") == 3) & (pl.col("g") % 2 == 0)) & ~((pl.col("t") == 0) & (pl.col("g") % 2 == 1)))
+    fit = mp.gee("y ~ x", some, groups="g", corr="unstructured", time="t")
+    assert "no block has rows at both of 1 pairs of times: their correlations are taken as 0" in fit.info["notes"]
+
+
+@pytest.mark.parametrize("family", ["gaussian", "poisson", "gamma", "binomial"])
+def test_the_scale_is_part_of_the_variance(family: str) -> None:
+    frame = simulated(family)
+    fit = mp.gee("y ~ x", frame, groups="g", family=family, link=LINK[family], **extra(family))
+    assert fit.glance().to_pylist()[0]["sigma"] == (pytest.approx(math.sqrt(fit.scale)) if family in ("gaussian", "gamma") else None)
+    assert [row["variance"] for row in fit.varcorr().to_pylist()] == ([pytest.approx(fit.scale)] if family in ("gaussian", "gamma") else [])
+    table = pl.DataFrame(fit.marginal(frame))
+    mu, size = table["mean"].to_numpy(), table["m"].to_numpy() if family == "binomial" else table["w"].to_numpy()
+    unit = {"gaussian": mu**0 / size, "poisson": mu, "gamma": mu**2 / size, "binomial": mu * (1.0 - mu) / size}[family]
+    np.testing.assert_allclose(table["variance"], fit.scale * unit, rtol=1e-10)
+    pearson = fit.residuals().to_pylist()[1]
+    assert pearson["sd"] == pytest.approx(1.0, abs=0.02)  # phi is their mean square
+
+
+def test_what_has_no_likelihood_is_not_simulated() -> None:
+    frame = simulated("poisson")
+    for fit in (mp.gee("y ~ x", frame, groups="g", family="poisson"), mp.glm("y ~ x", frame, family="quasipoisson")):
+        with pytest.raises(mp.ConfigError, match="no likelihood to simulate from"):
+            fit.simulate(1, seed=1)
+        row = fit.glance().to_pylist()[0]
+        assert all(row[name] is None for name in ("loglik", "deviance", "aic", "bic"))
+        assert str(fit.glance().schema.field("loglik").type) == "double"
+
+
+@pytest.mark.parametrize("family", ["gaussian", "binomial"])
+@pytest.mark.parametrize("corr", ["independence", "exchangeable", "ar1"])
+def test_a_level_of_one_block_has_no_residual_of_its_own(family: str, corr: str) -> None:
+    """There I - H is singular: what is left is the pseudo-inverse, as of the symmetric root."""
+    rng = np.random.default_rng(1)
+    frame = plain().with_columns(f=pl.when(pl.col("g") == 3).then(pl.lit("own")).otherwise(pl.lit("a")))
+    frame = frame.with_columns(y=pl.Series(rng.integers(0, 2, len(frame)))) if family == "binomial" else frame
+    fit = mp.gee("y ~ x + f", frame, groups="g", corr=corr, time="t", family=family)
+    robust, kauermann, mancl = (np.sqrt(np.diag(fit.vcov(kind))) for kind in ("robust", "kauermann-carroll", "mancl-derouen"))
+    assert (robust < kauermann).all() and (kauermann < mancl).all() and (mancl < 1.3 * robust).all()
+
+
+def test_two_blocks_that_are_fitted_exactly() -> None:
+    with pytest.warns(mp.ConvergenceWarning, match="fitted exactly"):
+        assert not mp.gee("y ~ x", plain().filter((pl.col("t") == 0) & (pl.col("g") < 2)), groups="g").converged

@@ -309,3 +309,63 @@ def test_results_answer(tmp_path: Path) -> None:
     again = mp.load(tmp_path / "fit")
     assert type(again) is type(fit) and str(again) == str(fit)
     assert (again.beta == fit.beta).all() and again.loglik == fit.loglik and again.tau == fit.tau
+
+
+@pytest.mark.parametrize("family", ["binomial", "poisson", "quasipoisson"])
+@pytest.mark.parametrize(("n", "rare"), [(200, 40), (20_000, 10)])
+@pytest.mark.parametrize("cluster", [None, "g"])
+def test_a_level_without_events_is_named(family: str, n: int, rare: int, cluster: str | None) -> None:
+    """It alone, however rare; the sandwich of such a coefficient may be small."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=n)
+    y = rng.binomial(1, 1.0 / (1.0 + np.exp(-x))) if family == "binomial" else rng.poisson(np.exp(0.5 * x))
+    y[-rare:] = 0
+    frame = pl.DataFrame({"x": 3.0 * x, "y": y, "f": ["a"] * (n - rare) + ["none"] * rare, "g": np.arange(n) % 20})
+    with pytest.warns(mp.SeparationWarning, match="fnone"):
+        fit = mp.glm("y ~ x + f", frame, family=family, cluster=cluster)
+    assert fit.info["separation"] == ["fnone"]
+
+
+def test_rare_events_are_no_separation() -> None:
+    rng = np.random.default_rng(4)
+    y = np.zeros(20_000)
+    y[:3] = 1.0
+    frame = pl.DataFrame({"y": y, "x": rng.normal(size=20_000), "f": ["a", "b"] * 10_000})
+    for family in ("binomial", "poisson"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert mp.glm("y ~ x + f", frame, family=family).info["separation"] == []
+
+
+@pytest.mark.parametrize(("vcov", "cluster"), [("HC2", None), ("HC3", None), ("CR2", "g")])
+def test_infinite_estimates_have_no_leverages(vcov: str, cluster: str | None) -> None:
+    frame = simulated("binomial", "logit").with_columns(y=(pl.col("x") > 0).cast(pl.Int8), g=pl.int_range(pl.len()) % 20)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit = mp.glm("y ~ x", frame, family="binomial", vcov=vcov, cluster=cluster)
+    assert {w.category for w in caught} <= {mp.SeparationWarning, mp.ConvergenceWarning} and fit.info["separation"]
+    assert np.isnan(fit.vcov()).all()
+    assert all(row["std_error"] is None and row["statistic"] is None and row["p_value"] is None for row in fit.tidy().to_pylist())
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+@pytest.mark.parametrize("vcov", [None, "HC3"])
+def test_the_unit_of_a_gaussian_response_does_not_matter(scale: float, vcov: str | None) -> None:
+    frame = simulated("gaussian", "identity")
+    fit, far = (mp.glm("y ~ x", data, family="gaussian", vcov=vcov) for data in (frame, frame.with_columns(y=pl.col("y") * scale)))
+    np.testing.assert_allclose(far.beta, fit.beta * scale, rtol=1e-9)
+    np.testing.assert_allclose(far.vcov(), fit.vcov() * scale**2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e9])
+@pytest.mark.parametrize("family", ["gaussian", "gamma", "inverse_gaussian"])
+def test_the_unit_of_weights_does_not_matter(family: str, scale: float) -> None:
+    """Weights that add up to 1 once ended the search, or were told to have converged where they had not."""
+    frame = simulated(family, "log").with_columns(g=pl.int_range(pl.len()) % 30)
+    pair = (frame, frame.with_columns(pl.col("v") * scale))
+    fits = [mp.glm("p ~ x", data, family=family, link="log", weights="v") for data in pair]
+    fits += [mp.gee("p ~ x", data, groups="g", family=family, link="log", weights="v") for data in pair]
+    for one, two in zip(fits[::2], fits[1::2], strict=True):
+        assert two.converged
+        np.testing.assert_allclose(two.beta, one.beta, rtol=1e-7)
+        np.testing.assert_allclose(two.vcov(), one.vcov(), rtol=1e-6)

@@ -155,10 +155,99 @@ def test_absorbed_and_clustered(kind: str, absorb: tuple[str, ...], cluster: tup
     V = np.zeros((full.shape[1],) * 2)
     for keys, sign in ((cluster[:1], 1.0), (cluster[1:], 1.0), (cluster, -1.0)) if len(cluster) == 2 else ((cluster, 1.0),):
         code = np.unique(np.column_stack([codes(name) for name in keys]), axis=0, return_inverse=True)[1].ravel()
-        nested = keys in (("firm",), ("region",))  # firms lie within both
-        counted = 3 + (0 if nested else 14) + (D.shape[1] - 14 if len(absorb) == 2 else 0)
+        apart = ("firm",) if keys in (("firm",), ("region",)) else ()  # firms lie within both
+        rest = [codes(name) for name in absorb if name not in apart]
+        counted = 2 + dense.dummies(np.zeros(len(Y)), *rest).shape[1]
         V += sign * dense.one_way(full, Y, W, code, kind, counted)
     slopes_agree(fit, dense.coefficients(full, Y, W), V, rtol=1e-7)
+
+
+@pytest.mark.parametrize(("absorb", "written"), [("firm", "factor(firm)"), (["firm", "year"], "factor(firm) + factor(year)")])
+def test_effects_across_clusters_count_like_the_factor_written_out(absorb: Any, written: str) -> None:
+    for kind in ("HC1", "CR1"):
+        cluster = "worker" if kind == "CR1" else None
+        fit = mp.ols("y ~ z", FRAME, absorb=absorb, vcov=kind, cluster=cluster)
+        whole = mp.ols(f"y ~ z + {written}", FRAME, vcov=kind, cluster=cluster)
+        at = whole.names.index("z")
+        np.testing.assert_allclose(fit.vcov()[0, 0], whole.vcov()[at, at], rtol=1e-9)
+
+
+def test_the_order_of_absorbed_factors_does_not_matter() -> None:
+    frame = FRAME.with_columns(part=pl.col("region") % 2).with_columns(worker=pl.concat_str("worker", "part"))  # two parts
+    one, other = (mp.ols("y ~ z", frame, absorb=names, cluster="region") for names in (["firm", "worker"], ["worker", "firm"]))
+    np.testing.assert_allclose(one.vcov(), other.vcov(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["CR0", "CR2"])
+def test_far_covariates_within_a_factor_keep_their_digits(kind: str) -> None:
+    rng = np.random.default_rng(5)
+    n = 120
+    x, a, f, w = rng.integers(-400, 400, n), rng.integers(0, 8, n), rng.choice(["u", "v"], n), rng.uniform(0.5, 2.0, n)
+    frame = pl.DataFrame({"x": x, "a": a, "f": f, "w": w, "y": 0.01 * x + rng.normal(size=8)[a] + rng.normal(size=n)})
+    far = frame.with_columns(x=pl.col("x") * 2**20 + 2**50)
+    near, fit = (mp.ols("y ~ x + f", data, absorb="a", cluster="a", vcov=kind, weights="w") for data in (frame, far))
+    np.testing.assert_allclose(np.sqrt(np.diag(fit.vcov())) * [2**20, 1], np.sqrt(np.diag(near.vcov())), rtol=1e-9)
+
+
+def test_a_factor_beside_a_far_covariate_without_an_intercept() -> None:
+    """Together the indicators are nearly a multiple of the covariate."""
+    rng = np.random.default_rng(2)
+    x, f = rng.normal(size=150), rng.choice(["u", "v", "w"], 150)
+    frame = pl.DataFrame({"x": 1000.0 + 2.0**-14 * np.round(x * 8), "f": f, "y": x + rng.normal(size=150)})
+    fit = mp.ols("y ~ 0 + x + f", frame)
+    assert fit.names == ("x", "fu", "fv", "fw")
+    centred = mp.ols("y ~ 0 + x + f", frame.with_columns(x=pl.col("x") - 1000.0))
+    assert fit.beta[0] == pytest.approx(centred.beta[0], rel=1e-6)
+    assert fit.vcov()[0, 0] == pytest.approx(centred.vcov()[0, 0], rel=1e-6)
+
+
+def test_intervals_of_predictions_are_those_of_the_tests() -> None:
+    from scipy.stats import t
+
+    for arguments in ({}, {"cluster": "year"}):
+        fit = mp.ols("y ~ z", FRAME, **arguments)
+        table = pl.DataFrame(fit.predict(FRAME, interval="confidence"))
+        se = np.sqrt(np.einsum("in,ij,jn->n", *((x := np.stack([ONES, FRAME["z"].to_numpy()])), fit.vcov(), x)))
+        half = (table["upper"] - table["lower"]).to_numpy() / 2.0
+        np.testing.assert_allclose(half, t.isf(0.025, fit.df_test) * se, rtol=1e-9)
+
+
+def test_a_negative_variance_is_null_everywhere() -> None:
+    """Few clusters in two ways: of the intercept nothing is known, and said so."""
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        frame = pl.DataFrame({"y": rng.normal(size=60), "x": rng.normal(size=60), "a": rng.integers(0, 4, 60), "b": rng.integers(0, 4, 60)})
+        fit = mp.ols("y ~ x", frame, cluster=["a", "b"], vcov="CR0")
+        if fit.vcov()[0, 0] < 0.0:
+            break
+    first = fit.tidy().to_pylist()[0]
+    assert all(first[name] is None for name in ("std_error", "statistic", "p_value", "conf_low", "conf_high"))
+    assert fit.effects().to_pylist()[0]["std_error"] is None
+    assert fit.confint().to_pylist()[0] == {"term": "(Intercept)", "conf_low": None, "conf_high": None}
+
+
+def test_tables_without_coefficients_have_their_types() -> None:
+    fit = mp.ols("y ~ 1", FRAME, absorb="firm")
+    assert str(fit.confint().schema.field("term").type) == "string"
+    assert {str(fit.effects().schema.field(name).type) for name in ("effect", "term")} == {"string"}
+
+
+@pytest.mark.parametrize("engine", ["polars", "duckdb"])
+def test_clusters_of_text_do_not_stand_in_the_way_of_other_questions(engine: str, tmp_path: Path) -> None:
+    frame = FRAME.with_columns(worker=pl.when(pl.col("year") == 3).then(None).otherwise(pl.col("worker")))
+    fit = mp.ols("y ~ z + c", as_data(frame, engine, tmp_path), cluster="worker")
+    assert fit.nobs == frame["worker"].count()
+    assert fit.means("c").num_rows == 3 and fit.contrasts("c").num_rows == 3
+    assert fit.effects().num_rows == 11
+    assert fit.means("c", data=frame.drop("worker")).num_rows == 3  # other rows need no clusters
+
+
+def test_degrees_of_freedom_that_least_squares_has_not() -> None:
+    for absorb in (None, "firm"):
+        fit = mp.ols("y ~ z", FRAME, absorb=absorb)
+        with pytest.raises(mp.ConfigError, match="belongs to linear mixed models"):
+            fit.test("z = 0", ddf="satterthwaite")
 
 
 def test_two_disconnected_parts_lose_one_more_degree() -> None:
@@ -341,3 +430,26 @@ def test_predictions_with_absorbed_effects_have_no_interval() -> None:
     for effects in ("conditional", "population"):
         with pytest.raises(mp.ConfigError, match="absorbed effects have no interval"):
             fit.predict(FRAME, effects=effects, interval="confidence")
+
+
+@pytest.mark.parametrize("engine", ["polars", "duckdb"])
+@pytest.mark.parametrize("what", ["weights", "freq"])
+def test_weights_that_are_text(engine: str, what: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {what: "c"}
+    with pytest.raises(mp.DataError, match=f"{what} = 'c' is not numeric") as caught:
+        mp.ols("y ~ z", as_data(FRAME, engine, tmp_path), **arguments)
+    assert caught.value.column == "c"
+
+
+def test_a_model_of_nothing_has_clusters_too() -> None:
+    fit = mp.ols("y ~ 0", FRAME, cluster="firm")
+    assert fit.n_clusters == (14,) and "No coefficients" in str(fit)
+
+
+def test_contrasts_beside_absorbed_effects_far_from_zero() -> None:
+    near = FRAME.with_columns(x=(pl.col("x") * 2**10).round() / 2**10)
+    whole = mp.ols("y ~ x + c + factor(firm)", near).contrasts("c")
+    for data in (near, near.with_columns(x=pl.col("x") + 1.75 * 2**30)):
+        table = mp.ols("y ~ x + c", data, absorb="firm").contrasts("c")
+        for name in ("estimate", "std_error", "p_value"):
+            np.testing.assert_allclose(table[name], whole[name], rtol=1e-7)

@@ -160,3 +160,40 @@ def test_a_gaussian_glmm_has_nearly_the_linear_models_errors() -> None:
     factor = 36 / 35 * 359 / 358
     corrected = mp.glmm("y ~ x + (1 | klass)", FRAME, family="gaussian", cluster="klass")
     np.testing.assert_allclose(corrected.vcov(), factor * general.vcov(), rtol=1e-4)
+
+
+def test_questions_beside_clusters_of_text() -> None:
+    frame = FRAME.with_columns(school=pl.format("school {}", pl.col("school")))
+    for formula in ("y ~ x + (1 | klass)", "y ~ x + (1 | school / klass)"):
+        fit = mp.lmm(formula, frame, cluster="school")
+        plain = mp.lmm(formula, frame)
+        assert fit.effects().num_rows == plain.effects().num_rows
+        found, want = (pl.DataFrame(one.residuals()).drop("residual").to_numpy() for one in (fit, plain))
+        np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-12)
+        group = None if "/" not in formula else "school"
+        assert fit.influence(group=group).column("cooks_distance") is not None
+
+
+def test_the_influence_of_blocks_within_clusters() -> None:
+    fit, plain = (mp.lmm("y ~ x + (1 | klass)", FRAME, cluster=cluster) for cluster in ("school", None))
+    np.testing.assert_allclose(fit.influence()["leverage"], plain.influence()["leverage"], rtol=1e-8)
+
+
+@pytest.mark.parametrize("ddf", ["satterthwaite", "kenward-roger"])
+def test_degrees_of_freedom_of_the_model_are_not_those_of_clusters(ddf: str) -> None:
+    """Kenward and Roger's errors would take the place of the robust ones, unsaid."""
+    fit = mp.lmm("y ~ x + (1 | klass)", FRAME, cluster="klass")
+    for ask in (lambda: fit.tidy(ddf=ddf), lambda: fit.test("x = 0", ddf=ddf)):
+        with pytest.raises(mp.ConfigError, match="not to a cluster-robust one"):
+            ask()
+
+
+@pytest.mark.parametrize("kind", ["CR0", "CR1", "CR2"])
+@pytest.mark.parametrize("formula", ["y ~ x + (1 | klass)", "y ~ x + (1 | school / klass)"])
+def test_covariates_far_from_zero(kind: str, formula: str) -> None:
+    """Seconds since 1970: the intercept's variance has none of the digits that the slope's needs."""
+    if "/" in formula and kind == "CR2":
+        return
+    frame = FRAME.with_columns(x=(pl.col("x") * 2**20).round() / 2**20)
+    near, far = (mp.lmm(formula, data, cluster="school", vcov=kind) for data in (frame, frame.with_columns(x=pl.col("x") + 1.75 * 2**30)))
+    np.testing.assert_allclose(far.vcov()[1, 1], near.vcov()[1, 1], rtol=1e-6)

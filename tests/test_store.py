@@ -351,7 +351,8 @@ def test_generalized_fits_come_back(kind: str, target: str, tmp_path: Path) -> N
     fit.write(tmp_path / target, run_id="first")
     again = mp.load(tmp_path / target)
     assert type(again) is type(fit) and again.source is None
-    assert all(np.array_equal(getattr(again, name), getattr(fit, name)) for name in ("beta", "covariance", "theta", "theta_covariance"))
+    for name in ("beta", "covariance", "theta", "theta_covariance"):
+        assert np.array_equal(getattr(again, name), getattr(fit, name))
     assert again.tidy().equals(fit.tidy()) and again.varcorr().equals(fit.varcorr())
     assert [getattr(again, name) for name in fit.more if name != "tau_variance"] == [
         getattr(fit, name) for name in fit.more if name != "tau_variance"

@@ -36,6 +36,11 @@ class Cells:
         self.diagonal, self.sizes = list(diagonal), [len(d) for d in diagonal]
         self.cross = dict(cross) | {(j, k): found.T.tocsr() for (k, j), found in cross.items()}
 
+    def among(self, kept: Sequence[int]) -> Cells:
+        """Those of some of the factors."""
+        pairs = {(a, b): self.cross[k, kept[b]] for a, k in enumerate(kept) for b in range(a + 1, len(kept))}
+        return Cells([self.diagonal[k] for k in kept], pairs)
+
     def connected(self, k: int, j: int) -> int:
         """The connected parts of the graph of two factors' levels (Abowd, Creecy and Kramarz 2002)."""
         from scipy.sparse.csgraph import connected_components

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .density import Density
+from .glm import definite, inverse
 from .kernel import Chunk, Rows
 from .sandwich import Array, corrected, half
 
 NEAR = 0.1  # scaled score of independent rows, from which the correlation is estimated
 OUTSIDE = "a mean leaves the family's domain, or the working correlation is not positive definite"
+EMPTY = "the information is singular: estimates go to infinity"
+FITTED = "the response is fitted exactly: nothing is left to estimate phi by"
+EXACT = 1e-28  # share of the squares of the response, below which residuals are rounding errors
 LONGEST = 50_000  # lags at most
 NEGLIGIBLE = 1e-14  # of a lag's weight in the estimate of an AR(1) coefficient, from which longer lags are left out
 CORRELATIONS = ("independence", "exchangeable", "ar1", "unstructured")
@@ -45,19 +49,21 @@ def _padded(values: Array, size: int) -> Array:
 
 @dataclass
 class Look:
-    """One pass: moments, `score` (p,), `information` (p, p), that of independence, the quasi-likelihood; `meats` of the kinds asked for."""
+    """One pass: moments, `score` (p,), `information` (p, p), that of independence, the quasi-likelihood; `observed`, Σ of the squares of
+    responses in the units of ẽ; `meats` of the kinds asked for."""
 
     moments: Moments
     score: Array
     information: Array
     independence: Array
     quasi: float
+    observed: float
     meats: dict[str, Array] = field(default_factory=dict)
 
     def __add__(self, other: Look) -> Look:
         return Look(
             self.moments + other.moments, self.score + other.score, self.information + other.information,
-            self.independence + other.independence, self.quasi + other.quasi,
+            self.independence + other.independence, self.quasi + other.quasi, self.observed + other.observed,
             {kind: meat + other.meats[kind] for kind, meat in self.meats.items()},
         )  # fmt: skip
 
@@ -83,18 +89,20 @@ class Working:
         """One chunk at beta and the correlation parameters; with `bread` the meats of all kinds of sandwich."""
         with np.errstate(all="ignore"):  # what is not finite ends the search
             sums = {"exchangeable": _Exchangeable, "ar1": _Neighbours, "unstructured": _Patterns}.get(self.corr, _Independent)(self, alpha)
-            independence, quasi, need = np.zeros((len(beta),) * 2), 0.0, bread is not None
+            independence, quasi, observed, need = np.zeros((len(beta),) * 2), 0.0, 0.0, bread is not None
             for rows in chunk.pieces:
-                X, e, q, value = self.standardized(rows, beta, quasi=need)
+                X, e, q, value, squares = self.standardized(rows, beta, quasi=need)
                 independence += (X * q) @ X.T
                 quasi += value
+                observed += squares
                 sums.add(rows, X, e, q, need)
             found = sums.finished()
         meats = {} if bread is None else _meats(found.scores, found.grams, bread)
-        return Look(found.moments, found.scores.sum(axis=1), found.information, independence, quasi, meats)
+        return Look(found.moments, found.scores.sum(axis=1), found.information, independence, quasi, observed, meats)
 
-    def standardized(self, rows: Rows, beta: Array, *, quasi: bool) -> tuple[Array, Array, Array, float]:
-        """x̃ (p, n), ẽ (n,), how many rows each stands for, and the quasi-likelihood (McCullagh and Nelder 1989, table 9.1) over phi = 1."""
+    def standardized(self, rows: Rows, beta: Array, *, quasi: bool) -> tuple[Array, Array, Array, float, float]:
+        """x̃ (p, n), ẽ (n,), how many rows each stands for, the quasi-likelihood (McCullagh and Nelder 1989, table 9.1) over phi = 1, and
+        the squares of responses in the units of ẽ."""
         X = self.Q.T @ rows.F
         eta = beta @ X + (0.0 if rows.offset is None else rows.offset)
         means = self.density.link.means(eta)
@@ -102,7 +110,9 @@ class Working:
         size = np.ones(1) if rows.cells.size is None else rows.cells.size
         root = np.sqrt(information if self.counted else information * size)
         value = float((size * self._quasi(rows, means.mu, means.nu)).sum()) if quasi else 0.0
-        return X * (means.d1 * root), (rows.cells.y - means.mu) * root, size if self.counted else np.ones(1), value
+        q = size if self.counted else np.ones(1)
+        observed = float((q * (rows.cells.y * root) ** 2).sum())
+        return X * (means.d1 * root), (rows.cells.y - means.mu) * root, q, value, observed
 
     def _quasi(self, rows: Rows, mu: Array, nu: Array) -> Array:
         y, w = rows.cells.y, 1.0 if rows.cells.weight is None else rows.cells.weight
@@ -129,7 +139,8 @@ class Working:
 
 
 def _ar1(products: Array, pairs: Array) -> float:
-    """The root of Σ_k k a^(k-1) (c_k - m_k a^k) over lags k (geepack's estimating equation over all pairs)."""
+    """The root of Σ_k k a^(k-1) (c_k - m_k a^k) over lags k (geepack's estimating equation over all pairs); 1 or -1, which no correlation
+    of blocks is, where there is none between."""
     from scipy.optimize import brentq
 
     k = np.arange(1, len(pairs) + 1)
@@ -138,14 +149,14 @@ def _ar1(products: Array, pairs: Array) -> float:
         return float((k * a ** (k - 1.0) * (products - pairs * a**k)).sum())
 
     first = float(products[0] / pairs[0]) if pairs[0] > 0.0 else 0.0
-    at = min(max(first, -0.99), 0.99)
+    at = min(max(first, -1.0), 1.0)
     step = 0.05
-    while step < 2.0:  # the root nearest to the first lag's
-        low, high = max(at - step, -0.999999), min(at + step, 0.999999)
+    while step < 4.0:  # the root nearest to the first lag's
+        low, high = max(at - step, -1.0), min(at + step, 1.0)
         if equation(low) * equation(high) < 0.0:
             return float(brentq(equation, low, high, xtol=1e-15, rtol=1e-14))
         step *= 2.0
-    return at
+    return math.copysign(1.0, first)
 
 
 @dataclass
@@ -331,10 +342,9 @@ def _alike(seen: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def _meats(scores: Array, grams: Array, bread: Array) -> dict[str, Array]:
     """Σ s s' of block scores as they are, and corrected for their leverages by (I - H)^(-1/2) (Kauermann and Carroll 2001) and (I - H)⁻¹
-    (Mancl and DeRouen 2001), which on scores is (I - M B)⁻¹."""
-    kauermann = corrected(scores, grams, half(bread))
-    M = np.moveaxis(grams, -1, 0)
-    mancl = np.linalg.solve(np.eye(len(bread)) - M @ bread, scores.T[:, :, None])[:, :, 0].T
+    (Mancl and DeRouen 2001); what one block alone determines has no residual."""
+    L = half(bread)
+    kauermann, mancl = (corrected(scores, grams, L, whole=whole) for whole in (False, True))
     return {kind: s @ s.T for kind, s in (("robust", scores), ("kauermann-carroll", kauermann), ("mancl-derouen", mancl))}
 
 
@@ -364,6 +374,10 @@ def solve_gee(
         phi = at.moments.squares / at.moments.n
         if not (np.isfinite(at.score).all() and np.isfinite(at.information).all() and math.isfinite(phi)):
             return _ended(look, beta, alpha, working, passes, OUTSIDE)
+        if len(beta) and not definite(at.information):
+            return _ended(look, beta, alpha, working, passes, EMPTY)
+        if at.moments.squares <= EXACT * at.observed:
+            return _ended(look, beta, alpha, working, passes, FITTED)
         step = np.linalg.solve(at.information, at.score)
         score = math.sqrt(max(float(at.score @ step) / phi, 0.0))
         near = near or score < NEAR  # before that residuals say nothing of the correlation
@@ -386,8 +400,8 @@ def _ended(
 ) -> GEESolution:  # fmt: skip
     """The last look, with the sandwiches."""
     at = look(beta, alpha, None)
-    bread = np.linalg.pinv(np.nan_to_num(at.information), hermitian=True)
-    if np.isfinite(at.information).all() and np.linalg.eigvalsh(bread)[0] > 0.0:
+    bread = inverse(at.information)
+    if definite(at.information):
         at = look(beta, alpha, bread)
     return GEESolution(beta, alpha, at.moments.squares / at.moments.n, bread, at, converged, score, passes + 2, message)
 

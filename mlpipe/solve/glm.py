@@ -126,6 +126,15 @@ def definite(information: Array) -> bool:
     return bool(np.linalg.eigvalsh(information / np.outer(d, d))[0] > 1e-10) if len(d) else True
 
 
+def inverse(information: Array) -> Array:
+    """The inverse in units of each parameter's own information, the pseudo-inverse of what is singular there; NaN of what is not finite."""
+    if not np.isfinite(information).all():
+        return np.full_like(information, math.nan)
+    diagonal = np.abs(np.diag(information))
+    d = np.sqrt(np.where(diagonal > 0.0, diagonal, 1.0))
+    return np.asarray(np.linalg.pinv(information / np.outer(d, d), hermitian=True) / np.outer(d, d))
+
+
 def newton_step(information: Array, score: Array) -> Array:
     """Ascent direction H⁻¹s; directions of negative or no curvature are followed by its size, so that a saddle repels."""
     d = np.sqrt(np.maximum(np.abs(np.diag(information)), 1e-300))

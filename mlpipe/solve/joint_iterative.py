@@ -14,7 +14,7 @@ import numpy as np
 
 from .coded_rows import Part, add_levels
 from .conditional import sd_error, split_covariance
-from .glm import TAU_STEP, newton_step
+from .glm import TAU_STEP, inverse, newton_step
 from .glmm import ZERO, GLMMSolution
 from .joint import Joint, State
 from .kernel import Point
@@ -295,7 +295,7 @@ class _Root:
         inside = ~held
         information = np.where(np.outer(inside, inside), H * np.outer(flips, flips), np.nan)
         vcov, free = np.full_like(H, np.nan), np.flatnonzero(inside)
-        vcov[np.ix_(free, free)] = np.linalg.pinv(information[np.ix_(free, free)], hermitian=True)
+        vcov[np.ix_(free, free)] = inverse(information[np.ix_(free, free)])
         singular = bool(held.any()) or bool(np.linalg.eigvalsh(lam.T @ self.typical @ lam)[0] < ZERO**2)
         point = self.point(psi * flips)
         u = self.joint.mode(point, np.zeros_like(at.state.u) if (flips < 0.0).any() else at.state.u)[0]

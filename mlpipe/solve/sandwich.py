@@ -27,8 +27,9 @@ def half(bread: Array) -> Array:
     return np.asarray(np.linalg.cholesky(bread / np.outer(d, d)) * d[:, None]) if len(bread) else bread
 
 
-def corrected(scores: Array, grams: Array, L: Array) -> Array:
-    """X_g'(I - H_g)^(-1/2) e_g (p, B) of clusters from their scores X_g'e_g (p, B) and X_g'X_g (p, p, B), H_g = X_g LL' X_g'.
+def corrected(scores: Array, grams: Array, L: Array, *, whole: bool = False) -> Array:
+    """X_g'(I - H_g)^(-1/2) e_g (p, B) of clusters from their scores X_g'e_g (p, B) and X_g'X_g (p, p, B), H_g = X_g LL' X_g'; with the
+    `whole` inverse, X_g'(I - H_g)⁻¹ e_g.
 
     With L'X_g'X_gL = U diag(d) U' this is v + X_g'X_g L U diag(((1 - d)^(-1/2) - 1) / d) U'L'v: no matrix of a cluster's rows is formed.
     Directions with d = 1 have no residual (the pseudo-inverse of Pustejovsky and Tipton 2018).
@@ -36,8 +37,10 @@ def corrected(scores: Array, grams: Array, L: Array) -> Array:
     M = np.moveaxis(grams, -1, 0)
     d, U = np.linalg.eigh(L.T @ M @ L)
     d = np.clip(d, 0.0, 1.0)
-    root = np.sqrt(np.maximum(1.0 - d, CERTAIN))
-    factor = np.where(1.0 - d > CERTAIN, 1.0 / (root * (1.0 + root)), -1.0)  # ((1 - d)^(-1/2) - 1) / d without cancellation
+    left = np.maximum(1.0 - d, CERTAIN)
+    root = np.sqrt(left)
+    more = 1.0 / left if whole else 1.0 / (root * (1.0 + root))  # ((1 - d)^(-1/2) - 1) / d, or with -1, without cancellation
+    factor = np.where(1.0 - d > CERTAIN, more, -1.0)
     along = factor * np.einsum("bij,ib->bj", L @ U, scores)
     return np.asarray(scores + np.einsum("bij,bj->ib", M @ L @ U, along))
 
