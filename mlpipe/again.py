@@ -14,13 +14,14 @@ from .expr import Column
 from .formula import parse
 from .generalized import gathered
 from .options import Options
-from .passes import Model, built, plain, plain_looks, resumed, star_point, tau_bound
+from .passes import Model, built, plain, plain_looks, resumed, star_point, tau_bound, with_squares
 from .plans import Request
 from .several_generalized import JointModel
 from .several_generalized import resumed as joint_resumed
+from .several_generalized import with_squares as joint_squares
 from .solve.density import density
 from .solve.kernel import Chunk, Piece
-from .solve.profile import PassSurface, PlainSurface, Surface
+from .solve.surfaces import PassSurface, PlainSurface, Surface
 from .spool import Spool
 
 if TYPE_CHECKING:
@@ -165,5 +166,8 @@ def _optimum(model: Model, joint: JointModel | None, psi: Array, options: Option
         plainly = plain(model, None, options.tol, options.max_passes)
         covariance, surface = np.linalg.pinv(plainly.information, hermitian=True), PlainSurface(plain_looks(model, None))
         return Found(plainly.psi, p, np.zeros((0, 0)), covariance, plainly.loglik, plainly.converged, surface)
+    sizes = tuple(len(term.names) for term in model.random) if joint is None else joint.sizes
     search, found = resumed(model, psi, options) if joint is None else joint_resumed(joint, psi, options)
-    return Found(found.psi, p, found.lambda_, found.vcov, found.loglik, found.converged and not found.rough, PassSurface(search))
+    whole = with_squares(model, search, sizes) if joint is None else joint_squares(joint, search)
+    converged = found.converged and not found.rough
+    return Found(found.psi, p, found.lambda_, found.vcov, found.loglik, converged, PassSurface(whole, sizes))
