@@ -170,12 +170,9 @@ def _by_passes(fit: GeneralizedFit, z: float) -> list[Interval]:
         covariance = best.vcov[np.ix_(e, e)]
         errors = np.sqrt(np.diag(covariance))
         if shape:
-            errors[-1] = errors[-1] if errors[-1] < 1.0 else 1.0  # not where it is not determined
+            errors[-1] = errors[-1] if errors[-1] < REACH else REACH  # a parameter at 0 or infinity leaves its logarithm undetermined
         how = Parametrisation(best.surface, found.random, best.lambda_, best.psi[e], errors, relative=False)
-        curvature = how.curvature()
-        if shape:
-            curvature[-1, -1] += 2.0 / REACH**2  # a parameter at 0 or infinity leaves its logarithm undetermined
-        profiled = _Profiled(how, curvature, -2.0 * best.loglik, z)
+        profiled = _Profiled(how, how.curvature(), -2.0 * best.loglik, z)
         rows = list(profiled.random(fit, found.places))
         if shape:
             tau = _toward_poisson(fit, how.logarithm())

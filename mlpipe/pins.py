@@ -20,8 +20,9 @@ STEP = 1e-3  # of a difference of gradients: of a factor in units of what a leve
 
 @dataclass(frozen=True)
 class Parametrisation:
-    """How φ is laid out on a `surface`: `random` terms in the solver's order, the factors' estimate `lambda_` (q, q); `e` and its
-    standard errors: one log σ, to which Λ is relative, if `relative`, else (β*, τ…). `scale`: of the response."""
+    """How φ is laid out on a `surface`: `random` terms in the solver's order, the factors' estimate `lambda_` (q, q); `e`: one log σ, to
+    which Λ is relative, if `relative`, else (β*, τ…); `errors`: their standard errors, at most REACH of a logarithm that is not
+    determined. `scale`: of the response."""
 
     surface: Surface
     random: tuple[Random, ...]
@@ -44,9 +45,11 @@ class Parametrisation:
         """The Hessian of -2ℓ by φ at the estimate."""
         factors = [self.lambda_[at, at] for at in self._spans]
         steps = [np.repeat(STEP * np.linalg.norm(K, axis=1), len(K)) for K in self.units]
-        return curvature(
-            self.surface, np.concatenate([*(F.ravel() for F in factors), self.e]), np.concatenate([*steps, STEP * self.errors])
-        )
+        phi = np.concatenate([*(F.ravel() for F in factors), self.e])
+        H = curvature(self.surface, phi, np.concatenate([*steps, STEP * self.errors]))
+        at = np.arange(len(phi) - len(self.e), len(phi))
+        H[at, at] = np.maximum(H[at, at], 2.0 / self.errors**2)  # as it is where all is known; not so where -2ℓ has no digits
+        return H
 
     def _pin(self, estimate: float, unit: float, **given: object) -> Pin:
         """A pin of nothing in the random part, and of nothing in e unless `given`."""

@@ -157,38 +157,75 @@ class Profile:
         end = pin.most if upper else pin.least
         if pin.estimate == end:
             return end
-        inner, outer, v, again = pin.estimate, math.inf * sign, pin.estimate + sign * z * self.error, False
+        bracket, v = _Bracket(pin.estimate, end, sign, self.error, pin.closed), pin.estimate + sign * z * self.error
+        v = bracket.inside(v)
         for _ in range(MOST_POINTS):
-            if (v - end) * sign >= 0.0 and not again:
-                v = end if math.isinf(outer) and pin.closed else 0.5 * (inner + (end if math.isinf(outer) else outer))
             zeta, slope = self.root(v)
             short = z - sign * zeta
             if abs(short) < CLOSE and self._elsewhere(v):
-                outer = math.inf * sign
+                bracket.outer = math.inf * sign
                 continue
             if abs(short) < CLOSE or (v == end and short > 0.0):
                 return v
-            if short > 0.0:
-                inner, outer = v, math.inf * sign if v == outer else outer
-            else:
-                outer = v
-            if abs(outer - inner) < 1e-9 * max(pin.unit, abs(v)):
-                if inner == pin.estimate:  # where it is 0 by definition: the minima so near to it are none
+            following = bracket.following(v, short, slope)
+            if bracket.width < 1e-9 * max(pin.unit, abs(v)):
+                if bracket.inner == pin.estimate:  # where it is 0 by definition: the minima so near to it are none
                     raise ConvergenceError(f"the profile did not converge at the value {v:g}")
                 return v
-            ahead = v + sign * short / slope if slope > 0.0 else math.inf * sign
-            again = short > 0.0 and math.isfinite(outer) and (ahead - outer) * sign > 0.0 and not again
-            v = outer if again else self._next(ahead, inner, outer, sign)
+            v = following
         raise ConvergenceError("no limit of the profile was found")
 
-    def _next(self, v: float, inner: float, outer: float, sign: float) -> float:
-        """v kept between inner and outer, or within a few standard errors of inner where there is no outer yet."""
-        if math.isinf(outer):
-            far = inner + sign * 4.0 * max(self.error, 0.1 * abs(inner))
-            return min(max(v, min(inner, far)), max(inner, far)) if math.isfinite(v) else inner + sign * self.error
-        low, high = min(inner, outer), max(inner, outer)
-        margin = 0.02 * (high - low)
-        return v if low + margin < v < high - margin else 0.5 * (low + high)
+
+class _Bracket:
+    """Where a limit is: from `inner`, at first the estimate, toward `end`, to `outer`, infinite while that is not known."""
+
+    def __init__(self, start: float, end: float, sign: float, error: float, closed: bool) -> None:
+        self.start, self.end, self.sign, self.error, self.closed = start, end, sign, error, closed
+        self.inner, self.outer, self.short = start, math.inf * sign, 0.0
+        self.again = set[float]()
+
+    @property
+    def width(self) -> float:
+        """How far apart inner and outer are."""
+        return abs(self.outer - self.inner)
+
+    def following(self, v: float, short: float, slope: float) -> float:
+        """The value to try after v, where ζ, of this slope, is `short` of its quantile.
+
+        Newton's, between inner and outer, or the middle where it is slow. An outer point that Newton would pass was perhaps reached
+        along a path to another minimum: it is tried again, from inside.
+        """
+        if short <= 0.0:
+            self.outer = v
+        else:
+            self.inner, self.outer = v, math.inf * self.sign if v == self.outer else self.outer
+        slow = short * self.short > 0.0 and abs(short) > 0.5 * abs(self.short)
+        self.short = short
+        ahead = v + self.sign * short / slope if slope > 0.0 else math.inf * self.sign
+        if math.isinf(self.outer):
+            return self.inside(self._outward(ahead))
+        if short > 0.0 and (ahead - self.outer) * self.sign > 0.0 and (self.outer not in self.again or self._jumps):
+            self.again.add(self.outer)
+            return self.outer
+        return ahead if _between(self.inner, ahead, self.outer) and ahead != v and not slow else 0.5 * (self.inner + self.outer)
+
+    @property
+    def _jumps(self) -> bool:
+        """Whether ζ is too far from its quantile for a bracket as narrow as this."""
+        return self.short > 50.0 * CLOSE and self.width < 1e-3 * abs(self.outer - self.start)
+
+    def _outward(self, v: float) -> float:
+        """v within a few standard errors of inner."""
+        far = self.inner + self.sign * 4.0 * max(self.error, 0.1 * abs(self.inner))
+        if not math.isfinite(v):
+            return self.inner + self.sign * self.error
+        return min(max(v, min(self.inner, far)), max(self.inner, far))
+
+    def inside(self, v: float) -> float:
+        """v, the end if v is beyond it, or half the way there where it is no model."""
+        if (v - self.end) * self.sign < 0.0:
+            return v
+        return self.end if self.closed else 0.5 * (self.inner + self.end)
 
 
 def _between(start: float, v: float, end: float) -> bool:
