@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +226,28 @@ def test_one_block_has_no_sandwich() -> None:
         fit.vcov("robust")
     with pytest.raises(mp.DataError, match="fewer than two clusters"):
         mp.glm("y ~ x", frame, family="gaussian", cluster="g")
+
+
+@pytest.mark.parametrize("corr", ["independence", "exchangeable", "ar1", "unstructured"])
+@pytest.mark.parametrize("noise", [0.0, 1e-12, 1e-9])
+def test_a_response_that_is_fitted_exactly_or_nearly(corr: str, noise: float) -> None:
+    """Scores cannot be smaller than the rounding errors of residuals make them; nor do these tell a correlation."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=60)
+    frame = pl.DataFrame({"x": x, "y": 1.3 + 2.7 * x + noise * rng.normal(size=60), "g": np.repeat(np.arange(12), 5)})
+    frame = frame.with_columns(t=pl.int_range(60) % 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = mp.gee("y ~ x", frame, groups="g", corr=corr, time="t" if corr in ("ar1", "unstructured") else None)
+    assert fit.converged and fit.beta == pytest.approx([1.3, 2.7], abs=1e-14 + noise)
+    assert fit.scale == pytest.approx(noise**2, rel=0.5, abs=1e-30)
+    if noise:
+        assert corr == "independence" or fit.alpha.any()
+    else:
+        assert fit.message == "the response is fitted exactly" and not fit.alpha.any()
+
+
+def test_residuals_that_are_zero() -> None:
+    frame = pl.DataFrame({"x": [0.0, 1.0, 2.0, 4.0] * 3, "y": [1] * 12, "g": [0, 0, 1, 1] * 3})
+    fit = mp.gee("y ~ x", frame, groups="g", family="poisson")
+    assert fit.converged and fit.scale == 0.0 and not fit.vcov().any() and math.isnan(fit.qic()["qic"])
