@@ -99,9 +99,9 @@ class Again:
 
 
 @contextmanager
-def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None) -> Iterator[Again]:
+def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None, options: Options | None = None) -> Iterator[Again]:
     """The rows once more, in a spool that goes at the end; noted in `info`. `compress`: whether rows may be held as cells; `data`: the
-    fit's rows from elsewhere than its own source.
+    fit's rows from elsewhere than its own source; `options`: others than the fit's.
 
     Raises DataError where the source is gone or has changed, ConfigError for a fit without a likelihood of its own: of a quasi family, or
     of factors that need conjugate gradients.
@@ -110,13 +110,13 @@ def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None) -> It
         raise ConfigError(f"family {fit.family!r} has no likelihood to profile or to simulate from", hint='method="wald"')
     if fit.info.get("method") == "iterative":
         raise ConfigError(
-            "profiles and bootstraps need the exact factor of all random effects: this fit's likelihood has a Monte Carlo error",
-            code="several_factors", hint='method="wald"',
+            "profiles, bootstraps and deletions need the exact factor of all random effects: this fit's likelihood has a Monte Carlo error",
+            code="several_factors", hint='intervals by method="wald"',
         )  # fmt: skip
     source = fit.source if data is None else data
     if source is None:
         raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
-    options = fit.options or Options()
+    options = options or fit.options or Options()
     plan, rows = gathered(source, _request(fit, options), options, compress=compress and bool(fit.terms))
     with rows.spool:
         if rows.rows != fit.rows:

@@ -22,6 +22,7 @@ from .solve.pinned import Pin
 from .solve.profile import Profile
 from .solve.refit import Optimum, free_of, refit
 from .solve.surfaces import BlockSurface, LevelSurface, Surface
+from .wald import check_level
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,8 +39,7 @@ def confint(fit: MixedFit, method: str, level: float, draws: int) -> pa.Table:
 
     if method not in METHODS:
         raise ConfigError(f"method = {method!r} is not one of {', '.join(METHODS)}", hint=did_you_mean(str(method), list(METHODS)))
-    if not 0 < level < 1:
-        raise ConfigError(f"level = {level!r} is not between 0 and 1")
+    check_level(level, "level")
     if method == "boot":
         from .bootstrap import percentiles
 
