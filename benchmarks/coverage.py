@@ -21,8 +21,9 @@ from mlpipe.solve import degrees
 from mlpipe.solve.blocks import BlockChunk
 from mlpipe.solve.likelihood import LMMProblem
 from mlpipe.solve.lmm import information, solve
-from mlpipe.solve.profile import BlockSurface, Profile
+from mlpipe.solve.profile import Profile
 from mlpipe.solve.refit import refit
+from mlpipe.solve.surfaces import BlockSurface
 
 BETA = np.array([1.0, 0.5])
 FACTOR = np.linalg.cholesky(np.array([[1.0, 0.3 * math.sqrt(0.5)], [0.3 * math.sqrt(0.5), 0.5]]))
@@ -62,11 +63,12 @@ def limits(seed: int, blocks: int) -> dict[str, np.ndarray]:
     best = refit(surface.problem, found.theta)
     assert isinstance(best.lambda_, np.ndarray)
     random = (Random("g", ("a", "b"), np.eye(2), np.eye(2)),)
-    how = Parametrisation(random, np.append(best.lambda_[model.free()], math.log(best.s2) / 2), best.covariance, relative=True)
-    profiled = []
+    log_sigma = np.array([math.log(best.s2) / 2])
+    how = Parametrisation(surface, random, best.lambda_, log_sigma, np.array([math.sqrt(0.5 / model.n)]), relative=True)
+    curvature, profiled = how.curvature(), []
     for c in L:
         pin = how.whole(c, float(c @ best.beta), math.sqrt(float(c @ best.vcov @ c)))
-        profile = Profile(surface, pin, how.curvature(), best.value)
+        profile = Profile(surface, pin, curvature, best.value)
         profiled.append([profile.limit(Z, upper=False), profile.limit(Z, upper=True)])
     return out | {"profile": np.array(profiled)}
 

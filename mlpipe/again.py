@@ -14,14 +14,15 @@ from .expr import Column
 from .formula import parse
 from .generalized import gathered
 from .options import Options
-from .passes import Model, built, plain, plain_looks, resumed, star_point, tau_bound
+from .passes import Model, built, plain, plain_looks, resumed, star_point, tau_bound, with_squares
 from .plans import Request
 from .several_generalized import JointModel
 from .several_generalized import resumed as joint_resumed
+from .several_generalized import with_squares as joint_squares
 from .solve.density import density
 from .solve.glm import inverse
 from .solve.kernel import Chunk, Piece
-from .solve.profile import PassSurface, PlainSurface, Surface
+from .solve.surfaces import PassSurface, PlainSurface, Surface
 from .spool import Spool
 
 if TYPE_CHECKING:
@@ -99,9 +100,9 @@ class Again:
 
 
 @contextmanager
-def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None) -> Iterator[Again]:
+def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None, options: Options | None = None) -> Iterator[Again]:
     """The rows once more, in a spool that goes at the end; noted in `info`. `compress`: whether rows may be held as cells; `data`: the
-    fit's rows from elsewhere than its own source.
+    fit's rows from elsewhere than its own source; `options`: others than the fit's.
 
     Raises DataError where the source is gone or has changed, ConfigError for a fit without a likelihood of its own: of a quasi family, or
     of factors that need conjugate gradients.
@@ -110,13 +111,13 @@ def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None) -> It
         raise ConfigError(f"family {fit.family!r} has no likelihood to profile or to simulate from", hint='method="wald"')
     if fit.info.get("method") == "iterative":
         raise ConfigError(
-            "profiles and bootstraps need the exact factor of all random effects: this fit's likelihood has a Monte Carlo error",
-            code="several_factors", hint='method="wald"',
+            "profiles, bootstraps and deletions need the exact factor of all random effects: this fit's likelihood has a Monte Carlo error",
+            code="several_factors", hint='intervals by method="wald"',
         )  # fmt: skip
     source = fit.source if data is None else data
     if source is None:
         raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
-    options = fit.options or Options()
+    options = options or fit.options or Options()
     plan, rows = gathered(source, _request(fit, options), options, compress=compress and bool(fit.terms))
     with rows.spool:
         if rows.rows != fit.rows:
@@ -166,5 +167,8 @@ def _optimum(model: Model, joint: JointModel | None, psi: Array, options: Option
         plainly = plain(model, None, options.tol, options.max_passes)
         covariance, surface = inverse(plainly.information), PlainSurface(plain_looks(model, None))
         return Found(plainly.psi, p, np.zeros((0, 0)), covariance, plainly.loglik, plainly.converged, surface)
+    sizes = tuple(len(term.names) for term in model.random) if joint is None else joint.sizes
     search, found = resumed(model, psi, options) if joint is None else joint_resumed(joint, psi, options)
-    return Found(found.psi, p, found.lambda_, found.vcov, found.loglik, found.converged and not found.rough, PassSurface(search))
+    whole = with_squares(model, search, sizes) if joint is None else joint_squares(joint, search)
+    converged = found.converged and not found.rough
+    return Found(found.psi, p, found.lambda_, found.vcov, found.loglik, converged, PassSurface(whole, sizes))

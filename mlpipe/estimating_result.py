@@ -61,7 +61,8 @@ class GEEFit(GeneralizedFit):
         stars["model"] = solution.bread * solution.phi
         missing = np.full((p, p), math.nan)
         made = {name: common(text, model, solution.beta, stars.get(name, missing), data, options) for name in KINDS}
-        penalty = float(np.trace(solution.look.independence @ stars["robust"])) / solution.phi if "robust" in stars else math.nan
+        known = "robust" in stars and solution.phi > 0.0
+        penalty = float(np.trace(solution.look.independence @ stars["robust"])) / solution.phi if known else math.nan
         fit = cls(
             **made[kind], terms=(), loglik=math.nan, converged=solution.converged, singular=False, score=solution.score,
             evaluations=solution.passes, message=solution.message, theta_covariance=np.zeros((0, 0)), corr=corr, alpha=solution.alpha,

@@ -89,7 +89,7 @@ class GeneralizedFit(MixedFit):
         """See MixedFit; by one Newton step from the estimates."""
         from . import influence_generalized
 
-        return influence_generalized.influence(self, top, data, group)
+        return influence_generalized.influence(self, top, data, options, group)
 
     @property
     def n_params(self) -> int:

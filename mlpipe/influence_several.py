@@ -56,18 +56,33 @@ def table(fit: MixedFit, scan: Scan, group: tuple[str, ...], top: int, options: 
     grams, keys, rows = _combinations(fit, scan, limit)
     coded = {columns: levels_of(columns, keys) for columns in fit.recipe.factors}
     factors, size = _factors(fit, coded)
+    check_effects(size, limit)
+    Q, R = fit.spread.Q[: fit.recipe.n_covariates], fit.spread.R
+    W = np.zeros((grams.shape[1], Q.shape[1] + 1))
+    W[: len(Q), :-1], W[:, -1] = Q, residual_vector(fit)
+    model = Combined(grams, list(fit.recipe.z), factors, size, W)
+    levels, code = coded[group]
+    note_scan(fit, "influence", None)
+    return most(Deletion(fit, R, model.A[:-1, :-1], fit.sigma**2, group), parts(model, levels, code, rows), top)
+
+
+def check_effects(size: int, limit: int) -> None:
+    """Raises ResourceError where M over `size` random effects does not fit the memory limit."""
     if 3 * 8 * size**2 > limit // 2:
         raise ResourceError(
             f"deletion of levels needs {24 * size**2 / 1e6:,.0f} MB of dense matrices over {size:,} random effects, more than half the "
             f"memory limit of {limit / 1e6:,.0f} MB", code="memory_limit", hint="raise memory_limit",
         )  # fmt: skip
-    Q, R = fit.spread.Q[: fit.recipe.n_covariates], fit.spread.R
-    W = np.zeros((grams.shape[1], Q.shape[1] + 1))
-    W[: len(Q), :-1], W[:, -1] = Q, residual_vector(fit)
-    model = _Model(grams, list(fit.recipe.z), factors, size, W)
-    levels, code = coded[group]
-    note_scan(fit, "influence", None)
-    return most(Deletion(fit, R, model.A[:-1, :-1], fit.sigma**2, group), _parts(model, levels, code, rows), top)
+
+
+def check_combinations(n: int, features: int, limit: int) -> None:
+    """Raises ResourceError where the cross-products of n combinations do not fit the memory limit."""
+    needed = n * 8 * features**2
+    if needed > limit // 2:
+        raise ResourceError(
+            f"{n:,} combinations of levels need {needed / 1e6:,.0f} MB, more than half the memory limit of {limit / 1e6:,.0f} MB",
+            code="memory_limit", hint="raise memory_limit",
+        )  # fmt: skip
 
 
 def _combinations(fit: MixedFit, scan: Scan, limit: int) -> tuple[Array, pa.Table, Array]:
@@ -77,12 +92,7 @@ def _combinations(fit: MixedFit, scan: Scan, limit: int) -> tuple[Array, pa.Tabl
     recipe = scan.recipe
     wanted = Columns(scan.positions(recipe.kinds), scan.positions(recipe.keys))
     found = scan.engine.query(block_sums(recipe, scan.names, whole=True), wanted).read_all()
-    needed = len(found) * 8 * len(recipe.features) ** 2
-    if needed > limit // 2:
-        raise ResourceError(
-            f"{len(found):,} combinations of levels need {needed / 1e6:,.0f} MB, more than half the memory limit of {limit / 1e6:,.0f} MB",
-            code="memory_limit", hint="raise memory_limit",
-        )  # fmt: skip
+    check_combinations(len(found), len(recipe.features), limit)
     grams = np.empty((len(found), len(recipe.features), len(recipe.features)))
     names = [*(f"s{k}" for k in range(len(recipe.pairs()))), *(f"x{k}" for k in range(len(recipe.rest())))]
     for (i, j), name in zip([*recipe.pairs(), *recipe.rest()], names, strict=True):
@@ -101,8 +111,9 @@ def _factors(fit: MixedFit, coded: dict[tuple[str, ...], tuple[Levels, np.ndarra
     return out, start
 
 
-class _Model:
-    """The fit over its combinations: `inverse` M⁻¹ (u, u), `U` = M⁻¹c, `A`."""
+class Combined:
+    """A fit over its combinations: `grams` (N, F, F) of the features that W (F, p + 1) makes [X*, r] of, `z` the random ones, `factors`
+    with `size` effects in all. `inverse` M⁻¹ (u, u), `U` = M⁻¹c, `A`."""
 
     def __init__(self, grams: Array, z: Sequence[int], factors: list[Factor], size: int, W: Array) -> None:
         self.grams, self.z, self.factors, self.size, self.W = grams, list(z), factors, size, W
@@ -134,7 +145,8 @@ class _Model:
         return np.asarray(self.A - own + crossed + crossed.T - c.T @ G @ c - moved)
 
 
-def _parts(model: _Model, levels: Levels, code: np.ndarray, rows: Array) -> Iterator[Part]:
+def parts(model: Combined, levels: Levels, code: np.ndarray, rows: Array) -> Iterator[Part]:
+    """What all levels of a factor tell: `code` (N,), the level of each combination, `rows` (N,), its rows."""
     order = np.argsort(code, kind="stable")
     starts = np.searchsorted(code[order], np.arange(len(levels) + 1))
     counts = np.bincount(code, rows, minlength=len(levels))
@@ -143,4 +155,4 @@ def _parts(model: _Model, levels: Levels, code: np.ndarray, rows: Array) -> Iter
         rest = np.array([model.without(order[starts[k] : starts[k + 1]]) for k in range(first, last)])
         lost = model.A[:-1, :-1] - rest[:, :-1, :-1]
         keys = [column.slice(first, last - first).combine_chunks() for column in levels.keys.columns]
-        yield Part(keys, counts[first:last], (lost + lost.transpose(0, 2, 1)) / 2.0, -rest[:, :-1, -1])
+        yield Part(keys, counts[first:last], (lost + lost.transpose(0, 2, 1)) / 2.0, -rest[:, -1, :-1])

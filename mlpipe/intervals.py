@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import variance
-from .again import Again, again
+from .again import again
 from .errors import ConfigError, did_you_mean
 from .generalized_result import PARAMETER, GeneralizedFit
 from .held import Held
 from .inference import check_size, held
-from .marginal import fisher
 from .pins import REACH, Parametrisation
 from .result import LMMFit
 from .solve.crossed import CrossedProblem
-from .solve.profile import BlockSurface, LevelSurface, Pin, Profile, Surface
+from .solve.pinned import Pin
+from .solve.profile import Profile
 from .solve.refit import Optimum, free_of, refit
+from .solve.surfaces import BlockSurface, LevelSurface, Surface
 from .wald import check_level
 
 if TYPE_CHECKING:
@@ -108,19 +109,26 @@ def _profiled(fit: MixedFit, level: float) -> list[Interval]:
     return _linear(fit, z)
 
 
-def _limits(fit: MixedFit, surface: Surface, pins: list[tuple[str, Pin]], curvature: np.ndarray, least: float, z: float) -> list[Interval]:
-    out = []
-    for name, pin in pins:
-        profile = Profile(surface, pin, curvature, least)
-        out.append((name, profile.limit(z, upper=False), profile.limit(z, upper=True)))
-    return out
+class _Profiled:
+    """Profiles of one model: `how` its parameters are laid out, with the Hessian `curvature` of -2ℓ at the `least` one; limits at z."""
 
+    def __init__(self, how: Parametrisation, curvature: np.ndarray, least: float, z: float) -> None:
+        self.how, self.curvature, self.least, self.z = how, curvature, least, z
 
-def _random_pins(fit: MixedFit, how: Parametrisation, places: tuple[int, ...]) -> list[tuple[str, Pin]]:
-    out = []
-    for k, place in enumerate(places):
-        out += [(name, how.sd(place, i) if i == j else how.cor(place, i, j)) for name, i, j in _parameters(fit, k)]
-    return out
+    def limits(self, pin: Pin) -> tuple[float, float]:
+        """Both limits of one quantity."""
+        profile = Profile(self.how.surface, pin, self.curvature, self.least)
+        return profile.limit(self.z, upper=False), profile.limit(self.z, upper=True)
+
+    def random(self, fit: MixedFit, places: tuple[int, ...]) -> Iterator[Interval]:
+        """The standard deviations and correlations of a fit's terms, which stand at `places`. Where a standard deviation may be zero
+        the likelihood says nothing of its correlations."""
+        for k, place in enumerate(places):
+            names = list(_parameters(fit, k))
+            sds = {i: self.limits(self.how.sd(place, i)) for _, i, j in names if i == j}
+            for name, i, j in names:
+                told = sds[i][0] > 0.0 and sds[j][0] > 0.0
+                yield name, *(sds[i] if i == j else self.limits(self.how.cor(place, i, j)) if told else (-1.0, 1.0))
 
 
 def ml_optimum(fit: LMMFit, kept: Held) -> tuple[Held, Optimum]:
@@ -140,52 +148,39 @@ def _linear(fit: LMMFit, z: float) -> list[Interval]:
     kept, best = ml_optimum(fit, before)
     problem = kept.problem
     surface: Surface = LevelSurface(problem) if isinstance(problem, CrossedProblem) else BlockSurface(problem)
-    phi = np.append(best.lambda_[free_of(problem)], math.log(best.s2) / 2)
-    size = math.exp(-0.5 * problem.sum_log_w / problem.n)
-    how = Parametrisation(kept.random, phi, best.covariance, relative=True, scale=kept.scale, size=size)
-    pins = _random_pins(fit, how, kept.order)
-    error = math.sqrt(best.covariance[-1, -1]) * math.sqrt(best.s2)
-    pins.append(("sigma", how.element(len(phi) - 1, math.exp, math.log, error)))
-    moved = len(pins)
-    contrasts = kept.star_contrasts(np.eye(len(fit.names)))
-    for name, c in zip(fit.names, contrasts, strict=True):
-        pins.append((name, how.whole(c, float(c @ best.beta), math.sqrt(float(c @ best.vcov @ c)))))
-    found = _limits(fit, surface, pins, how.curvature(), best.value, z)
+    log_sigma = np.array([math.log(best.s2) / 2])
+    how = Parametrisation(
+        surface, kept.random, best.lambda_, log_sigma, np.array([math.sqrt(0.5 / problem.n)]), relative=True, scale=kept.scale
+    )
+    profiled = _Profiled(how, how.curvature(), best.value, z)
+    rows = list(profiled.random(fit, kept.order))
+    low, high = profiled.limits(how.sigma())
+    rows.append(("sigma", low * kept.scale, high * kept.scale))
     shift = kept.base + np.linalg.solve(kept.fixed.R, kept.offset)
-    rows = [(name, low * kept.scale, high * kept.scale) if name == "sigma" else (name, low, high) for name, low, high in found[:moved]]
-    return rows + [(name, low + s, high + s) for (name, low, high), s in zip(found[moved:], shift.tolist(), strict=True)]
+    for name, c, s in zip(fit.names, kept.star_contrasts(np.eye(len(fit.names))), shift.tolist(), strict=True):
+        low, high = profiled.limits(how.whole(c, float(c @ best.beta), math.sqrt(float(c @ best.vcov @ c))))
+        rows.append((name, low + s, high + s))
+    return rows
 
 
 def _by_passes(fit: GeneralizedFit, z: float) -> list[Interval]:
     with again(fit) as found:
-        best, p = found.best, found.best.p
-        d = len(best.psi) - p - found.model.density.family.shape
-        order = np.concatenate([np.arange(p, p + d), np.arange(p), np.arange(p + d, len(best.psi))])
-        phi, covariance = best.psi[order], best.vcov[np.ix_(order, order)]
-        how = Parametrisation(found.random, phi, covariance, relative=False, size=_typical(found))
-        pins = _random_pins(fit, how, found.places)
-        moved = len(pins)
-        inverse = np.linalg.inv(found.model.fixed.R)
-        for name, c in zip(fit.names, inverse, strict=True):
-            pins.append((name, how.coefficient(c, float(c @ best.beta), math.sqrt(float(c @ best.vcov[:p, :p] @ c)))))
-        curvature, shape = how.curvature(), found.model.density.family.shape
+        best, p, shape = found.best, found.best.p, found.model.density.family.shape
+        e = [*range(p), *([len(best.psi) - 1] if shape else [])]
+        covariance = best.vcov[np.ix_(e, e)]
+        errors = np.sqrt(np.diag(covariance))
         if shape:
-            curvature[-1, -1] += 2.0 / REACH**2  # a parameter at 0 or infinity leaves its logarithm undetermined
-        rows = _limits(fit, best.surface, pins, curvature, -2.0 * best.loglik, z)
-        if not shape:
-            return rows
-        tau = _toward_poisson(fit, how.logarithm(len(phi) - 1, math.sqrt(covariance[-1, -1])))
-        [(_, *limits)] = _limits(fit, best.surface, [("", tau)], curvature, -2.0 * best.loglik, z)
-        return [*rows[:moved], (str(family_name(fit)), *_ends(limits, tau, PARAMETER[fit.base_family][1])), *rows[moved:]]
-
-
-def _typical(found: Again) -> float:
-    """A random effect neither small nor large beside what one row tells of its linear predictor: the columns of the solver's coefficients
-    have mean square 1."""
-    model, best = found.model, found.best
-    tau = float(best.psi[-1]) if model.density.family.shape else 0.0
-    told = float(np.mean(np.diag(fisher(model, model.Q @ best.beta, tau)))) if best.p else math.nan
-    return math.sqrt(model.rows.nobs / told) if told > 0.0 else 1.0
+            errors[-1] = errors[-1] if errors[-1] < REACH else REACH  # a parameter at 0 or infinity leaves its logarithm undetermined
+        how = Parametrisation(best.surface, found.random, best.lambda_, best.psi[e], errors, relative=False)
+        profiled = _Profiled(how, how.curvature(), -2.0 * best.loglik, z)
+        rows = list(profiled.random(fit, found.places))
+        if shape:
+            tau = _toward_poisson(fit, how.logarithm())
+            rows.append((str(family_name(fit)), *_ends(profiled.limits(tau), tau, PARAMETER[fit.base_family][1])))
+        for name, c in zip(fit.names, np.linalg.inv(found.model.fixed.R), strict=True):
+            error = math.sqrt(float(c @ covariance[:p, :p] @ c))
+            rows.append((name, *profiled.limits(how.coefficient(c, float(c @ best.beta), error))))
+        return rows
 
 
 def _toward_poisson(fit: GeneralizedFit, tau: Pin) -> Pin:

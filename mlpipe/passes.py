@@ -20,6 +20,7 @@ from .solve.glm import TAU_BOUND, GLMLook, GLMSolution, glm_look, solve_glm
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
 from .solve.hessian import has_hessian, hessian
 from .solve.kernel import MAX_NODES, Chunk, Kernel, Look, Point, folded
+from .solve.several_factors import squares
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
@@ -301,6 +302,13 @@ def resumed(model: Model, psi: np.ndarray, options: Options) -> tuple[GLMMProble
     typical = _moments(model, psi, model.rows.spool.some(START_SHARE, START_CHUNKS))[1]
     problem = _problem(model, _Passes(model, None, u), typical)
     return problem, solve_glmm(problem, psi, tol=options.tol, max_evaluations=options.max_passes)
+
+
+def with_squares(model: Model, problem: GLMMProblem, sizes: tuple[int, ...]) -> GLMMProblem:
+    """The problem with all elements of the terms' factors, of these sizes, free: for a profile, whose factors are not triangular."""
+    entries = squares(sizes)
+    whole = replace(model, kernel=replace(model.kernel, entries=entries))
+    return replace(problem, scan=_Passes(whole, None, np.zeros((model.kernel.q, model.rows.spool.n_blocks))), entries=entries)
 
 
 def _problem(model: Model, scan: _Passes, typical: np.ndarray) -> GLMMProblem:

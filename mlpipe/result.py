@@ -254,7 +254,7 @@ class MixedFit:
 
         By decreasing distance; before all others, with nulls, blocks without which a coefficient is not determined. One scan; none
         over statistics of collect="blocks+xx". `group`: the factor whose levels are deleted, where there are several. Generalized models
-        by one Newton step (Pregibon 1981), from a spool made for it.
+        by one Newton step (Pregibon 1981), of several factors in the working linear model, from a spool made for it.
         """
         from . import influence
 

@@ -81,6 +81,11 @@ class JointModel:
                 places[k, h] = place.astype(np.int32)
         return pairs, places
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Coefficients of each term, in the solver's order."""
+        return tuple(size for sizes in self.terms.sizes for size in sizes)
+
     def over(self, model: Model) -> JointModel:
         """The same over the same rows with other responses."""
         out = copy(self)
@@ -183,6 +188,12 @@ def resumed(joint: JointModel, psi: Array, options: Options) -> tuple[GLMMProble
     solver = Joint(joint.problem, Exactly())
     search = _search(joint, solver, _started(joint, solver, psi, options)[1])
     return search, solve_glmm(search, psi, tol=options.tol, max_evaluations=options.max_passes)
+
+
+def with_squares(joint: JointModel, search: GLMMProblem) -> GLMMProblem:
+    """The same with all elements of the terms' factors free: for a profile, whose factors are not triangular."""
+    whole = replace(joint.problem, square=True)
+    return replace(search, scan=Joint(whole, Exactly()), entries=whole.entries)
 
 
 def _iterated(

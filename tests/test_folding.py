@@ -8,8 +8,9 @@ import pytest
 
 from mlpipe.solve.crossed import Exact
 from mlpipe.solve.folding import folded
-from mlpipe.solve.profile import LevelSurface
 from mlpipe.solve.refit import refit
+from mlpipe.solve.several_factors import squares
+from mlpipe.solve.surfaces import LevelSurface
 
 from .dense_several import DenseSeveral, Grouping
 from .test_crossed import KINDS, lambda_of
@@ -60,8 +61,8 @@ def test_profiles_and_refits_of_like_levels(name: str) -> None:
     problem, lambda_ = truth.problem(), lambda_of(truth, "regular")
     assert folded(problem) is not problem
     theta = np.array([lambda_[i, j] for i, j in problem.entries])
-    phi = np.append(theta, 0.5 * np.log(truth.gls(lambda_)[1] / truth.degrees))
     surface = LevelSurface(problem)
+    phi = np.append([lambda_[i, j] for i, j in squares(surface.sizes)], 0.5 * np.log(truth.gls(lambda_)[1] / truth.degrees))
     at = surface.look(phi, None)
     assert at.value == pytest.approx(-2.0 * truth.loglik(lambda_), abs=1e-8)
     for k, slope in enumerate(at.gradient):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +330,27 @@ def test_a_level_of_one_block_has_no_residual_of_its_own(family: str, corr: str)
 def test_two_blocks_that_are_fitted_exactly() -> None:
     with pytest.warns(mp.ConvergenceWarning, match="fitted exactly"):
         assert not mp.gee("y ~ x", plain().filter((pl.col("t") == 0) & (pl.col("g") < 2)), groups="g").converged
+
+
+@pytest.mark.parametrize("corr", ["independence", "exchangeable", "ar1", "unstructured"])
+@pytest.mark.parametrize("noise", [1e-12, 1e-9])
+def test_a_response_that_is_fitted_nearly_exactly(corr: str, noise: float) -> None:
+    """Scores cannot be smaller than the rounding errors of residuals make them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=60)
+    frame = pl.DataFrame({"x": x, "y": 1.3 + 2.7 * x + noise * rng.normal(size=60), "g": np.repeat(np.arange(12), 5)})
+    frame = frame.with_columns(t=pl.int_range(60) % 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit = mp.gee("y ~ x", frame, groups="g", corr=corr, time="t" if corr in ("ar1", "unstructured") else None)
+    assert fit.converged and fit.beta == pytest.approx([1.3, 2.7], abs=1e-14 + noise)
+    assert fit.scale == pytest.approx(noise**2, rel=0.5, abs=0.0)
+    assert corr == "independence" or fit.alpha.any()
+
+
+def test_residuals_that_are_zero() -> None:
+    frame = pl.DataFrame({"x": [0.0, 1.0, 2.0, 4.0] * 3, "y": [1] * 12, "g": [0, 0, 1, 1] * 3})
+    with pytest.warns(mp.ConvergenceWarning, match="fitted exactly"):
+        fit = mp.gee("y ~ x", frame, groups="g", family="poisson")
+    assert not fit.converged and fit.beta == pytest.approx([0.0, 0.0], abs=1e-14)
+    assert fit.scale == 0.0 and not fit.vcov().any() and math.isnan(fit.qic()["qic"])

@@ -259,7 +259,69 @@ def test_what_generalized_models_refuse() -> None:
     frame = yes_no()
     with pytest.raises(mp.ConfigError, match="mixed models"):
         mp.glm("y ~ x", frame, family="binomial").influence()
-    with pytest.raises(mp.ConfigError, match="one grouping factor"):
-        mp.glmm("y ~ x + (1 | g) + (1 | t)", frame, family="binomial").influence()
+    fit = mp.glmm("y ~ x + (1 | g) + (1 | t)", frame, family="binomial")
+    with pytest.raises(mp.ConfigError, match="several grouping factors: g, t"):
+        fit.influence()
+    fit.info["method"] = "iterative"
+    with pytest.raises(mp.ConfigError, match="Monte Carlo"):
+        fit.influence(group="t")
     with pytest.raises(mp.ConfigError, match="top"):
         mp.glmm("y ~ x + (1 | g)", frame, family="binomial").influence(top=0)
+
+
+def crossed() -> pl.DataFrame:
+    rng = np.random.default_rng(9)
+    n = 300
+    a, b, x = rng.integers(0, 12, n), rng.integers(0, 7, n), rng.normal(size=n)
+    eta = -0.2 + 0.5 * x + 0.8 * rng.normal(size=12)[a] + 0.7 * rng.normal(size=7)[b] + 1.5 * (b == 2)
+    frame = pl.DataFrame({"a": [f"a{i}" for i in a], "b": b, "x": x, "z": eta + rng.normal(size=n)})
+    return frame.with_columns(y=pl.Series(rng.random(n) < 1 / (1 + np.exp(-eta))).cast(int), c=pl.Series(rng.poisson(np.exp(eta))))
+
+
+@pytest.mark.parametrize("formula", ["z ~ x + (1 + x | a) + (1 | b)", "z ~ x + (1 | a) + (1 | b) + (0 + x | b)"])
+def test_a_gaussian_model_of_several_factors_is_the_linear_model(formula: str) -> None:
+    frame = crossed()
+    general, linear = mp.glmm(formula, frame, family="gaussian"), mp.lmm(formula, frame, reml=False)
+    for group in ("a", "b"):
+        got, want = (pl.DataFrame(fit.influence(top=20, group=group)) for fit in (general, linear))
+        assert got.columns == want.columns and got[group].to_list() == want[group].to_list()
+        assert got["rows"].to_list() == want["rows"].to_list()
+        for name in got.columns[2:]:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-7)
+
+
+def test_how_much_memory_levels_of_generalized_models_take() -> None:
+    rng = np.random.default_rng(1)
+    g = np.arange(6_000) % 2_600
+    frame = pl.DataFrame({"y": rng.poisson(np.exp(rng.normal(size=2_600))[g]), "g": g, "h": np.arange(6_000) // 1_500})
+    fit = mp.glmm("y ~ 1 + (1 | g) + (1 | h)", frame, family="poisson")
+    with pytest.raises(mp.ResourceError, match="2,604 random effects"):
+        fit.influence(group="h", options=mp.Options(memory_limit="300MB"))
+
+
+def without_level(fit: Any, frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """As `without`, for intercepts of several factors."""
+    sd = {term.group: term.factor[0, 0] for term in fit.terms}
+    with again(mp.glmm(fit.formula, frame, family=fit.family)) as found:
+        R, theta = found.model.fixed.R, [abs(term.R[0, 0]) * sd[term.group] for term in found.random]
+
+        def look(beta: np.ndarray) -> tuple[float, np.ndarray]:
+            at = found.best.surface.look(np.append(theta, R @ beta), None)
+            return at.value, R.T @ at.gradient[2:]
+
+        beta = so.minimize(look, fit.beta, jac=True, tol=1e-8).x
+        H = np.array([(look(beta + h)[1] - look(beta - h)[1]) / 2e-4 for h in 1e-4 * np.eye(2)])
+    return beta, np.sqrt(np.diag(np.linalg.inv(H / 2.0)))
+
+
+@pytest.mark.parametrize(("response", "family", "groups"), [("y", "binomial", "ab"), ("c", "poisson", "b")])
+def test_one_step_is_near_the_maximum_without_the_level_of_a_factor(response: str, family: str, groups: str) -> None:
+    frame = crossed()
+    fit = mp.glmm(f"{response} ~ x + (1 | a) + (1 | b)", frame, family=family)
+    for group in groups:
+        table = pl.DataFrame(fit.influence(top=20, group=group))
+        assert table["cooks_distance"].is_sorted(descending=True) and table["rows"].sum() == 300
+        row = table.row(0, named=True)
+        beta, errors = without_level(fit, frame.filter(pl.col(group) != row[group]))
+        assert max(abs(fit.beta - beta) / errors) > 0.4
+        np.testing.assert_allclose([row["dfbetas_(Intercept)"], row["dfbetas_x"]], (fit.beta - beta) / errors, atol=0.04)

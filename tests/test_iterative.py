@@ -11,9 +11,11 @@ import polars as pl
 import pytest
 
 import mlpipe as mp
+from mlpipe.solve.columns import Columns
 from mlpipe.solve.crossed import Cells, CrossedProblem, Exact, Factor
 from mlpipe.solve.glmm import GLMMProblem, solve_glmm
 from mlpipe.solve.iterative import ERROR, MOST_SAMPLES, SD_ERROR, Iterative, IterativeSolution, solve_iterative
+from mlpipe.solve.several_factors import SeveralFactors
 
 from .test_reference import SEVERAL, SPECS, fitted
 
@@ -189,6 +191,45 @@ def test_a_whole_fit_by_either_path(slope: float) -> None:
         assert math.sqrt((off**2).mean()) < 2.5 * found.info["monte_carlo"]["sd_error"] + 0.01  # theta's own error on top
     assert 0.0 < found.info["monte_carlo"]["sd_error"] <= SD_ERROR or found.info["monte_carlo"]["samples"] == MOST_SAMPLES
     assert found.predict(frame).read_all().num_rows == n
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.parametrize(("seed", "formula"), [(0, "y ~ x + (1 | g) + (x | h)"), (3, "y ~ x + (1 | g) + (x + w | h)")])
+def test_columns_that_vanish_do_not_use_up_the_evaluations(seed: int, formula: str) -> None:
+    rng = np.random.default_rng(seed)
+    g, h, x, w = rng.integers(0, 150, 3000), rng.integers(0, 60, 3000), rng.normal(size=3000), rng.normal(size=3000)
+    y = 1 + 0.5 * x + rng.normal(size=3000) + 0.5 * rng.normal(size=150)[g]
+    y = y + (0.4 if seed == 3 else 0.0) * rng.normal(size=60)[h]
+    frame = pl.DataFrame({"y": y, "x": x, "w": w, "g": g, "h": h})
+    found, wanted = mp.lmm(formula, frame, method="iterative"), mp.lmm(formula, frame, method="exact")
+    assert found.converged and found.singular and wanted.singular and found.info["evaluations"] < 40
+    np.testing.assert_allclose(found.theta, wanted.theta, atol=4e-3)
+    assert abs(found.loglik - wanted.loglik) < 0.05
+
+
+@pytest.mark.parametrize("lowest", [-3.0, 0.5])
+def test_a_column_held_at_zero_is_let_go_where_that_helps(lowest: float) -> None:
+    """The direction is that of the gradient's most negative curvature, though no element of the column may tell by itself."""
+    made, levels = SeveralFactors(), 30.0
+    made.terms = ((3,), (1,))
+    turn = np.linalg.qr(np.random.default_rng(4).normal(size=(3, 3)))[0]
+    G = (turn * [lowest, 1.0, 40.0]) @ turn.T * levels * 0.1
+    lambda_ = np.diag([1e-3, 0.5, 0.2, 0.4]) + np.diag([0.0, 0.3, 0.0], -1)
+    by_lambda = np.zeros((4, 4))
+    by_lambda[:3, :3] = -np.tril(G @ lambda_[:3, :3])
+    theta, s = (np.array([matrix[i, j] for i, j in made.entries]) for matrix in (lambda_, by_lambda))
+    columns = Columns(made, np.eye(4), np.full(4, levels), np.full(4, 1e-3))
+    before = theta.copy()
+    before[:3] = 0.1, 0.2, -0.1
+    shut = columns.shut(before, -before, -1.5 * before)
+    assert shut is not None and shut[:3].tolist() == [1e-3, 0.0, 0.0] and columns.held(7).tolist() == [True] * 3 + [False] * 4
+    opened = columns.opened(theta, s)
+    if lowest > 0.0:
+        assert opened is None and columns.zero == {0}
+        return
+    assert opened is not None and not columns.held(7).any()
+    along = opened[:3] / np.linalg.norm(opened[:3])
+    assert abs(along @ turn[:, 0]) == pytest.approx(1.0, abs=1e-3) and (opened[3:] == theta[3:]).all()
 
 
 def test_one_factor_has_no_iterative_path() -> None:

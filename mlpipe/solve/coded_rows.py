@@ -46,6 +46,7 @@ class JointProblem(SeveralFactors):
     terms: tuple[tuple[int, ...], ...]
     pairs: Pairs
     scan: Callable[[Callable[[Part], None]], None]
+    square: bool = False
 
     @property
     def p(self) -> int:

@@ -289,6 +289,10 @@ class Exact:
 
     def score_from(self, at: Evaluation, U: Array, t: Array, H: Array, traces: list[Array]) -> Array:
         """The score by the entries from T_k of every factor."""
+        return self.entries_of(self.scores(at, U, t, H, traces))
+
+    def scores(self, at: Evaluation, U: Array, t: Array, H: Array, traces: list[Array]) -> list[Array]:
+        """∂ℓ by all elements (q_k, q_k) of Λ_k, free or not, of every factor."""
         problem, p = self.problem, self.problem.p
         out, place = [], 0
         for k, f in enumerate(problem.factors):
@@ -300,7 +304,7 @@ class Exact:
                 HC, Uk = (H[rows] @ at.C).reshape(-1, f.q, p), U[rows, :p].reshape(-1, f.q, p)
                 G = G - np.einsum("iap,ibp->ab", HC, Uk)
             out.append(-G)
-        return self.entries_of(out)
+        return out
 
     def entries_of(self, blocks: list[Array]) -> Array:
         """The free elements of Λ, from a matrix of each factor."""

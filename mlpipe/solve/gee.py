@@ -17,11 +17,11 @@ from .glm import definite, inverse
 from .kernel import Chunk, Rows
 from .sandwich import Array, corrected, half
 
+ROUNDING = 4.0 * float(np.finfo(np.float64).eps)  # of a response, which its residual is known to
 NEAR = 0.1  # scaled score of independent rows, from which the correlation is estimated
 OUTSIDE = "a mean leaves the family's domain, or the working correlation is not positive definite"
 EMPTY = "the information is singular: estimates go to infinity"
-FITTED = "the response is fitted exactly: nothing is left to estimate phi by"
-EXACT = 1e-28  # share of the squares of the response, below which residuals are rounding errors
+FITTED = "the response is fitted exactly, or to its last digits: nothing is left to estimate phi by"
 LONGEST = 50_000  # lags at most
 NEGLIGIBLE = 1e-14  # of a lag's weight in the estimate of an AR(1) coefficient, from which longer lags are left out
 CORRELATIONS = ("independence", "exchangeable", "ar1", "unstructured")
@@ -49,21 +49,21 @@ def _padded(values: Array, size: int) -> Array:
 
 @dataclass
 class Look:
-    """One pass: moments, `score` (p,), `information` (p, p), that of independence, the quasi-likelihood; `observed`, Σ of the squares of
-    responses in the units of ẽ; `meats` of the kinds asked for."""
+    """One pass: moments, `score` (p,), `information` (p, p), that of independence, the quasi-likelihood, the sum of squares `responses` of
+    responses over the roots of their variances, in whose digits residuals are known; `meats` of the kinds asked for."""
 
     moments: Moments
     score: Array
     information: Array
     independence: Array
     quasi: float
-    observed: float
+    responses: float
     meats: dict[str, Array] = field(default_factory=dict)
 
     def __add__(self, other: Look) -> Look:
         return Look(
             self.moments + other.moments, self.score + other.score, self.information + other.information,
-            self.independence + other.independence, self.quasi + other.quasi, self.observed + other.observed,
+            self.independence + other.independence, self.quasi + other.quasi, self.responses + other.responses,
             {kind: meat + other.meats[kind] for kind, meat in self.meats.items()},
         )  # fmt: skip
 
@@ -89,20 +89,20 @@ class Working:
         """One chunk at beta and the correlation parameters; with `bread` the meats of all kinds of sandwich."""
         with np.errstate(all="ignore"):  # what is not finite ends the search
             sums = {"exchangeable": _Exchangeable, "ar1": _Neighbours, "unstructured": _Patterns}.get(self.corr, _Independent)(self, alpha)
-            independence, quasi, observed, need = np.zeros((len(beta),) * 2), 0.0, 0.0, bread is not None
+            independence, quasi, responses, need = np.zeros((len(beta),) * 2), 0.0, 0.0, bread is not None
             for rows in chunk.pieces:
-                X, e, q, value, squares = self.standardized(rows, beta, quasi=need)
+                X, e, q, value, size = self.standardized(rows, beta, quasi=need)
                 independence += (X * q) @ X.T
                 quasi += value
-                observed += squares
+                responses += size
                 sums.add(rows, X, e, q, need)
             found = sums.finished()
         meats = {} if bread is None else _meats(found.scores, found.grams, bread)
-        return Look(found.moments, found.scores.sum(axis=1), found.information, independence, quasi, observed, meats)
+        return Look(found.moments, found.scores.sum(axis=1), found.information, independence, quasi, responses, meats)
 
     def standardized(self, rows: Rows, beta: Array, *, quasi: bool) -> tuple[Array, Array, Array, float, float]:
         """x̃ (p, n), ẽ (n,), how many rows each stands for, the quasi-likelihood (McCullagh and Nelder 1989, table 9.1) over phi = 1, and
-        the squares of responses in the units of ẽ."""
+        `Look.responses`."""
         X = self.Q.T @ rows.F
         eta = beta @ X + (0.0 if rows.offset is None else rows.offset)
         means = self.density.link.means(eta)
@@ -110,9 +110,8 @@ class Working:
         size = np.ones(1) if rows.cells.size is None else rows.cells.size
         root = np.sqrt(information if self.counted else information * size)
         value = float((size * self._quasi(rows, means.mu, means.nu)).sum()) if quasi else 0.0
-        q = size if self.counted else np.ones(1)
-        observed = float((q * (rows.cells.y * root) ** 2).sum())
-        return X * (means.d1 * root), (rows.cells.y - means.mu) * root, q, value, observed
+        y, q = rows.cells.y, size if self.counted else np.ones(1)
+        return X * (means.d1 * root), (y - means.mu) * root, q, value, float((q * (y * root) ** 2).sum())
 
     def _quasi(self, rows: Rows, mu: Array, nu: Array) -> Array:
         y, w = rows.cells.y, 1.0 if rows.cells.weight is None else rows.cells.weight
@@ -366,7 +365,8 @@ class GEESolution:
 def solve_gee(
     look: Callable[[Array, Array, Array | None], Look], working: Working, start: Array, *, tol: float, max_passes: int
 ) -> GEESolution:
-    """Fisher scoring for beta with moment estimates of alpha and phi in between, until both stay where they are."""
+    """Fisher scoring for beta with moment estimates of alpha and phi in between, until both stay where they are, or move by no more than
+    the rounding errors of residuals."""
     beta, alpha, message = start, working.start, "out of passes"
     score, converged, near, still = math.inf, False, False, 0
     for passes in range(1, max_passes):
@@ -376,8 +376,10 @@ def solve_gee(
             return _ended(look, beta, alpha, working, passes, OUTSIDE)
         if len(beta) and not definite(at.information):
             return _ended(look, beta, alpha, working, passes, EMPTY)
-        if at.moments.squares <= EXACT * at.observed:
+        rounding = ROUNDING * math.sqrt(at.responses / phi) if phi > 0.0 else math.inf
+        if rounding > NEAR:
             return _ended(look, beta, alpha, working, passes, FITTED)
+        bound = max(tol, rounding)
         step = np.linalg.solve(at.information, at.score)
         score = math.sqrt(max(float(at.score @ step) / phi, 0.0))
         near = near or score < NEAR  # before that residuals say nothing of the correlation
@@ -386,7 +388,7 @@ def solve_gee(
             return _ended(look, beta, alpha, working, passes, "the working correlation is not positive definite")
         moved = float(np.abs(new - alpha).max(initial=0.0))
         # beta follows alpha by one pass: what stands still twice has settled
-        still = still + 1 if near and score < tol and moved < 0.1 * tol else 0
+        still = still + 1 if near and score < bound and moved < 0.1 * bound else 0
         if still == 2:
             converged, message = True, "the scaled score is small"
             break

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from . import small
+from .columns import Columns
 from .conditional import sd_error, split_covariance
 from .conjugate import Operator
 from .crossed import CrossedProblem, Evaluation, Exact, Factor, flat, per_level
@@ -239,11 +240,12 @@ def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int, 
     theta, shorter, last, best, since = _above(problem, start, floor), 1.0, math.inf, math.inf, 0
     pairs: list[tuple[Array, Array]] = []
     previous: tuple[Array, Array] | None = None
+    columns = Columns(problem, problem.typical, np.repeat([f.levels for f in problem.factors], [f.q for f in problem.factors]), floor)
     rough = True
     for evaluation in range(1, max_evaluations + 1):
         at, s, AI, each = solver.newton(_lambda(problem, theta), rough=rough)
         told()
-        held = _at_floor(problem, theta, s, floor)
+        held = _at_floor(problem, theta, s, floor) | columns.held(len(theta))
         if not rough and previous is not None and last < NEWTON:
             pairs = [*pairs, (theta - previous[0], previous[1] - s)][-4:]
         step = np.where(held, 0.0, _free_step(_corrected(AI, pairs, held), s, held))
@@ -251,12 +253,18 @@ def _root(solver: Iterative, start: Array, enough: float, max_evaluations: int, 
         best, since = (score, 0) if score < best / 2.0 else (best, since + 1)
         error = _error(AI, AI, each, held)
         found = _Root(theta, at, s, AI, each, held, step, score, evaluation, error, False, "out of evaluations")
+        if (shut := columns.shut(theta, s, step)) is not None:
+            theta, previous, pairs, best, since = shut, None, [], math.inf, 0
+            continue
         if rough and (score < NEWTON or since >= 3):
             rough, previous, best, since = False, None, math.inf, 0
             theta = _stepped(problem, theta, shorter * step, floor)
             continue
         if score < enough or (score < ROUNDING and since >= 3):
             found.error = error = np.hypot(_error(AI, _derivative(solver, found), each, held), _remaining(found))
+            if (opened := columns.opened(theta, s)) is not None:
+                theta, previous, pairs, best, since = opened, None, [], math.inf, 0
+                continue
             if error.max(initial=0.0) <= ERROR or solver.probes.shape[1] >= MOST_PROBES:
                 found.converged, found.message = True, "the scaled score is small"
                 return found

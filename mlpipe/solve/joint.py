@@ -304,6 +304,21 @@ class Joint:
             out.append(np.array([at.shape - 0.5 * by_shape - 0.5 * float(b[:, 0] @ at.c_shape)]))
         return np.concatenate(out)
 
+    def row_terms(self, at: State) -> Callable[[Part, Sequence[Piece]], tuple[Array, Array, Array]]:
+        """A function that gives ℓ', W with the observed curvature, and κ of some rows: the score by beta is X'(ℓ' - ½κ)."""
+        lam, eta = at.point.lambda_, self.linear(at.point, at.u)
+        spread = self.solver.spread(self.problem, lam, at.weights, at.M)
+        zq, _, _ = self._through(at, spread)
+        a = at.M_o.solve(self.problem.scaled(lam, zq[:, None], transpose=True))
+        leverages, shift = self.leverages(spread), self.effects(self.problem.scaled(lam, a))
+
+        def at_rows(part: Part, pieces: Sequence[Piece]) -> tuple[Array, Array, Array]:
+            terms = self.problem.density.terms(eta(part, pieces), part.rows.cells, at.point.tau)
+            kappa = leverages(part, pieces) * terms.slope - terms.observed * shift(part, pieces)[0]
+            return terms.score, terms.observed, kappa
+
+        return at_rows
+
     def _through(self, at: State, spread: Spread) -> tuple[Array, Array, float]:
         """Z'q, q = h ∂W/∂η; Fq; and Σ h ∂W/∂tau."""
         problem, eta, leverages = self.problem, self.linear(at.point, at.u), self.leverages(spread)

@@ -64,7 +64,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Point:
-    """Parameters: `gamma` (m,) over features, `lambda_` (q, q) lower triangular, `tau`."""
+    """Parameters: `gamma` (m,) over features, `lambda_` (q, q), lower triangular but on the paths of profiles, `tau`."""
 
     gamma: Array
     lambda_: Array

@@ -144,7 +144,7 @@ class _Search:
 
     def __init__(self, problem: LMMProblem, tol: float, max_evaluations: int) -> None:
         self.problem, self.tol, self.left = problem, tol, max_evaluations
-        self.blocks, self.mean_s = _mean_block(problem)
+        self.blocks, self.mean_s = mean_block(problem)
         self.known = identified(problem, self.mean_s)
         self.trace: list[Step] = []
         self.radius, self.few = START_RADIUS, self.blocks < FEW_BLOCKS
@@ -296,7 +296,7 @@ def _symmetric_basis(problem: LMMProblem) -> Array:
     return out.reshape(q * q, -1)
 
 
-def _mean_block(problem: LMMProblem) -> tuple[float, Array]:
+def mean_block(problem: LMMProblem) -> tuple[float, Array]:
     """Number of blocks, and their mean S."""
     blocks, total = 0.0, np.zeros((problem.q, problem.q))
     for chunk in problem.chunks():

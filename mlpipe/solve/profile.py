@@ -1,187 +1,26 @@
 """Profile likelihood: -2ℓ with one quantity pinned, minimized over the rest, and the limits where its signed root is a normal quantile
 (Bates et al. 2015, section 5.1; Venzon and Moolgavkar 1988).
-
-A surface is -2ℓ as a function of φ = (θ, e): the free elements of Λ, then log σ (linear models, β eliminated) or (β, τ).
-A pin expresses φ by a pinned value v and the remaining free numbers x.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from mlpipe.errors import ConvergenceError, DataError
+from mlpipe.errors import ConvergenceError
 
-from .blocks import Array, Index
-from .crossed import CrossedProblem, Exact
-from .folding import folded
-from .glm import GLMLook
-from .glmm import GLMMProblem
-from .likelihood import LMMProblem, evaluate
+from .blocks import Array
+from .pinned import Pin
+from .surfaces import Linear, Surface
 
 DECREMENT = 1e-7  # of -2ℓ that Newton's step still promises, at which a pinned minimum is found
 CLOSE = 2e-4  # of the signed root from its quantile, at which a limit is found: 1e-4 of half the interval
 BETTER = 1e-3  # by which a pinned -2ℓ may not fall below the least one
-MOST_STEPS, MOST_POINTS = 200, 60
+MOST_STEPS, MOST_POINTS, MOST_ESCAPES = 200, 60, 10
 MOST_HALVINGS = 30
-FEW, MOST_SIMPLICES = 8, 6  # free numbers that simplices can search, and how often they start
-
-
-class Linear(NamedTuple):
-    """A linear condition c'β = value."""
-
-    c: Array
-    value: float
-
-
-class Look(NamedTuple):
-    """-2ℓ, its derivatives by φ, and by the value of a linear condition."""
-
-    value: float
-    gradient: Array
-    slope: float = 0.0
-
-
-class Surface(Protocol):
-    """-2ℓ over φ."""
-
-    def look(self, phi: Array, condition: Linear | None) -> Look: ...
-
-
-# -- surfaces ----------------------------------------------------------------------------------------------------------
-
-
-def _conditioned(beta: Array, C: Array, rss: float, condition: Linear | None) -> tuple[Array, float, float]:
-    """β, residual sum of squares and its derivative by the value, under a linear condition on β; C = (X'V⁻¹X)⁻¹."""
-    if condition is None:
-        return beta, rss, 0.0
-    Cc = C @ condition.c
-    v, gap = float(condition.c @ Cc), float(condition.c @ beta) - condition.value
-    return beta - Cc * (gap / v), rss + gap**2 / v, -2.0 * gap / v
-
-
-def lower(free: tuple[Index, Index], values: Array, q: int) -> Array:
-    """Λ (q, q) from its free elements."""
-    out = np.zeros((q, q))
-    out[free] = values
-    return out
-
-
-class BlockSurface:
-    """-2ℓ (ML) of a linear mixed model with one grouping factor, by (θ, log σ)."""
-
-    def __init__(self, problem: LMMProblem) -> None:
-        self.problem, self.free = replace(problem, reml=False), problem.free()
-
-    def look(self, phi: Array, condition: Linear | None) -> Look:
-        problem, lambda_, s2 = self.problem, lower(self.free, phi[:-1], self.problem.q), math.exp(2.0 * phi[-1])
-        try:
-            at = evaluate(problem, lambda_, s2)
-        except DataError:  # far out
-            return Look(math.inf, np.zeros(len(phi)))
-        beta, rss, slope = _conditioned(at.beta, at.r_inverse @ at.r_inverse.T, at.rss, condition)
-        v = np.append(-beta, 1.0)
-        tt = np.einsum("j,ajbk,k->ab", v, at.sums.hh, v)
-        G = at.sums.F_inverse.T @ (at.sums.e - tt / s2) @ at.sums.F_inverse
-        by_lambda = 2.0 * (G @ lambda_)[self.free]
-        value = at.objective + (rss - at.rss) / s2
-        return Look(value, np.append(by_lambda, 2.0 * problem.n - 2.0 * rss / s2), slope / s2)
-
-
-class LevelSurface:
-    """The same for several grouping factors."""
-
-    def __init__(self, problem: CrossedProblem) -> None:
-        self.exact = Exact(folded(replace(problem, reml=False)))
-        rows, columns = np.array(problem.entries, dtype=np.intp).reshape(-1, 2).T
-        self.free = rows, columns
-
-    def look(self, phi: Array, condition: Linear | None) -> Look:
-        problem, s2 = self.exact.problem, math.exp(2.0 * phi[-1])
-        lambda_ = lower(self.free, phi[:-1], problem.offsets[-1])
-        try:
-            at, U = self.exact.evaluate(lambda_)
-        except np.linalg.LinAlgError:
-            return Look(math.inf, np.zeros(len(phi)))
-        before = problem.degrees * at.s2
-        beta, rss, slope = _conditioned(at.beta, at.C, before, condition)
-        moved = replace(at, beta=beta, s2=s2, u=U[:, -1] - U[:, :-1] @ beta)
-        t, H = self.exact.residual_sums(lambda_, moved, U)
-        gradient = -2.0 * self.exact.score(lambda_, moved, U, t, H)
-        value = self.exact.logdet(lambda_, at.M) - problem.sum_log_w + problem.n * math.log(2.0 * math.pi * s2) + rss / s2
-        return Look(value, np.append(gradient, 2.0 * problem.n - 2.0 * rss / s2), slope / s2)
-
-
-class PassSurface:
-    """-2ℓ of a generalized model by passes over its rows, by (θ, β, τ)."""
-
-    def __init__(self, problem: GLMMProblem) -> None:
-        self.problem, self.d = problem, len(problem.entries)
-
-    def look(self, phi: Array, condition: Linear | None) -> Look:
-        assert condition is None
-        p, d = self.problem.p, self.d
-        psi = np.concatenate([phi[d : d + p], phi[:d], phi[d + p :]])
-        try:
-            found = self.problem.look(psi)
-        except OverflowError:  # far out
-            return Look(math.inf, np.zeros(len(phi)))
-        score = np.concatenate([found.score[p : p + d], found.score[:p], found.score[p + d :]])
-        return Look(-2.0 * found.loglik, -2.0 * score)
-
-
-class PlainSurface:
-    """The same without random effects, by (β, τ)."""
-
-    def __init__(self, looks: Callable[[Array, bool], GLMLook]) -> None:
-        self.looks = looks
-
-    def look(self, phi: Array, condition: Linear | None) -> Look:
-        assert condition is None
-        try:
-            found = self.looks(phi, False)
-        except OverflowError:
-            return Look(math.inf, np.zeros(len(phi)))
-        return Look(-2.0 * found.loglik, -2.0 * found.score)
-
-
-# -- pins --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pin:
-    """A quantity that is pinned.
-
-    `expand(x, v)` gives φ, `start` is x at the estimate, `estimate` v, `error` its standard error (NaN where unknown), `least`, `most` the
-    ends of its domain, which are models themselves if `closed`, `condition` the c of a linear condition on β, in place of v in `expand`;
-    `unit` a size of v that is neither small nor large.
-    """
-
-    expand: Callable[[Array, float], Array]
-    start: Array
-    estimate: float
-    error: float
-    least: float = -math.inf
-    most: float = math.inf
-    condition: Array | None = None
-    closed: bool = True
-    unit: float = 1.0
-
-
-def jacobian(pin: Pin, x: Array, v: float) -> tuple[Array, Array]:
-    """(φ, x) and (φ,) derivatives of `expand`, by central differences: it is cheap and smooth."""
-    columns = []
-    for k in range(len(x)):
-        step = np.zeros(len(x))
-        step[k] = 1e-5 * max(abs(x[k]), 1e-2)
-        columns.append((pin.expand(x + step, v) - pin.expand(x - step, v)) / (2.0 * step[k]))
-    h = 1e-5 * max(abs(v), 1e-2 * pin.unit)
-    ahead, behind = min(v + h, pin.most), max(v - h, pin.least)
-    by_v = (pin.expand(x, ahead) - pin.expand(x, behind)) / (ahead - behind)
-    return (np.column_stack(columns) if columns else np.zeros((len(by_v), 0))), by_v
+PROBE = 1e-2  # of a covariance's free number, in units of what a level tells, by which it is moved to see what a zero gradient hides
+CURVED = 1.0  # the least curvature of -2ℓ by such a number that is believed
 
 
 class _Point(NamedTuple):
@@ -194,67 +33,83 @@ class _Point(NamedTuple):
 
 
 class Profile:
-    """The profile of one pin over a surface; `curvature` (φ, φ) is the Hessian of -2ℓ near the estimate."""
+    """The profile of one pin over a surface; `curvature` (φ, φ) is the Hessian of -2ℓ at the estimate.
+
+    `first`: the inverse Hessian by x there; `tangent`: how x follows v, and `error`, v's standard error, by the curvature unless the pin
+    knows its error: then x does not follow at first.
+    """
 
     def __init__(self, surface: Surface, pin: Pin, curvature: Array, least: float) -> None:
         self.surface, self.pin, self.least = surface, pin, least
-        J, _ = jacobian(pin, pin.start, pin.estimate)
-        H = J.T @ curvature @ J
-        size = np.sqrt(np.maximum(np.diag(H), 1e-12))
-        values, vectors = np.linalg.eigh(H / np.outer(size, size))
-        self.inverse = (vectors / np.maximum(values, 1e-6)) @ vectors.T / np.outer(size, size) if len(H) else H
-        self.known: list[tuple[float, Array]] = [(pin.estimate, pin.start)]
+        J, by_v = pin.jacobian()
+        H, cross = J.T @ curvature @ J, J.T @ curvature @ by_v
+        self.first = self.inverse = _inverse(H, pin.inside)
+        if math.isfinite(pin.error):
+            self.tangent, self.error = np.zeros(len(H)), pin.error
+        else:
+            self.tangent = -self.first @ cross
+            bent = float(by_v @ curvature @ by_v + cross @ self.tangent)
+            self.error = math.sqrt(2.0 / bent) if bent > 0.0 else max(abs(pin.estimate), 0.1 * pin.unit)
+        self.known = {pin.estimate: _Point(pin.start, least, np.zeros(len(H)), 0.0)}
 
     def _at(self, x: Array, v: float) -> _Point:
         pin = self.pin
         condition = None if pin.condition is None else Linear(pin.condition, v)
-        look = self.surface.look(pin.expand(x, v), condition)
-        J, by_v = jacobian(pin, x, v)
-        slope = look.slope if condition is not None else float(by_v @ look.gradient)
-        return _Point(x, look.value, J.T @ look.gradient, slope)
+        try:
+            look = self.surface.look(pin.expand(x, v), condition)
+        except OverflowError:  # far out
+            return _Point(x, math.inf, np.zeros(len(x)), 0.0)
+        by_x, by_v = pin.pull(x, v, look.gradient)
+        return _Point(x, look.value, by_x, look.slope if condition is not None else by_v)
 
     def minimum(self, v: float) -> _Point:
-        """The least -2ℓ at v, by BFGS from the nearest point known. Raises ConvergenceError."""
-        x = min(self.known, key=lambda known: abs(known[0] - v))[1]
-        at, H = self._at(x, v), self.inverse
+        """The least -2ℓ at v, from what is known nearby. Raises ConvergenceError."""
+        return self._found(self._begun(v), v)
+
+    def _found(self, at: _Point, v: float) -> _Point:
+        """The least -2ℓ at v that is known once there is one from here."""
+        H = self.inverse
+        for _ in range(MOST_ESCAPES):
+            at, H = self._descended(at, H, v)
+            lower = self._escaped(at, v)
+            if lower is None:
+                break
+            at, H = lower, self.first
+        if v not in self.known or at.value < self.known[v].value:
+            self.known[v] = at
+        self.inverse = H
+        return self.known[v]
+
+    def _begun(self, v: float) -> _Point:
+        """Where the path from the estimate through the last points before v leads, or the last of them."""
+        inner = [known for known in self.known if _between(self.pin.estimate, known, v) and known != v]
+        near, *others = sorted(inner, key=lambda known: abs(known - v))[:2]
+        x, path, reach = self.known[near].x, self.tangent, self.error
+        if others:
+            path, reach = (x - self.known[others[0]].x) / (near - others[0]), abs(near - others[0])
+        ahead = self._at(x + path * float(np.clip(v - near, -2.0 * reach, 2.0 * reach)), v)
+        at = ahead if math.isfinite(ahead.value) else self._at(x, v)
         if not math.isfinite(at.value):
             raise ConvergenceError(f"the likelihood is not finite at the profiled value {v:g}")
+        return at
+
+    def _descended(self, at: _Point, H: Array, v: float) -> tuple[_Point, Array]:
+        """The minimum that BFGS finds from a point, and the inverse Hessian there. Raises ConvergenceError."""
         for _ in range(MOST_STEPS):
             step = -H @ at.gradient
             promise = float(-at.gradient @ step)
             if promise < DECREMENT:
-                self.known.append((v, at.x))
-                self.inverse = H
-                return at
+                return at, H
             new = self._line(at, step, v, promise)
             if new is None:
                 if promise < 1e3 * DECREMENT:  # at the limit of rounding
-                    self.known.append((v, at.x))
-                    return at
-                if H is self.inverse:
-                    return self._by_values(at, v)
-                H = self.inverse
+                    return at, self.first
+                if H is self.first:
+                    break
+                H = self.first
                 continue
             H = _updated(H, new.x - at.x, new.gradient - at.gradient)
             at = new
-        raise ConvergenceError(f"the profile did not converge at the value {v:g}")
-
-    def _by_values(self, at: _Point, v: float) -> _Point:
-        """The least -2ℓ at v by Nelder and Mead's (1965) simplices: where a covariance matrix loses rank elements of Λ may turn at once,
-        and gradients by them lead nowhere. Raises ConvergenceError where another simplex around the end finds a better point."""
-        from scipy.optimize import minimize
-
-        def value(x: Array) -> float:
-            return self.surface.look(self.pin.expand(x, v), None if self.pin.condition is None else Linear(self.pin.condition, v)).value
-
-        best, least = at.x, at.value
-        cheap = len(at.x) <= FEW and isinstance(self.surface, BlockSurface | LevelSurface)  # no passes over rows
-        for _ in range(MOST_SIMPLICES if cheap else 0):
-            found = minimize(value, best, method="Nelder-Mead", options={"xatol": 1e-4, "fatol": DECREMENT, "maxiter": 400 * len(best)})
-            settled, best, least = least - found.fun < 10.0 * DECREMENT, found.x, float(found.fun)
-            if settled:
-                self.known.append((v, best))
-                return self._at(best, v)
         raise ConvergenceError(f"the profile did not converge at the value {v:g}")
 
     def _line(self, at: _Point, step: Array, v: float, promise: float) -> _Point | None:
@@ -265,6 +120,24 @@ class Profile:
                 return new
             length *= 0.4
         return None
+
+    def _escaped(self, at: _Point, v: float) -> _Point | None:
+        """A lower point in a direction that a gradient of zero hides, None where there is none."""
+        hidden = self.pin.hidden(at.x)
+        if not len(hidden):
+            return None
+        H = np.array([self._at(at.x + PROBE * one, v).gradient for one in hidden]) @ hidden.T / PROBE
+        values, vectors = np.linalg.eigh((H + H.T) / 2.0)
+        if not values[0] < 0.0:
+            return None
+        lower = self._at(at.x + PROBE * (vectors[:, 0] @ hidden), v)
+        return lower if lower.value < at.value - DECREMENT else None
+
+    def _elsewhere(self, v: float) -> bool:
+        """Whether a singular covariance with its correlations turned leads to a clearly lower minimum at v; it is known then."""
+        before = self.known[v]
+        x = self.pin.mirrored(before.x)
+        return x is not None and self._found(self._at(x, v), v).value < before.value - CLOSE
 
     def root(self, v: float) -> tuple[float, float]:
         """The signed root ζ of the excess of -2ℓ at v, and dζ/dv."""
@@ -284,33 +157,89 @@ class Profile:
         end = pin.most if upper else pin.least
         if pin.estimate == end:
             return end
-        error = pin.error if math.isfinite(pin.error) and pin.error > 0.0 else max(abs(pin.estimate), 0.1 * pin.unit)
-        inner, outer, v = pin.estimate, math.inf * sign, pin.estimate + sign * z * error
+        bracket, v = _Bracket(pin.estimate, end, sign, self.error, pin.closed), pin.estimate + sign * z * self.error
+        v = bracket.inside(v)
         for _ in range(MOST_POINTS):
-            if (v - end) * sign >= 0.0:
-                v = end if math.isinf(outer) and pin.closed else 0.5 * (inner + (end if math.isinf(outer) else outer))
             zeta, slope = self.root(v)
             short = z - sign * zeta
+            if abs(short) < CLOSE and self._elsewhere(v):
+                bracket.outer = math.inf * sign
+                continue
             if abs(short) < CLOSE or (v == end and short > 0.0):
                 return v
-            inner, outer = (v, outer) if short > 0.0 else (inner, v)
-            if abs(outer - inner) < 1e-9 * max(pin.unit, abs(v)):
-                if inner == pin.estimate:  # where it is 0 by definition: the minima so near to it are none
+            following = bracket.following(v, short, slope)
+            if bracket.width < 1e-9 * max(pin.unit, abs(v)):
+                if bracket.inner == pin.estimate:  # where it is 0 by definition: the minima so near to it are none
                     raise ConvergenceError(f"the profile did not converge at the value {v:g}")
                 return v
-            step = short / slope if slope > 0.0 else math.inf
-            v = self._next(v + sign * step, inner, outer, sign, error)
+            v = following
         raise ConvergenceError("no limit of the profile was found")
 
-    @staticmethod
-    def _next(v: float, inner: float, outer: float, sign: float, error: float) -> float:
-        """v kept between inner and outer, or within a few standard errors of inner where there is no outer yet."""
-        if math.isinf(outer):
-            far = inner + sign * 4.0 * max(error, 0.1 * abs(inner))
-            return min(max(v, min(inner, far)), max(inner, far)) if math.isfinite(v) else inner + sign * error
-        low, high = min(inner, outer), max(inner, outer)
-        margin = 0.02 * (high - low)
-        return v if low + margin < v < high - margin else 0.5 * (low + high)
+
+class _Bracket:
+    """Where a limit is: from `inner`, at first the estimate, toward `end`, to `outer`, infinite while that is not known."""
+
+    def __init__(self, start: float, end: float, sign: float, error: float, closed: bool) -> None:
+        self.start, self.end, self.sign, self.error, self.closed = start, end, sign, error, closed
+        self.inner, self.outer, self.short = start, math.inf * sign, 0.0
+        self.again = set[float]()
+
+    @property
+    def width(self) -> float:
+        """How far apart inner and outer are."""
+        return abs(self.outer - self.inner)
+
+    def following(self, v: float, short: float, slope: float) -> float:
+        """The value to try after v, where ζ, of this slope, is `short` of its quantile.
+
+        Newton's, between inner and outer, or the middle where it is slow. An outer point that Newton would pass was perhaps reached
+        along a path to another minimum: it is tried again, from inside.
+        """
+        if short <= 0.0:
+            self.outer = v
+        else:
+            self.inner, self.outer = v, math.inf * self.sign if v == self.outer else self.outer
+        slow = short * self.short > 0.0 and abs(short) > 0.5 * abs(self.short)
+        self.short = short
+        ahead = v + self.sign * short / slope if slope > 0.0 else math.inf * self.sign
+        if math.isinf(self.outer):
+            return self.inside(self._outward(ahead))
+        if short > 0.0 and (ahead - self.outer) * self.sign > 0.0 and (self.outer not in self.again or self._jumps):
+            self.again.add(self.outer)
+            return self.outer
+        return ahead if _between(self.inner, ahead, self.outer) and ahead != v and not slow else 0.5 * (self.inner + self.outer)
+
+    @property
+    def _jumps(self) -> bool:
+        """Whether ζ is too far from its quantile for a bracket as narrow as this."""
+        return self.short > 50.0 * CLOSE and self.width < 1e-3 * abs(self.outer - self.start)
+
+    def _outward(self, v: float) -> float:
+        """v within a few standard errors of inner."""
+        far = self.inner + self.sign * 4.0 * max(self.error, 0.1 * abs(self.inner))
+        if not math.isfinite(v):
+            return self.inner + self.sign * self.error
+        return min(max(v, min(self.inner, far)), max(self.inner, far))
+
+    def inside(self, v: float) -> float:
+        """v, the end if v is beyond it, or half the way there where it is no model."""
+        if (v - self.end) * self.sign < 0.0:
+            return v
+        return self.end if self.closed else 0.5 * (self.inner + self.end)
+
+
+def _between(start: float, v: float, end: float) -> bool:
+    """Whether v is not beyond the end, seen from the start."""
+    return min(start, end) <= v <= max(start, end)
+
+
+def _inverse(H: Array, inside: int) -> Array:
+    """The inverse of a Hessian by x, made positive definite; the first `inside` numbers are a covariance's."""
+    if not len(H):
+        return H
+    size = np.sqrt(np.maximum(np.diag(H), np.where(np.arange(len(H)) < inside, CURVED, 1e-300)))
+    values, vectors = np.linalg.eigh(H / np.outer(size, size))
+    return np.asarray((vectors / np.maximum(values, 1e-4)) @ vectors.T / np.outer(size, size))
 
 
 def _updated(H: Array, s: Array, y: Array) -> Array:

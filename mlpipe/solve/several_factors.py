@@ -6,10 +6,23 @@ import numpy as np
 from .link import Array
 
 
+def spans(sizes: tuple[int, ...]) -> list[slice]:
+    """Where each term's columns are in Λ."""
+    stops = np.cumsum([0, *sizes]).tolist()
+    return [slice(a, b) for a, b in zip(stops[:-1], stops[1:], strict=True)]
+
+
+def squares(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """All elements of the terms' blocks of Λ, by rows."""
+    return tuple((i, j) for at in spans(sizes) for i in range(at.start, at.stop) for j in range(at.start, at.stop))
+
+
 class SeveralFactors:
-    """`terms`: per factor, the sizes of its random terms; Λ is block-diagonal over factors, and over the terms of each."""
+    """`terms`: per factor, the sizes of its random terms; Λ is block-diagonal over factors, and over the terms of each; lower triangular
+    unless `square`."""
 
     terms: tuple[tuple[int, ...], ...]
+    square: bool = False
 
     @property
     def offsets(self) -> list[int]:
@@ -18,8 +31,10 @@ class SeveralFactors:
 
     @property
     def entries(self) -> tuple[tuple[int, int], ...]:
-        """The free elements of Λ (over all factors), lower triangles by column, terms in order."""
+        """The free elements of Λ (over all factors), lower triangles by column (squares by row), terms in order."""
         out, at = [], 0
+        if self.square:
+            return squares(tuple(k for sizes in self.terms for k in sizes))
         for sizes in self.terms:
             for k in sizes:
                 out += [(at + i, at + j) for j in range(k) for i in range(j, k)]
