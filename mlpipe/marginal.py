@@ -125,7 +125,7 @@ def sandwich(model: Model, psi: Array, bread: Array, kind: str) -> Array:
     Q, density = model.Q, model.density
     gamma, tau = Q @ psi[: Q.shape[1]], float(psi[-1]) if density.family.shape else 0.0
     clustered, levered = kind.startswith("CR"), kind in ("HC2", "HC3", "CR2")
-    information = fisher(model, gamma, tau) if levered else np.zeros((0, 0))
+    information = _fisher(model, gamma, tau) if levered else np.zeros((0, 0))
     if not definite(information):  # estimates that go to infinity leave no leverages
         return np.full_like(bread, math.nan)
     L = half(np.linalg.inv(information)) if levered else information
@@ -163,7 +163,7 @@ def sandwich(model: Model, psi: Array, bread: Array, kind: str) -> Array:
     return np.asarray(factor * bread @ meat @ bread)
 
 
-def fisher(model: Model, gamma: Array, tau: float) -> Array:
+def _fisher(model: Model, gamma: Array, tau: float) -> Array:
     """X'WX with the weights of Fisher scoring, in the solver's coordinates."""
 
     def look(chunk: Chunk) -> Array:
