@@ -100,9 +100,12 @@ class Again:
 
 
 @contextmanager
-def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None, options: Options | None = None) -> Iterator[Again]:
-    """The rows once more, in a spool that goes at the end; noted in `info`. `compress`: whether rows may be held as cells; `data`: the
-    fit's rows from elsewhere than its own source; `options`: others than the fit's.
+def again(
+    fit: GeneralizedFit, *, compress: bool = True, repeatable: bool = False, data: Any = None, options: Options | None = None
+) -> Iterator[Again]:
+    """The rows once more, in a spool that goes at the end; noted in `info`. `compress`: whether rows may be held as cells; `repeatable`:
+    whether their order must be the same each time; `data`: the fit's rows from elsewhere than its own source; `options`: others than the
+    fit's.
 
     Raises DataError where the source is gone or has changed, ConfigError for a fit without a likelihood of its own: of a quasi family, or
     of factors that need conjugate gradients.
@@ -118,7 +121,7 @@ def again(fit: GeneralizedFit, *, compress: bool = True, data: Any = None, optio
     if source is None:
         raise DataError("the fit has no data, and a generalized model keeps no statistics", code="no_source", hint="fit it again")
     options = options or fit.options or Options()
-    plan, rows = gathered(source, _request(fit, options), options, compress=compress and bool(fit.terms))
+    plan, rows = gathered(source, _request(fit, options), options, compress=compress and bool(fit.terms), repeatable=repeatable)
     with rows.spool:
         if rows.rows != fit.rows:
             raise DataError("the source changed since the fit", code="source_changed", hint="fit it again")

@@ -145,7 +145,7 @@ def _by_passes(fit: GeneralizedFit, draws: int, rng: np.random.Generator) -> Ite
     if fit.recipe.freq is not None and fit.base_family not in SUMMED:
         raise ConfigError(f"rows of family {fit.family!r} that stand for several cannot be simulated as one", hint="leave freq out")
     power = PARAMETER.get(fit.base_family, ("", 0.0))[1]
-    with again(fit, compress=False) as found:
+    with again(fit, compress=False, repeatable=True) as found:
         model = found.model
         for _ in range(draws):
             made = found.refitted(_Redrawn.over(model.rows.spool, _responses(found, rng)))

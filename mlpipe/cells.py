@@ -62,11 +62,13 @@ def columns(recipe: Recipe, *, compressed: bool) -> list[str]:
     return out + (["constant"] if _constant(parts, family) is not None else [])
 
 
-def arranged(recipe: Recipe, keys: Sequence[str], *, compressed: bool) -> exp.Select:
-    """The cells, over the table `used`, ordered by the key columns `keys`."""
+def arranged(recipe: Recipe, keys: Sequence[str], *, compressed: bool, repeatable: bool = False) -> exp.Select:
+    """The cells, over the table `used`, ordered by the key columns `keys`; `repeatable`: and by all that they hold, so that the order is
+    the same in whatever order the rows come."""
     statement = unordered(recipe, keys, compressed=compressed)
-    order = [exp.column(key) for key in keys] + ([exp.column("time")] if Parts(recipe).time is not None else [])
-    return statement.order_by(*order, copy=False) if keys else statement
+    order = [*keys] + (["time"] if Parts(recipe).time is not None else [])
+    order += [name for name in columns(recipe, compressed=compressed) if name not in ("time", "constant")] if repeatable else []
+    return statement.order_by(*map(exp.column, order), copy=False) if order else statement
 
 
 def unordered(recipe: Recipe, keys: Sequence[str], *, compressed: bool) -> exp.Select:

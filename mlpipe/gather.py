@@ -53,8 +53,9 @@ class Gathered:
     weight: float = 1.0
 
 
-def gather(plan: Plan, *, compress: bool) -> Gathered:
-    """Reads the rows into the spool and checks them there; `compress`: whether rows may be held as cells.
+def gather(plan: Plan, *, compress: bool, repeatable: bool = False) -> Gathered:
+    """Reads the rows into the spool and checks them there; `compress`: whether rows may be held as cells; `repeatable`: whether their order
+    must not depend on that in which they come.
 
     Raises DataError: no usable rows, a response the family cannot give, non-finite terms, rows dropped under na="raise", a source that
     changed; ResourceError for a full disk.
@@ -64,7 +65,7 @@ def gather(plan: Plan, *, compress: bool) -> Gathered:
     total = row_count(plan.engine)
     ratio = compression(plan, total) if compress else 1.0
     with stage("spool", seconds, engine, options, rows=total) as fields:
-        spool = _spooled(plan, compressed=ratio >= WORTHWHILE)
+        spool = _spooled(plan, compressed=ratio >= WORTHWHILE, repeatable=repeatable)
         fields |= {"cells": spool.n_rows, "blocks": spool.n_blocks}
     engine.check_unchanged()
     try:
@@ -245,21 +246,16 @@ def layout_of(recipe: Recipe, *, merges: bool) -> Layout:
     return Layout(columns_of(recipe, merges=merges), places, recipe.n_covariates, len(cells.family_of(recipe).statistics))
 
 
-def _spooled(plan: Plan, *, compressed: bool) -> Spool:
+def _spooled(plan: Plan, *, compressed: bool, repeatable: bool) -> Spool:
     recipe, options = plan.recipe, plan.request.options
     layout = layout_of(recipe, merges=compressed)
     keys = [plan.names.key(group).name for group in recipe.groups]
-    batches = _arranged(plan, keys, options, compressed=compressed)
+    batches = made(plan, cells.arranged(recipe, keys, compressed=compressed, repeatable=repeatable), options)
     return build(batches, layout, keys, budget=options.memory_bytes // 4, parent=options.temp_directory, threads=options.threads)
 
 
-def _arranged(plan: Plan, keys: list[str], options: Options, *, compressed: bool) -> Iterator[pa.RecordBatch]:
-    """The cells in the order of their blocks: by the engine itself where it is DuckDB, else by one of ours over its rows."""
-    yield from made(plan, cells.arranged(plan.recipe, keys, compressed=compressed), options)
-
-
 def made(plan: Plan, statement: exp.Select, options: Options) -> Iterator[pa.RecordBatch]:
-    """The batches of a statement over the table `used`, the plan's rows."""
+    """The batches of a statement over the table `used`, the plan's rows: by the engine itself where it is DuckDB, else by one of ours."""
     rows = statements.used_rows(plan.recipe, plan.names, keys=True)
     if plan.engine.dialect == "duckdb":
         yield from plan.engine.query(over(statement, rows, "used"), plan.columns)

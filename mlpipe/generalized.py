@@ -222,8 +222,9 @@ def _checked(formula: str, method: str) -> Formula:
     return parsed
 
 
-def gathered(data: Any, request: Request, options: Options, *, compress: bool) -> tuple[Plan, Gathered]:
-    """The plan of a request and the rows it reads, in a spool that is the caller's to close. Raises ConfigError for statistics."""
+def gathered(data: Any, request: Request, options: Options, *, compress: bool, repeatable: bool = False) -> tuple[Plan, Gathered]:
+    """The plan of a request and the rows it reads, as `gather` does, in a spool that is the caller's to close. Raises ConfigError for
+    statistics."""
     from .gather import gather
     from .sources import open_source
     from .stats import SuffStats
@@ -232,4 +233,4 @@ def gathered(data: Any, request: Request, options: Options, *, compress: bool) -
         raise ConfigError("sufficient statistics of a linear model do not hold what a generalized one needs", hint="pass the rows")
     with closing(open_source(data, options=options)) as engine:
         plan = prepare(engine, request)
-        return plan, gather(plan, compress=compress)
+        return plan, gather(plan, compress=compress, repeatable=repeatable)

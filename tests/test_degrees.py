@@ -178,8 +178,9 @@ def test_what_has_no_such_degrees_of_freedom_is_refused() -> None:
 def test_robust_covariances_have_no_such_degrees_of_freedom() -> None:
     fit = mp.lmm("reaction ~ days + (1 | subject)", mp.datasets.path("sleepstudy"), cluster="subject")
     for ddf in ("satterthwaite", "kenward-roger"):
-        with pytest.raises(mp.ConfigError, match="cluster-robust"):
-            fit.tidy(ddf=ddf)
+        for ask in (fit.tidy, lambda ddf: fit.test("days = 0", ddf=ddf)):
+            with pytest.raises(mp.ConfigError, match="cluster-robust"):
+                ask(ddf=ddf)
     assert fit.test("days = 0")["df_denominator"][0].as_py() is None
 
 

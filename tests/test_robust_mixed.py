@@ -179,15 +179,6 @@ def test_the_influence_of_blocks_within_clusters() -> None:
     np.testing.assert_allclose(fit.influence()["leverage"], plain.influence()["leverage"], rtol=1e-8)
 
 
-@pytest.mark.parametrize("ddf", ["satterthwaite", "kenward-roger"])
-def test_degrees_of_freedom_of_the_model_are_not_those_of_clusters(ddf: str) -> None:
-    """Kenward and Roger's errors would take the place of the robust ones, unsaid."""
-    fit = mp.lmm("y ~ x + (1 | klass)", FRAME, cluster="klass")
-    for ask in (lambda: fit.tidy(ddf=ddf), lambda: fit.test("x = 0", ddf=ddf)):
-        with pytest.raises(mp.ConfigError, match="not to a cluster-robust one"):
-            ask()
-
-
 @pytest.mark.parametrize("kind", ["CR0", "CR1", "CR2"])
 @pytest.mark.parametrize("formula", ["y ~ x + (1 | klass)", "y ~ x + (1 | school / klass)"])
 def test_covariates_far_from_zero(kind: str, formula: str) -> None:

@@ -6,7 +6,7 @@ in as many of them as its rank and is zero in the others, whose cross-products a
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,10 +42,42 @@ class _Rest:
         return self.root @ z, float(z @ z) + (rng.chisquare(self.degrees) if self.degrees > 0 else 0.0)
 
 
-def _pieces(problem: LMMProblem) -> Iterator[tuple[BlockChunk, Index]]:
-    """The chunks, and which S each C belongs to."""
-    for chunk in problem.chunks():
-        yield chunk, np.arange(chunk.S.shape[2]) if chunk.owner is None else chunk.owner
+def _ordered(problem: LMMProblem) -> list[tuple[BlockChunk, Index]]:
+    """All blocks, those that share S apart, without the response, and which S each C belongs to, in an order of their own values: engines
+    hand blocks over as their threads happen to be done, and a seed must draw the same all the same."""
+    out, p, given = [], problem.p, list(problem.chunks())
+    for chunks in ([chunk for chunk in given if chunk.owner is None], [chunk for chunk in given if chunk.owner is not None]):
+        if not chunks:
+            continue
+        S, C = np.concatenate([chunk.S for chunk in chunks], axis=2), np.concatenate([chunk.C[:, :p] for chunk in chunks], axis=2)
+        count, places = np.concatenate([chunk.count for chunk in chunks]), np.cumsum([0, *(len(chunk.count) for chunk in chunks)])
+        owner = np.concatenate([_owner(chunk) + place for chunk, place in zip(chunks, places, strict=False)])
+        alone = chunks[0].owner is None
+        values = [*S[np.triu_indices(len(S))], *(C.reshape(-1, C.shape[2]) if alone else [])]
+        order = np.lexsort(values[::-1])
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        owner = rank[owner]
+        rows = np.argsort(owner, kind="stable")
+        owner, C = owner[rows], C[:, :, rows]
+        out.append((BlockChunk(S[:, :, order], count[order], C if alone else _turned(C, owner), None if alone else owner), owner))
+    return out
+
+
+def _turned(C: Array, owner: Index) -> Array:
+    """Blocks (q, p, R) in the order of the S that they share, those of each turned to the principal axes of their outer products, the
+    largest element of each positive."""
+    out, starts = np.zeros_like(C), np.flatnonzero(np.diff(owner, prepend=-1))
+    for a, b in zip(starts, [*starts[1:], len(owner)], strict=True):
+        left, values, _ = np.linalg.svd(C[:, :, a:b].reshape(-1, b - a), full_matrices=False)
+        axes = left * values
+        sign = np.where(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])] < 0.0, -1.0, 1.0)
+        out[:, :, a : a + axes.shape[1]] = (axes * sign).reshape(*C.shape[:2], -1)
+    return out
+
+
+def _owner(chunk: BlockChunk) -> Index:
+    return np.arange(chunk.S.shape[2]) if chunk.owner is None else chunk.owner
 
 
 def _roots(S: Array) -> tuple[Array, Array, Array]:
@@ -64,8 +96,9 @@ class BlockSimulator:
     def __init__(self, problem: LMMProblem, lambda_: Array, sigma: float, beta: Array) -> None:
         self.problem, self.lambda_, self.sigma, self.beta = problem, lambda_, sigma, beta
         p = problem.p
+        self.pieces = _ordered(problem)
         explained, rank = np.zeros((p, p)), 0
-        for chunk, owner in _pieces(problem):
+        for chunk, owner in self.pieces:
             _, inverse, ranks = _roots(chunk.S)
             half = np.einsum("abr,bjr->ajr", inverse[:, :, owner], chunk.C[:, :p])
             explained += np.einsum("ajr,akr->jk", half, half, optimize=True)
@@ -79,7 +112,7 @@ class BlockSimulator:
         Xe, ee = self.rest.draw(rng)
         Xe, ee, Xb, quadratic = sigma * Xe, sigma**2 * ee, np.zeros(p), 0.0
         chunks = []
-        for chunk, owner in _pieces(self.problem):
+        for chunk, owner in self.pieces:
             made, parts = self._chunk(chunk, owner, rng)
             chunks.append(made)
             Xe, Xb = Xe + parts[0], Xb + parts[1]
