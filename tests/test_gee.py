@@ -267,6 +267,7 @@ def test_an_exact_fit_is_told(corr: str) -> None:
     assert not fit.converged and fit.evaluations < 20
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("corr", ["independence", "exchangeable", "ar1", "unstructured"])
 @pytest.mark.parametrize("family", ["binomial", "poisson"])
 @pytest.mark.parametrize("blocks", [40, 1000])

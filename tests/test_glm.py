@@ -311,6 +311,7 @@ def test_results_answer(tmp_path: Path) -> None:
     assert (again.beta == fit.beta).all() and again.loglik == fit.loglik and again.tau == fit.tau
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("family", ["binomial", "poisson", "quasipoisson"])
 @pytest.mark.parametrize(("n", "rare"), [(200, 40), (20_000, 10)])
 @pytest.mark.parametrize("cluster", [None, "g"])

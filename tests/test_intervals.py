@@ -335,6 +335,7 @@ def slopes(kind: str, family: str, seed: int) -> pl.DataFrame:
 PINNED = {"sd_(Intercept)|g": 0, "sd_x|g": 1, "cor_x.(Intercept)|g": 2, "(Intercept)": 3, "x": 4, "sigma": 5}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
 @pytest.mark.parametrize(
     ("kind", "family", "seed", "why"),
