@@ -112,8 +112,9 @@ def parameter_covariance(fit: MixedFit) -> Array:
     where it has one) and theta apart; what is on the boundary counts as known."""
     p, k = len(fit.names), len(fit.theta_covariance)
     V: Array = np.zeros((p + k, p + k))
-    if not _apart(fit):
-        V = np.array(getattr(fit, "joint_covariance"))  # noqa: B009
+    joint = None if _apart(fit) else getattr(fit, "joint_covariance", None)
+    if joint is not None:
+        V = np.array(joint)
         V[:p, p:] = fit.spread.R @ V[:p, p:]
         V[p:, :p] = V[:p, p:].T
     else:

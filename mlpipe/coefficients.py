@@ -11,6 +11,7 @@ import numpy as np
 from .errors import ConfigError
 from .layout import aligned, coefficients, p_value, printable, to_decimals
 from .variance import estimate_row, standard_errors, tidy_schema
+from .wald import check_level
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,8 +23,7 @@ def critical(level: float, degrees: float) -> float:
     """The t (or, for infinite degrees of freedom, normal) quantile of a two-sided interval. Raises ConfigError for no such level."""
     from scipy.special import ndtri, stdtrit
 
-    if not isinstance(level, int | float) or not 0 < level < 1:
-        raise ConfigError(f"conf_level = {level!r} is not between 0 and 1")
+    check_level(level)
     at = 0.5 + level / 2.0
     return float(ndtri(at)) if math.isinf(degrees) else float(stdtrit(degrees, at))
 

@@ -70,9 +70,7 @@ class Held:
 
     def covariance(self, star: np.ndarray) -> np.ndarray:
         """The covariance (p, p) of the fit's coefficients from that of the solver's."""
-        half = np.linalg.solve(self.fixed.R, star) * self.scale**2
-        out = np.linalg.solve(self.fixed.R, half.T)
-        return np.asarray((out + out.T) / 2)
+        return self.fixed.spread(star * self.scale**2).raw
 
 
 def of_reduced(stats: SuffStats, reduced: Reduced, coding: dict[str, Any], base: np.ndarray | None = None) -> Held:
