@@ -303,7 +303,7 @@ def _limited(plan: Plan, rows: int) -> Iterator[Plan]:
     from .sources import open_source
 
     plan.notes.append(f"about {keys:,} groups exceed the memory limit in {plan.engine.dialect}: DuckDB summed them, from a copy on disk")
-    names = Names({name: i for i, name in enumerate(recipe.kinds)}, recipe.kinds)
+    names = Names({name: i for i, name in enumerate(recipe.kinds)}, recipe.kinds, whole=plan.names.whole)
     columns = Columns(plan.columns.values, frozenset(plan.names.positions[name] for name in recipe.kinds))
     copied = plan.engine.query(statements.raw_rows(recipe, plan.names), columns)
     with closing(open_source(copied, options=plan.request.options)) as engine:

@@ -125,7 +125,7 @@ def _clustered(fit: LMMFit, stats: SuffStats, ordinary: Solution) -> tuple[Array
 
         try:
             with effects.reopened(fit) as engine:
-                names = Names({name: i for i, name in enumerate(engine.schema())}, recipe.kinds)
+                names = Names.of(engine.schema(), recipe.kinds)
                 meat = robust.of_clusters(Source(engine, names), fitted, recipe.groups, "CR1")
         except DataError as error:
             if error.code != "no_source":

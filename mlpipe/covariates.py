@@ -153,7 +153,7 @@ def scanned(fit: MixedFit, data: Any, options: Options | None = None, more: Sequ
     recipe = fit.recipe
     if data is None:
         with reopened(fit, options) as engine:
-            names = Names({name: i for i, name in enumerate(engine.schema())}, recipe.kinds)
+            names = Names.of(engine.schema(), recipe.kinds)
             yield Scan(engine, names, recipe, own=True)
         return
     with closing(open_source(data, options=options or fit.options)) as engine:

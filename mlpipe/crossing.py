@@ -17,7 +17,7 @@ from .features import Recipe
 from .levels import Levels
 from .options import Options
 from .pairs import PairAdder
-from .sql import Names, both, finite, named, skeleton
+from .sql import Names, both, named, skeleton
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -119,11 +119,7 @@ def _queried(plan: Plan, groups: tuple[str, ...]) -> pa.Table:
 
 
 def _present(groups: Sequence[str], names: Names) -> exp.Expr:
-    conditions: list[exp.Expr] = []
-    for group in groups:
-        present = exp.Not(this=exp.Is(this=names.key(group), expression=exp.Null()))
-        conditions.append(finite(names.value(group)) if names.kinds[group] == "number" else present)
-    return both(conditions)
+    return both(names.present(group, key=True) for group in groups)
 
 
 def combinations(plan: Plan, groups: Sequence[str]) -> float:

@@ -168,7 +168,7 @@ def from_rows(fit: MixedFit, engine: Engine) -> Iterator[pa.Table]:
 
     recipe = fit.recipe
     schema = engine.schema()
-    names = Names({name: i for i, name in enumerate(schema)}, recipe.kinds)
+    names = Names.of(schema, recipe.kinds)
     statement = statements.blup_sums(recipe, names, residual_vector(fit).tolist())
     keys = [names.key(group).name for group in recipe.groups]
     for batch in engine.query(statement, used_columns(recipe, names)):

@@ -181,8 +181,7 @@ def _names(engine: Engine, formula: Formula, request: Request) -> tuple[Names, l
         if kind.name == "BIGNUM" or (kind.kind == "other" and any(part in kind.name.upper() for part in UNGROUPABLE)):
             message = f"the column {name!r} of type {kind.name} cannot be a grouping key"
             raise DataError(message, code="column_type", column=name, hint="cast it")
-    positions = {name: i for i, name in enumerate(schema)}
-    return Names(positions, {name: column.kind for name, column in schema.items()}), []
+    return Names.of(schema), []
 
 
 def _nodes(formula: Formula, request: Request) -> list[expr.Node]:

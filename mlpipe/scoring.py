@@ -147,7 +147,7 @@ def found(engine: Engine, recipe: Recipe, wanted: Sequence[str]) -> Names:
                 column=name,
                 hint="cast it; for CSV and JSON files give mp.source types",
             )
-    return Names({name: i for i, name in enumerate(schema)}, recipe.kinds)
+    return Names.of(schema, recipe.kinds)
 
 
 def shown_columns(engine: Engine, columns: Sequence[str] | None, outputs: Sequence[str]) -> dict[str, int]:

@@ -6,8 +6,9 @@ never reach an engine's resolver. Literals are written by sqlglot, numbers in ex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import reduce
+from typing import TYPE_CHECKING
 
 from sqlglot import exp, parse_one
 
@@ -15,6 +16,9 @@ from . import expr
 from .design import Atom, Level, Monomial, Variable, level_label
 from .features import Recipe
 from .sql_files import read_sql
+
+if TYPE_CHECKING:
+    from .engines.base import ColumnType
 
 Expression = exp.Expr
 
@@ -106,15 +110,25 @@ def case(branches: Iterable[tuple[Expression, Expression]], default: Expression 
 
 
 class Names:
-    """Where the source's columns stand and what they hold: name -> (position, kind). `complete`: every row is known to be usable, so
-    that statements need not look for missing values again (which costs half as much as reading the rows)."""
+    """Where the source's columns stand and what they hold: name -> (position, kind). `whole`: those of integers, which are never NaN or
+    infinite; `complete`: every row is known to be usable, so that statements need not look for missing values again (which costs half as
+    much as reading the rows)."""
 
-    def __init__(self, positions: Mapping[str, int], kinds: Mapping[str, str], *, complete: bool = False) -> None:
-        self.positions, self.kinds, self.complete = positions, kinds, complete
+    def __init__(
+        self, positions: Mapping[str, int], kinds: Mapping[str, str], *, whole: Collection[str] = (), complete: bool = False
+    ) -> None:
+        self.positions, self.kinds, self.whole, self.complete = positions, kinds, whole, complete
+
+    @classmethod
+    def of(cls, schema: Mapping[str, ColumnType], kinds: Mapping[str, str] | None = None) -> Names:
+        """Of all columns of a source; `kinds`, where a fit knows them already."""
+        whole = frozenset(name for name, column in schema.items() if column.exact_integer)
+        known = {name: column.kind for name, column in schema.items()} if kinds is None else kinds
+        return cls({name: i for i, name in enumerate(schema)}, known, whole=whole)
 
     def known(self, *, complete: bool) -> Names:
         """The same where it is known whether every row is usable."""
-        return Names(self.positions, self.kinds, complete=complete)
+        return Names(self.positions, self.kinds, whole=self.whole, complete=complete)
 
     def value(self, name: str) -> exp.Column:
         """The column as a covariate."""
@@ -124,10 +138,11 @@ class Names:
         """The column as a grouping key, in the source's own type."""
         return exp.column(f"k{self.positions[name]}")
 
-    def present(self, name: str) -> Expression:
-        """True where the column has a usable value."""
-        value = self.value(name)
-        return finite(value) if self.kinds[name] == "number" else exp.Not(this=exp.Is(this=value, expression=exp.Null()))
+    def present(self, name: str, *, key: bool = False) -> Expression:
+        """True where the column has a usable value, or `key`."""
+        if self.kinds[name] == "number" and name not in self.whole:
+            return finite(self.value(name))
+        return exp.Not(this=exp.Is(this=self.key(name) if key else self.value(name), expression=exp.Null()))
 
 
 _ARITHMETIC: dict[str, type[Expression]] = {"+": exp.Add, "-": exp.Sub, "*": exp.Mul, "/": exp.Div}

@@ -49,10 +49,8 @@ def raw_columns(recipe: Recipe) -> tuple[str, ...]:
 def usable(recipe: Recipe, names: Names) -> Expression:
     """True where a row enters the fit: no missing or infinite value, no missing key, positive weights."""
     conditions = [] if names.complete else [names.present(name) for name in raw_columns(recipe)]
-    for group in recipe.keys:
-        present = exp.Not(this=exp.Is(this=names.key(group), expression=exp.Null()))
-        # of complete rows too: a key that went missing since would make a group of its own, which the sums over groups do not tell
-        conditions.append(finite(names.value(group)) if names.kinds[group] == "number" else present)
+    # of complete rows too: a key that went missing since would make a group of its own, which the sums over groups do not tell
+    conditions += [names.present(group, key=True) for group in recipe.keys]
     for text in () if names.complete else weight_columns(recipe).values():
         conditions.append(exp.GT(this=numeric(parse_expression(text), names), expression=number(0)))
     return both(conditions)

@@ -110,17 +110,16 @@ def filtered(inner: Engine, where: str | None, keys: Mapping[str, Sequence[str |
     Raises FormulaError for an expression that is not a condition, ColumnNotFoundError for a column that is not there.
     """
     schema = inner.schema()
-    positions = {name: i for i, name in enumerate(schema)}
-    names = Names(positions, {name: column.kind for name, column in schema.items()})
+    names = Names.of(schema)
     conditions, values = [], set[int]()
     if where is not None:
         node = _condition(where, schema)
         conditions.append(scalar(node, names))
-        values = {positions[name] for name in expr.columns(node)}
+        values = {names.positions[name] for name in expr.columns(node)}
     for name, texts in keys.items():
         _check_column(name, schema)
         conditions.append(_one_of(names.key(name), texts, schema[name].name))
-    read = Columns(frozenset(values), frozenset(positions[name] for name in keys))
+    read = Columns(frozenset(values), frozenset(names.positions[name] for name in keys))
     return FilteredEngine(inner, both(exp.paren(one) for one in conditions), read, repr((where, dict(keys))))
 
 
