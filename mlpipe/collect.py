@@ -38,23 +38,28 @@ MORE_RANGES = 1  # than parts by hash take the same time: a table addressed by t
 
 
 def collect(plan: Plan) -> SuffStats:
-    """Runs the plan's passes. Blocks above a quarter of the memory limit go to a mapped file that lives as long as they do.
+    """The statistics of a plan. Blocks above a quarter of the memory limit go to a mapped file that lives as long as they do.
 
     Raises DataError: no usable rows, non-finite values, negative weights, rows dropped under na="raise", a source that
     changed between the passes.
     """
+    return collected(plan)[0]
+
+
+def collected(plan: Plan) -> tuple[SuffStats, Plan]:
+    """Runs the plan's passes; the plan comes back with what these told of its columns. Raises as `collect`."""
     seconds: dict[str, float] = {}
     engine, options = plan.engine, plan.request.options
     total = row_count(plan.engine)
     with stage("cross_products", seconds, engine, options, rows=total) as fields:
-        (gram, rows, n, sum_log_w), scans = _gram(plan)
+        (gram, rows, n, sum_log_w), plan, scans = _gram(plan)
         dropped = dropped_rows(plan, total, rows)
         fields |= {"rows": rows, "dropped": total - rows}
     if far := _far_off(plan.recipe, gram):
         note = "the sample was not representative: the pass was repeated with the true shifts and scales"
         plan = replace(plan, recipe=far, notes=[*plan.notes, note])
         with stage("cross_products_again", seconds, engine, options, rows=total):
-            (gram, rows, n, sum_log_w), more = _gram(plan)
+            (gram, rows, n, sum_log_w), plan, more = _gram(plan)
         scans += more
     plan = replace(plan, names=plan.names.known(complete=rows == total))
     blocks: Blocks | None = None
@@ -88,7 +93,7 @@ def collect(plan: Plan) -> SuffStats:
         "key_types": key_types(plan),
         "sql": plan.engine.ran,
     }
-    return SuffStats(plan.recipe, rows, n, sum_log_w, gram, blocks, plan.request.collect, info, several)
+    return SuffStats(plan.recipe, rows, n, sum_log_w, gram, blocks, plan.request.collect, info, several), plan
 
 
 def collect_like(stats: SuffStats, data: Any, options: Options | None = None) -> SuffStats:
@@ -127,17 +132,18 @@ class _Sums(NamedTuple):
         return bool(np.isfinite(self.gram).all()) and math.isfinite(self.n) and math.isfinite(self.sum_log_w)
 
 
-def _gram(plan: Plan) -> tuple[_Sums, int]:
-    """The sums of the first pass, and the number of passes; raises where they are not finite."""
+def _gram(plan: Plan) -> tuple[_Sums, Plan, int]:
+    """The sums of the first pass, the plan with what they told of its columns, and the number of passes; raises where they are not
+    finite."""
     found, passes = _summed(plan), 1
-    if plan.presumed and not found.finite:  # there was a NaN, or an infinity, after all
-        plan = replace(plan, presumed=False)
+    if plan.presumed is not None and not found.finite:  # there was a NaN, or an infinity, after all
+        plan = replace(plan, presumed=None)
         found, passes = _summed(plan), 2
     if found.rows == 0:
         raise none_usable(causes(plan)[()], row_count(plan.engine))
     if not found.finite:
         raise not_finite(plan)
-    return found, passes
+    return found, replace(plan, names=plan.first_names, presumed=None), passes
 
 
 def _summed(plan: Plan) -> _Sums:
@@ -303,7 +309,7 @@ def _limited(plan: Plan, rows: int) -> Iterator[Plan]:
     from .sources import open_source
 
     plan.notes.append(f"about {keys:,} groups exceed the memory limit in {plan.engine.dialect}: DuckDB summed them, from a copy on disk")
-    names = Names({name: i for i, name in enumerate(recipe.kinds)}, recipe.kinds, whole=plan.names.whole)
+    names = Names({name: i for i, name in enumerate(recipe.kinds)}, recipe.kinds, finite=plan.names.finite)
     columns = Columns(plan.columns.values, frozenset(plan.names.positions[name] for name in recipe.kinds))
     copied = plan.engine.query(statements.raw_rows(recipe, plan.names), columns)
     with closing(open_source(copied, options=plan.request.options)) as engine:

@@ -311,17 +311,16 @@ def _given(data: Any, arguments: dict[str, Any]) -> bool:
 @contextmanager
 def _collected(formula: str, data: Any, arguments: dict[str, Any], options: Options) -> Iterator[tuple[SuffStats, Plan]]:
     """The statistics, and their plan while its engine is open."""
-    from .collect import collect
+    from .collect import collected
     from .planning import prepare
     from .sources import open_source
 
     request = _request(formula, arguments, options)
     with closing(open_source(data, options=options)) as engine:
-        prepared = prepare(engine, request)
-        stats = collect(prepared)
+        stats, plan = collected(prepare(engine, request))
         identity = engine.identity()
         stats.info.update(fingerprint=identity.fingerprint, rescannable=identity.rescannable, bytes=identity.bytes)
-        yield stats, prepared
+        yield stats, plan
 
 
 def _fitted(

@@ -119,22 +119,20 @@ def _from_rows(
     formula: str, parsed: Formula, data: Any, absorb: tuple[str, ...], clusters: tuple[str, ...], kind: str | None,
     arguments: Mapping[str, Any], options: Options,
 ) -> OLSFit:  # fmt: skip
-    from .collect import collect
+    from .collect import collected
     from .planning import prepare
     from .sources import open_source
 
     request = request_of(formula, absorb, clusters, arguments, options)
     with closing(open_source(data, options=options)) as engine:
-        plan = prepare(engine, request)
-        stats = collect(plan)
+        stats, plan = collected(prepare(engine, request))
         identity = engine.identity()
         stats.info.update(fingerprint=identity.fingerprint, rescannable=identity.rescannable, bytes=identity.bytes)
         stats, left, solution, beta = _solution(stats, parsed, absorb, plan, options)
         fit = _result(formula, stats, left, solution, beta, kind, clusters, options)
         if kind is not None:
             with stage("robust", stats.info["seconds"], engine, options):
-                names = plan.names.known(complete=stats.info["rows_dropped"] == 0)
-                _robust(fit, stats, solution, left, absorb, Source(engine, names), kind, clusters)
+                _robust(fit, stats, solution, left, absorb, Source(engine, plan.names), kind, clusters)
             engine.check_unchanged()
         fit.source = data if identity.rescannable else None
         if absorb:

@@ -29,6 +29,7 @@ class Looks:
         self.engine, self.names, self.shell, self.levels = engine, names, shell, dict(levels or {})
         self.notes: list[str] = []
         self.counts: dict[str, dict[str, int]] = {}
+        self.not_finite: set[str] = set()  # columns that hold a NaN or an infinity in the sample
         self.columns = used_columns(shell, names)
 
     def used(self) -> Expression:
@@ -154,6 +155,8 @@ class Looks:
             row = self._row(statements.moments(nodes, self.names, both([])), sample=True)
             self._note_wide_integers(nodes, row)
             self._refuse_huge(nodes, row)
+            bad = [node for k, node in enumerate(nodes) if row[f"count_{k}"] < row[f"present_{k}"]]
+            self.not_finite = {name for node in bad for name in expr.columns(node)}
             scalings = {atom: scaling(row, k) for k, (atom, _) in enumerate(atoms)}
         # of levels that are as frequent one that does not depend on the order in which the scan gave them
         omitted = {label: max(sorted(counts, key=str), key=lambda level: counts[level]) for label, counts in self.counts.items() if counts}

@@ -1,7 +1,7 @@
 """Formula + source -> Plan: what will be read, how often, and in which form it will be summed."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     path = "spool" if request.family is not None else "crossed" if recipe.factors else path
     if recipe.factors and request.collect == "blocks+xx":
         raise ConfigError('collect="blocks+xx" is for one grouping factor', code="several_factors", hint='collect="blocks"')
-    presumed = request.family is None and _shows_all(engine, recipe, names)
+    presumed = _presumed(engine, recipe, names, looks.not_finite) if request.family is None else None
     plan = Plan(engine, request, recipe, names, path, [*notes, *engine.identity().notes, *looks.notes], presumed=presumed)
     limit = request.options.memory_bytes
     if plan.bytes_needed() > limit:
@@ -71,20 +71,17 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     return plan
 
 
-def _shows_all(engine: Engine, recipe: Recipe, names: Names) -> bool:
-    """Whether the sums over all rows tell that all can be used: no column has a NULL, and each that may hold a NaN or an infinity is a
-    feature itself. Comparisons, say, hide them."""
+def _presumed(engine: Engine, recipe: Recipe, names: Names, seen: Set[str]) -> Names:
+    """What a first pass may take the columns for, as its sums tell: without NaN and infinities those that are features themselves, but for
+    those in which some were `seen` (comparisons, say, would hide them); all rows usable where no column has a NULL either."""
     from .statements import raw_columns, weight_columns
 
-    if weight_columns(recipe):
-        return False
-    schema, raw = engine.schema(), raw_columns(recipe)
     plain = (v for v in recipe.variables.values() if v.kind == "numeric" and v.basis is None and (Atom(v.label, "1"),) in recipe.features)
-    shown = {v.expression.name for v in plain if isinstance(v.expression, expr.Column)}
-    whole = {name for name in (*raw, *recipe.keys) if names.kinds[name] != "number" or schema[name].exact_integer}
-    if not set(raw) <= shown | whole or not set(recipe.keys) <= whole:
-        return False
-    return engine.without_nulls({names.positions[name] for name in (*raw, *recipe.keys)})
+    shown = {v.expression.name for v in plain if isinstance(v.expression, expr.Column)} - {*recipe.keys, *seen}
+    read = {*raw_columns(recipe), *recipe.keys}
+    tellable = all(names.kinds[name] != "number" or name in names.finite or name in shown for name in read)
+    complete = tellable and not weight_columns(recipe) and engine.without_nulls({names.positions[name] for name in read})
+    return names.known(complete=complete, finite=shown)
 
 
 Outcomes = tuple[str | None, str | None]  # the two levels of a text response, that of failure first; None of other responses

@@ -93,8 +93,8 @@ class Plan:
 
     Attributes: `recipe`, what is summed; `path`, how the blocks are summed ("second level", "blocks", "none"), or "spool" for iterative
     fits; `names`, where the columns stand; `notes`, choices made and why; `expected`, of the spool, where it was asked for;
-    `several`, lines on several factors; `presumed`: the first pass takes all rows for usable, as no column can hold a NULL, and every NaN
-    or infinity would show in its sums (it is then repeated without them).
+    `several`, lines on several factors; `presumed`: what the first pass takes the columns for, as every NaN or infinity would show in
+    its sums (it is then repeated with `names`).
     """
 
     engine: Engine
@@ -105,12 +105,12 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     expected: Expected | None = None
     several: Sequence[str] = ()
-    presumed: bool = False
+    presumed: Names | None = None
 
     @property
     def first_names(self) -> Names:
         """Where the columns stand, for the first pass: see `presumed`."""
-        return self.names.known(complete=self.presumed)
+        return self.presumed or self.names
 
     @property
     def columns(self) -> Columns:

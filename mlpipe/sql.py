@@ -6,7 +6,7 @@ never reach an engine's resolver. Literals are written by sqlglot, numbers in ex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -110,25 +110,25 @@ def case(branches: Iterable[tuple[Expression, Expression]], default: Expression 
 
 
 class Names:
-    """Where the source's columns stand and what they hold: name -> (position, kind). `whole`: those of integers, which are never NaN or
-    infinite; `complete`: every row is known to be usable, so that statements need not look for missing values again (which costs half as
-    much as reading the rows)."""
+    """Where the source's columns stand and what they hold: name -> (position, kind). `finite`: columns without NaN and infinities, such as
+    those of integers, which are asked for NULL alone; `complete`: every row is known to be usable, so that statements need not look for
+    missing values again (which costs half as much as reading the rows)."""
 
     def __init__(
-        self, positions: Mapping[str, int], kinds: Mapping[str, str], *, whole: Collection[str] = (), complete: bool = False
+        self, positions: Mapping[str, int], kinds: Mapping[str, str], *, finite: Set[str] = frozenset(), complete: bool = False
     ) -> None:
-        self.positions, self.kinds, self.whole, self.complete = positions, kinds, whole, complete
+        self.positions, self.kinds, self.finite, self.complete = positions, kinds, finite, complete
 
     @classmethod
     def of(cls, schema: Mapping[str, ColumnType], kinds: Mapping[str, str] | None = None) -> Names:
         """Of all columns of a source; `kinds`, where a fit knows them already."""
         whole = frozenset(name for name, column in schema.items() if column.exact_integer)
         known = {name: column.kind for name, column in schema.items()} if kinds is None else kinds
-        return cls({name: i for i, name in enumerate(schema)}, known, whole=whole)
+        return cls({name: i for i, name in enumerate(schema)}, known, finite=whole)
 
-    def known(self, *, complete: bool) -> Names:
-        """The same where it is known whether every row is usable."""
-        return Names(self.positions, self.kinds, whole=self.whole, complete=complete)
+    def known(self, *, complete: bool, finite: Set[str] = frozenset()) -> Names:
+        """The same where it is known whether every row is usable, and of more columns that they are finite."""
+        return Names(self.positions, self.kinds, finite=self.finite | finite, complete=complete)
 
     def value(self, name: str) -> exp.Column:
         """The column as a covariate."""
@@ -140,7 +140,7 @@ class Names:
 
     def present(self, name: str, *, key: bool = False) -> Expression:
         """True where the column has a usable value, or `key`."""
-        if self.kinds[name] == "number" and name not in self.whole:
+        if self.kinds[name] == "number" and name not in self.finite:
             return finite(self.value(name))
         return exp.Not(this=exp.Is(this=self.key(name) if key else self.value(name), expression=exp.Null()))
 

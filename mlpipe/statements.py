@@ -180,6 +180,7 @@ def moments(nodes: Sequence[expr.Node], names: Names, where: Expression) -> exp.
         fraction = case([(exp.EQ(this=exp.Floor(this=x.copy()), expression=x.copy()), number(0))], number(1))
         statement = statement.select(
             named(exp.Count(this=kept), f"count_{k}"),
+            named(exp.Count(this=x.copy()), f"present_{k}"),
             named(exp.Avg(this=kept.copy()), f"mean_{k}"),
             named(exp.StddevSamp(this=kept.copy()), f"sd_{k}"),
             named(exp.Min(this=kept.copy()), f"min_{k}"),

@@ -1,4 +1,4 @@
-"""First passes that take all rows for usable: the sums must tell where they are not."""
+"""First passes that take all rows for usable, or all values for finite: the sums must tell where they are not."""
 from __future__ import annotations
 
 import math
@@ -21,10 +21,19 @@ def clean() -> pl.DataFrame:
     return pl.DataFrame({"y": y, "x": x, "z": z, "t": t, "g": g, "k": k})
 
 
-def spoiled(frame: pl.DataFrame, name: str, value: Any) -> pl.DataFrame:
-    """With the value in rows 3 and 150."""
+SEEN = (3, 150)
+UNSEEN = (3_000, 30_000)  # of 40,000 rows: between the slices of the sample
+
+
+def long() -> pl.DataFrame:
+    """40,000 rows, most of them outside the sample."""
+    return pl.concat([clean()] * 200)
+
+
+def spoiled(frame: pl.DataFrame, name: str, value: Any, rows: tuple[int, int] = SEEN) -> pl.DataFrame:
+    """With the value in two rows."""
     row = pl.int_range(pl.len())
-    return frame.with_columns(pl.when(row.is_in([3, 150])).then(pl.lit(value, frame[name].dtype)).otherwise(pl.col(name)).alias(name))
+    return frame.with_columns(pl.when(row.is_in(rows)).then(pl.lit(value, frame[name].dtype)).otherwise(pl.col(name)).alias(name))
 
 
 def passes(formula: str, path: Path) -> tuple[int, int, mp.OLSFit]:
@@ -40,7 +49,7 @@ def test_a_clean_file_is_not_looked_through_for_missing_values(tmp_path: Path) -
     np.testing.assert_allclose(found[2].beta, mp.ols("y ~ x + t", clean().lazy()).beta, rtol=1e-10)
 
 
-@pytest.mark.parametrize(
+MISSING = pytest.mark.parametrize(
     ("formula", "column", "value", "count"),
     [
         ("y ~ x + t", "x", math.nan, 2), ("y ~ x + t", "y", math.nan, 2), ("y ~ x + z:t", "z", math.nan, 2),
@@ -48,14 +57,43 @@ def test_a_clean_file_is_not_looked_through_for_missing_values(tmp_path: Path) -
         ("y ~ x + t", "x", None, 1), ("y ~ x + t", "t", None, 1), ("y ~ poly(x, 2)", "x", math.nan, 1),
     ],
 )  # fmt: skip
+
+
+@MISSING
 def test_what_is_missing_is_found(formula: str, column: str, value: Any, count: int, tmp_path: Path) -> None:
     """A NaN that a column of its own shows costs a second pass; where none would show it, or a NULL is counted, the first looks for it."""
-    frame = spoiled(clean(), column, value)
-    frame.write_parquet(tmp_path / "rows.parquet")
+    spoiled(long(), column, value, UNSEEN).write_parquet(tmp_path / "rows.parquet")
     found = passes(formula, tmp_path / "rows.parquet")
     assert found[:2] == (count, 2)
-    kept = clean().filter(~pl.int_range(pl.len()).is_in([3, 150]))
+    kept = long().filter(~pl.int_range(pl.len()).is_in(UNSEEN))
     np.testing.assert_allclose(found[2].beta, mp.ols(formula, kept).beta, rtol=1e-8)
+
+
+@MISSING
+def test_where_the_sample_shows_it_one_pass_is_enough(formula: str, column: str, value: Any, count: int, tmp_path: Path) -> None:
+    spoiled(clean(), column, value).write_parquet(tmp_path / "rows.parquet")
+    found = passes(formula, tmp_path / "rows.parquet")
+    assert found[:2] == (1, 2)
+    kept = clean().filter(~pl.int_range(pl.len()).is_in(SEEN))
+    np.testing.assert_allclose(found[2].beta, mp.ols(formula, kept).beta, rtol=1e-8)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_of_any_source_values_are_taken_for_finite(value: float | None) -> None:
+    """Where NULLs are not counted beforehand, values are asked for NULL alone, in this pass and in later ones, unless the sums tell."""
+    whole = long().with_columns(pl.when(pl.int_range(pl.len()) % 7 == 5).then(None).otherwise(pl.col("z")).alias("z"))
+    assert " * 0.0e0 = " not in mp.plan("lmm", "y ~ x + z + (1 | g)", whole.lazy()).sql["cross_products"]
+    frame = spoiled(whole, "x", value, (17_000, 30_000))  # a lazy frame's sample is its head
+    if value == math.inf:
+        with pytest.raises(mp.DataError, match="'x' is infinite in 2 rows"):
+            mp.lmm("y ~ x + z + (1 | g)", frame.lazy())
+        return
+    fit = mp.lmm("y ~ x + z + (1 | g)", frame.lazy())
+    want = mp.lmm("y ~ x + z + (1 | g)", frame.drop_nulls().filter(pl.col("x").is_not_nan()))
+    assert fit.info["passes"] == (2 if value is None else 3)
+    assert fit.rows == want.rows
+    assert math.isclose(fit.loglik, want.loglik, rel_tol=1e-10)
+    assert [" * 0.0e0 = " in text for text in fit.info["sql"] if " GROUP BY " in text] == [value is not None]
 
 
 def test_infinities_are_named(tmp_path: Path) -> None:
@@ -85,7 +123,7 @@ def test_weights_are_looked_at(tmp_path: Path) -> None:
 
 
 def test_later_passes_after_dropped_rows_leave_them_out_too(tmp_path: Path) -> None:
-    frame = spoiled(clean(), "x", math.nan)
+    frame = spoiled(long(), "x", math.nan, UNSEEN)
     frame.write_parquet(tmp_path / "rows.parquet")
     fit = mp.ols("y ~ x", tmp_path / "rows.parquet", cluster="g")
     want = mp.ols("y ~ x", frame.filter(pl.col.x.is_not_nan()), cluster="g")

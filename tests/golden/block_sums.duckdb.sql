@@ -75,11 +75,11 @@ FROM (
   FROM src
   WHERE
     c5 * 0.0e0 = 0.0e0
-    AND c6 * 0.0e0 = 0.0e0
-    AND c1 * 0.0e0 = 0.0e0
+    AND NOT c6 IS NULL
+    AND NOT c1 IS NULL
     AND NOT c2 IS NULL
     AND c0 * 0.0e0 = 0.0e0
-    AND c3 * 0.0e0 = 0.0e0
+    AND NOT k3 IS NULL
     AND c5 > 0.0e0
     AND c6 > 0.0e0
 ) AS used

@@ -2,6 +2,7 @@
 SELECT
   COUNT(*) AS row_count,
   COUNT(CASE WHEN x0 * 0.0e0 = 0.0e0 THEN x0 END) AS count_0,
+  COUNT(x0) AS present_0,
   AVG(CASE WHEN x0 * 0.0e0 = 0.0e0 THEN x0 END) AS mean_0,
   STDDEV_SAMP(CASE WHEN x0 * 0.0e0 = 0.0e0 THEN x0 END) AS sd_0,
   MIN(CASE WHEN x0 * 0.0e0 = 0.0e0 THEN x0 END) AS min_0,
@@ -22,9 +23,9 @@ FROM (
     c1 AS x0
   FROM src
   WHERE
-    c1 * 0.0e0 = 0.0e0
+    NOT c1 IS NULL
     AND c0 * 0.0e0 = 0.0e0
     AND c5 * 0.0e0 = 0.0e0
-    AND c3 * 0.0e0 = 0.0e0
+    AND NOT k3 IS NULL
     AND NOT k4 IS NULL
 ) AS used

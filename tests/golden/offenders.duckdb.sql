@@ -13,11 +13,11 @@ FROM (
   WHERE
     (
       c5 * 0.0e0 = 0.0e0
-      AND c6 * 0.0e0 = 0.0e0
-      AND c1 * 0.0e0 = 0.0e0
+      AND NOT c6 IS NULL
+      AND NOT c1 IS NULL
       AND NOT c2 IS NULL
       AND c0 * 0.0e0 = 0.0e0
-      AND c3 * 0.0e0 = 0.0e0
+      AND NOT k3 IS NULL
       AND c5 > 0.0e0
       AND c6 > 0.0e0
     )

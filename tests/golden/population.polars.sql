@@ -5,9 +5,7 @@ SELECT
   CASE
     WHEN (
       c2 = 'a' OR c2 = 'b' OR c2 = 'it''s'
-    )
-    AND c1 * 0.0e0 = 0.0e0
-    AND NOT c2 IS NULL
+    ) AND NOT c1 IS NULL AND NOT c2 IS NULL
     THEN (
       (
         0.5e0 + (
@@ -39,9 +37,7 @@ SELECT
   CASE
     WHEN (
       c2 = 'a' OR c2 = 'b' OR c2 = 'it''s'
-    )
-    AND c1 * 0.0e0 = 0.0e0
-    AND NOT c2 IS NULL
+    ) AND NOT c1 IS NULL AND NOT c2 IS NULL
     THEN (
       c1 - 2004.0e0
     ) * 0.5e0

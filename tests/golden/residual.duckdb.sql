@@ -3,7 +3,7 @@ SELECT
   src.r0,
   src.r3,
   CASE
-    WHEN c1 * 0.0e0 = 0.0e0 AND c5 * 0.0e0 = 0.0e0
+    WHEN NOT c1 IS NULL AND c5 * 0.0e0 = 0.0e0
     THEN (
       0.5e0 + (
         1.5e0 * CASE WHEN c1 > 2004.0e0 THEN 1.0e0 ELSE 0.0e0 END
@@ -11,7 +11,7 @@ SELECT
     ) + c5
   END AS o0,
   CASE
-    WHEN c1 * 0.0e0 = 0.0e0 AND c5 * 0.0e0 = 0.0e0
+    WHEN NOT c1 IS NULL AND c5 * 0.0e0 = 0.0e0
     THEN (
       (
         c0 - c5

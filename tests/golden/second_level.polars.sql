@@ -35,10 +35,10 @@ FROM (
       ) * 0.5e0 AS f2 /* y ~[1] */
     FROM src
     WHERE
-      c1 * 0.0e0 = 0.0e0
+      NOT c1 IS NULL
       AND c0 * 0.0e0 = 0.0e0
       AND c5 * 0.0e0 = 0.0e0
-      AND c3 * 0.0e0 = 0.0e0
+      AND NOT k3 IS NULL
       AND NOT k4 IS NULL
   ) AS used
   GROUP BY

@@ -6,8 +6,8 @@ SELECT
   c1 AS x0
 FROM src
 WHERE
-  c1 * 0.0e0 = 0.0e0
+  NOT c1 IS NULL
   AND c0 * 0.0e0 = 0.0e0
   AND c5 * 0.0e0 = 0.0e0
-  AND c3 * 0.0e0 = 0.0e0
+  AND NOT k3 IS NULL
   AND NOT k4 IS NULL
