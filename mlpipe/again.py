@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .reduction import Random
 
 Array = np.ndarray
+SAME = 1e-6  # relative difference of two log-likelihoods of the same rows that rounding may leave
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Again:
         """The optimum with the responses of another spool, from the fit's own, a vanished overdispersion released."""
         model, start = replace(self.model, rows=replace(self.model.rows, spool=spool)), self.best.psi.copy()
         if model.density.family.shape:
-            start[-1] = np.clip(start[-1], -tau_bound(model) / 2.0, tau_bound(model) / 2.0)
+            half = tau_bound(model) / 2.0
+            start[-1] = min(start[-1], half) if half > 0.0 else max(start[-1], half)
         return _optimum(model, self.joint.over(model) if self.joint is not None else None, start, self.options)
 
     def stars(self, lambda_: Array) -> list[Array]:
@@ -131,9 +133,18 @@ def again(
         order = tuple(range(len(model.random))) if joint is None else tuple(joint.terms.solver)
         sequence = order if joint is None else tuple(joint.terms.sequence)
         best = _optimum(model, joint, _point(fit, model, joint), options)
+        _check_same(fit, best, rows.spool.constant)
         fit.info["notes"] = [*fit.info.get("notes", []), "the rows were read once more for inference"]
         places = tuple(order.index(i) for i in sequence)
         yield Again(model, best, tuple(model.random[i] for i in order), places, joint, options)
+
+
+def _check_same(fit: GeneralizedFit, best: Found, constant: float) -> None:
+    """Raises DataError where the optimum is not the fit's, though both searches ended at one: the rows are others, if as many."""
+    found = best.loglik + constant
+    if fit.converged and best.converged and abs(found - fit.loglik) > SAME * max(1.0, abs(found), SAME * abs(constant)):
+        message = f"the source changed since the fit: its log-likelihood is {found:.9g}, and was {fit.loglik:.9g}"
+        raise DataError(message, code="source_changed", hint="fit it again")
 
 
 def _request(fit: GeneralizedFit, options: Options) -> Request:

@@ -20,6 +20,7 @@ from .result import LMMFit
 from .solve.crossed import CrossedProblem
 from .solve.draws import SUMMED, cells_of
 from .solve.family import Cells
+from .solve.glm import vanished
 from .solve.kernel import Chunk
 from .solve.likelihood import LMMProblem
 from .solve.lmm import solve
@@ -153,8 +154,8 @@ def _by_passes(fit: GeneralizedFit, draws: int, rng: np.random.Generator) -> Ite
             raw = [lower_factor(np.linalg.solve(found.random[place].R, stars[place])) for place in found.places]
             family = math.exp(power * made.psi[-1]) if model.density.family.shape else None
             out = parameters(raw, 1.0, family, np.linalg.solve(model.fixed.R, made.beta))
-            vanished = family is not None and abs(made.psi[-1]) > tau_bound(model)  # overdispersion of counts: an estimate all the same
-            yield out if made.converged or vanished else np.full_like(out, np.nan)
+            gone = family is not None and vanished(float(made.psi[-1]), tau_bound(model))  # no overdispersion: an estimate all the same
+            yield out if made.converged or gone else np.full_like(out, np.nan)
 
 
 def _responses(found: Again, rng: np.random.Generator) -> dict[int, tuple[Cells, ...]]:

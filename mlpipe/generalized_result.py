@@ -174,7 +174,7 @@ class GLMFit(GeneralizedFit):
             message=solution.message,
             theta_covariance=np.zeros((0, 0)),
             tau=float(solution.psi[-1]) if shape else 0.0,
-            tau_variance=float(bread[-1, -1]) if shape else math.nan,
+            tau_variance=float(bread[-1, -1]) if shape and bread[-1, -1] > 0.0 else math.nan,
             robust=robust,
         )
         fit.family = family

@@ -153,14 +153,16 @@ def plain_looks(
             total = total + part
         if told is not None:
             told(total.loglik)
-        return GLMLook(total.loglik, J.T @ total.score, J.T @ total.information @ J)
+        return GLMLook(total.loglik, J.T @ total.score, J.T @ total.information @ J, total.sizes)
 
     return look
 
 
 def tau_bound(model: Model) -> float:
-    """|tau| beyond which counts have no overdispersion; other shapes have no limit that means anything."""
-    return TAU_BOUND if model.density.family.vanishing else math.inf
+    """tau beyond which counts have no overdispersion, below or above 0: a share of their variance, which nb2 measures by the mean; other
+    shapes have no limit that means anything."""
+    sign = model.density.family.vanishing
+    return sign * TAU_BOUND + (math.log(max(model.rows.mean, 1.0)) if sign > 0 else 0.0) if sign else math.inf
 
 
 def _first(model: Model) -> np.ndarray:
@@ -169,7 +171,7 @@ def _first(model: Model) -> np.ndarray:
     mean, variance = rows.mean, rows.variance
     if family.name == "binomial":
         mean = (mean * rows.size + 0.5) / (rows.size + 1.0)
-    elif family.low == 0.0:
+    elif family.constant == "factorial":
         mean = max(mean, 0.5 / rows.size)
     link = model.density.link
     if math.isfinite(link.low):  # a response of either sign under a link whose means are positive: start just inside
@@ -186,7 +188,7 @@ def _first(model: Model) -> np.ndarray:
 def first_tau(model: Model) -> float:
     """The family's parameter by moments of the response, as if nothing explained it; weights divide a dispersion."""
     mean, variance, family = model.rows.mean, model.rows.variance, model.density.family
-    mean = max(mean, 0.5 / model.rows.size) if family.low == 0.0 else mean
+    mean = max(mean, 0.5 / model.rows.size) if family.constant == "factorial" else mean
     excess = max(variance - mean, 0.05 * mean)
     match family.name:
         case "negbinomial":

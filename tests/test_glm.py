@@ -370,3 +370,75 @@ def test_the_unit_of_weights_does_not_matter(family: str, scale: float) -> None:
         assert two.converged
         np.testing.assert_allclose(two.beta, one.beta, rtol=1e-7)
         np.testing.assert_allclose(two.vcov(), one.vcov(), rtol=1e-6)
+
+
+EXACT = {
+    "gaussian": ("identity", 4.0, 0.5), "gaussian log": ("log", 1.0, 0.2), "gamma": ("log", 1.0, 0.2),
+    "gamma inverse": ("inverse", 4.0, 0.5), "inverse_gaussian": ("log", 1.0, 0.2),
+    "inverse_gaussian 1/mu^2": ("1/mu^2", 4.0, 0.5),
+}  # fmt: skip
+
+
+def explained(case: str, noise: float) -> tuple[pl.DataFrame, dict[str, str], np.ndarray]:
+    """A response that one covariate explains but for a relative error, how to fit it, and its coefficients."""
+    (link, *beta), rng = EXACT[case], np.random.default_rng(1)
+    x, e = rng.normal(size=(2, 300))
+    mu = MEANS[link](beta[0] + beta[1] * x)
+    return pl.DataFrame({"x": x, "y": mu * (1.0 + noise * e)}), {"family": case.split()[0], "link": link}, np.array(beta)
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_an_exact_fit_is_said_so(case: str) -> None:
+    """Such fits once ran out of passes."""
+    frame, how, beta = explained(case, 0.0)
+    with pytest.warns(mp.ConvergenceWarning, match="fitted exactly"):
+        fit = mp.glm("y ~ x", frame, **how)  # type: ignore[arg-type]
+    np.testing.assert_allclose(fit.beta, beta, rtol=1e-10)
+    assert fit.evaluations < 100
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-8, 1e-12])
+@pytest.mark.parametrize("case", EXACT)
+def test_a_fit_that_leaves_little_converges(case: str, noise: float) -> None:
+    frame, how, beta = explained(case, noise)
+    fit = mp.glm("y ~ x", frame, **how)  # type: ignore[arg-type]
+    assert fit.converged and fit.evaluations < 60
+    np.testing.assert_array_less(np.abs(fit.beta - beta), 5.0 * np.sqrt(np.diag(fit.covariance)))
+    e = frame["y"].to_numpy() / MEANS[how["link"]](beta[0] + beta[1] * frame["x"].to_numpy()) - 1.0
+    if how["family"] == "gamma":
+        assert fit.dispersion == pytest.approx(float((e**2).mean()), rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["gamma", "inverse_gaussian"])
+def test_the_unit_of_a_positive_response_does_not_matter(family: str) -> None:
+    """Means below 1 / n once were not where the search starts."""
+    frame = simulated(family, "log")
+    fit, far = (mp.glm("p ~ x", data, family=family, link="log") for data in (frame, frame.with_columns(p=pl.col("p") * 1e-9)))
+    np.testing.assert_allclose(far.beta, fit.beta + [math.log(1e-9), 0.0], rtol=1e-9)
+    assert far.evaluations <= fit.evaluations + 1
+
+
+def test_overdispersion_of_large_counts() -> None:
+    """var = mu + mu²/k tells k = 1e8 well where mu = 1e9; its derivatives once had no digits there, and k was taken for infinite."""
+    rng = np.random.default_rng(3)
+    y = rng.poisson(1e9 * rng.gamma(1e8, 1e-8, 400)).astype(float)
+    fit = mp.glm("y ~ 1", pl.DataFrame({"y": y}), family="negbinomial")
+    assert fit.converged
+    assert fit.beta[0] == pytest.approx(math.log(y.mean()), abs=1e-12)
+    assert fit.dispersion == pytest.approx(1.0 / (y.var() / y.mean() ** 2 - 1.0 / y.mean()), rel=1e-4)
+    frame = pl.DataFrame({"y": rng.poisson(1e9 * rng.gamma(2.0, 0.5, 400)).astype(float)})  # var = mu (1 + alpha), alpha above exp(16)
+    other = mp.glm("y ~ 1", frame, family="negbinomial1")
+    assert other.converged and other.dispersion == pytest.approx(5e8, rel=0.3)
+
+
+@pytest.mark.parametrize("family", ["negbinomial", "negbinomial1"])
+def test_overdispersion_that_vanishes_leaves_the_poisson_estimates(family: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1.0, 1.0, 200)
+    frame = pl.DataFrame({"x": x, "y": rng.binomial(10**9, 0.1 * np.exp(x))})  # less than Poisson's variance
+    poisson = mp.glm("y ~ x", frame, family="poisson")
+    with pytest.warns(mp.ConvergenceWarning, match="infinity"):
+        fit = mp.glm("y ~ x", frame, family=family)
+    np.testing.assert_allclose(fit.beta, poisson.beta, rtol=1e-9)
+    np.testing.assert_allclose(fit.vcov(), poisson.vcov(), rtol=1e-6)
+    assert math.isnan(fit.tau_variance)

@@ -373,3 +373,20 @@ def test_the_limit_of_a_correlation_follows_the_path_from_the_estimate() -> None
     y, x = (frame[name].to_numpy().reshape(12, -1) for name in "yx")
     model = DenseProfile("gaussian", y, x)
     assert model.least(2, high) + 2.0 * fit.loglik == pytest.approx(Z**2, abs=5e-3)
+
+
+@pytest.mark.parametrize(("formula", "ask"), [
+    ("y ~ x + (1 | g)", "profile"), ("y ~ x + (1 | g)", "influence"), ("y ~ x + (1 | g) + (1 | h)", "boot"),
+    ("y ~ x + (1 | g) + (1 | h)", "influence"), ("y ~ x", "profile"), ("y ~ x", "boot"),
+])  # fmt: skip
+def test_other_rows_than_those_of_the_fit_are_refused(formula: str, ask: str, tmp_path: Path) -> None:
+    """As many as there were, but one response another."""
+    rng = np.random.default_rng(4)
+    frame = pl.DataFrame({"x": rng.normal(size=200), "g": np.arange(200) % 20, "h": np.arange(200) // 20, "y": rng.poisson(3.0, 200)})
+    file = tmp_path / "rows.parquet"
+    frame.write_parquet(file)
+    fit = (mp.glmm if "|" in formula else mp.glm)(formula, file, family="poisson")
+    frame.with_columns(y=pl.when(pl.int_range(pl.len()) == 7).then(pl.col("y") + 1).otherwise("y")).write_parquet(file)
+    with pytest.raises(mp.DataError, match="log-likelihood") as caught:
+        fit.influence(group="g") if ask == "influence" else fit.confint(method=ask, draws=2)
+    assert caught.value.code == "source_changed"

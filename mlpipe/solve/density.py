@@ -51,6 +51,7 @@ class Density:
     def __init__(self, family: Family, link: Link, *, expected: bool = False) -> None:
         self.family, self.link, self.expected = family, link, expected
         self.concave = (family.name, link.name) in CONCAVE
+        self.disperses = family.shape and not family.vanishing  # whether an exact fit has a likelihood without bound
         # whether the link can give a mean that the family has not, or none
         self.leaves = link.partial or link.low < family.low or link.high > family.high
 
@@ -85,6 +86,11 @@ class Density:
         if self.family.expected:
             return _sized(self.family.expected_by_eta(means, c, tau)[0], c, outside)
         return _sized(self.family.by_eta(means, c, tau)[0] ** 2, c, outside)
+
+    def sizes(self, eta: Array, c: Cells, tau: float) -> Array:
+        """Squares (n,) of the linear predictor and of the mean, on its scale, in units of the row's dispersion."""
+        m = self._means(eta)[0]
+        return np.asarray(self.safe_curvature(eta, c, tau) * (eta**2 + (m.mu / m.d1) ** 2))
 
     def terms(self, eta: Array, c: Cells, tau: float) -> Terms:
         """All that an evaluation of the likelihood and its gradient needs."""

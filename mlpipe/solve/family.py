@@ -54,7 +54,7 @@ class Family:
     low, high = 0.0, math.inf
     links: tuple[str, ...] = ("log", "identity", "sqrt", "inverse")
     expected = True  # whether the expected curvature has a closed form
-    vanishing = False  # whether the shape may go to a limit, that of plain counts
+    vanishing = 0  # the sign of the infinity that tau may go to: that of plain counts; 0: none
 
     def loglik(self, m: Means, c: Cells, tau: float) -> Array:
         """log f (n,) of one row, up to `constant`."""
@@ -147,7 +147,7 @@ class Poisson(Family):
 class NegativeBinomial(Family):
     """Counts with variance mu + mu²/k, k = exp(tau) (nb2)."""
 
-    name, constant, shape, keyed, vanishing = "negbinomial", "factorial", True, True, True
+    name, constant, shape, keyed, vanishing = "negbinomial", "factorial", True, True, 1
     links = ("log", "identity", "sqrt")
 
     def loglik(self, m: Means, c: Cells, tau: float) -> Array:
@@ -155,10 +155,10 @@ class NegativeBinomial(Family):
         return np.asarray(_rising(c.y, k) + np.where(c.y > 0.0, c.y, 0.0) * np.log(m.mu) - (c.y + k) * np.log1p(m.mu / k))
 
     def by_mean(self, m: Means, c: Cells, tau: float) -> tuple[Array, Array, Array]:
-        k = math.exp(tau)
-        r, s = c.y / m.mu, (c.y + k) / (m.mu + k)
-        r2, s2 = r / m.mu, s / (m.mu + k)
-        return r - s, s2 - r2, 2.0 * (r2 / m.mu - s2 / (m.mu + k))
+        k, mu, y = math.exp(tau), m.mu, c.y  # without differences of what large counts make alike
+        u, v = mu / (mu + k), k / (mu + k)
+        first, second, third = y - mu, mu * u - y * (1.0 + u), y * (1.0 + u + u * u) - mu * u * u
+        return v * first / mu, v * second / mu**2, 2.0 * v * third / mu**3
 
     def information(self, m: Means, c: Cells, tau: float) -> tuple[Array, Array, Array]:
         k = math.exp(tau)
@@ -166,12 +166,12 @@ class NegativeBinomial(Family):
         return k / v, -k * (2.0 * m.mu + k) / v**2, k / (m.mu + k) ** 2
 
     def by_shape(self, m: Means, c: Cells, tau: float) -> ByShape:
-        from scipy.special import digamma, polygamma
-
         k, y, sum_ = math.exp(tau), c.y, m.mu + math.exp(tau)
-        bracket = digamma(y + k) - digamma(k) - np.log1p(m.mu / k) + (m.mu - y) / sum_
-        slope = polygamma(1, y + k) - polygamma(1, k) + 1.0 / k - 2.0 / sum_ + (y + k) / sum_**2
-        return ByShape(k * bracket, k * (y - m.mu) / sum_**2, -2.0 * k * (y - m.mu) / sum_**3 - k / sum_**2, k * bracket + k * k * slope)
+        d = (y - m.mu) / sum_
+        rest = _remainders(y, k, 2)
+        bracket = rest[0] + np.where(d < -0.5, np.log((y + k) / sum_), np.log1p(d)) - d
+        slope = rest[1] + d * d / (y + k)
+        return ByShape(k * bracket, k * d / sum_, -2.0 * k * d / sum_**2 - k / sum_**2, k * bracket + k * k * slope)
 
 
 def _rising(y: Array, k: Array | float) -> Array:
@@ -184,25 +184,31 @@ def _rising(y: Array, k: Array | float) -> Array:
 
 
 def _polygammas(y: Array, r: Array) -> tuple[Array, Array, Array]:
-    """ψ(y + r) - ψ(r) and of its two derivatives, by the differences of their asymptotic series where r is large."""
+    """ψ(y + r) - ψ(r) and of its two derivatives."""
+    d0, d1, d2 = _remainders(y, r, 3)
+    return d0 + np.log1p(y / r), d1 - y / ((y + r) * r), d2
+
+
+def _remainders(y: Array, r: Array | float, count: int) -> list[Array]:
+    """The first `count` of the same without the leading terms log(1 + y / r) and -y / (r (y + r)) of two of them, by the differences of
+    their asymptotic series where r is large."""
     from scipy.special import digamma, polygamma
 
-    a, b, large = 1.0 / (y + r), 1.0 / r, r >= LARGE
+    a, b, large = 1.0 / (y + r), 1.0 / r, np.greater_equal(r, LARGE)
     by = [-y * a * b]  # a^n - b^n = (a - b) (a^(n-1) + … + b^(n-1))
     by += [by[0] * sum(a**i * b ** (n - i) for i in range(n + 1)) for n in range(1, 5)]
-    series = (
-        np.log1p(y * b) - by[0] / 2.0 - by[1] / 12.0 + by[3] / 120.0, by[0] + by[1] / 2.0 + by[2] / 6.0 - by[4] / 30.0,
-        -by[1] - by[2] - by[3] / 2.0,
-    )  # fmt: skip
-    exact = (digamma(y + r) - digamma(r), *(polygamma(n, y + r) - polygamma(n, r) for n in (1, 2)))
-    d0, d1, d2 = (np.where(large, s, e) for s, e in zip(series, exact, strict=True))
-    return d0, d1, d2
+    series = (-by[0] / 2.0 - by[1] / 12.0 + by[3] / 120.0, by[1] / 2.0 + by[2] / 6.0 - by[4] / 30.0, -by[1] - by[2] - by[3] / 2.0)
+    if large.all():
+        return list(series[:count])
+    leading = (np.log1p(y * b), by[0], 0.0)
+    exact = [(polygamma(n, y + r) - polygamma(n, r) if n else digamma(y + r) - digamma(r)) - leading[n] for n in range(count)]
+    return [np.where(large, s, e) for s, e in zip(series, exact, strict=False)]
 
 
 class NegativeBinomial1(Family):
     """Counts with variance mu (1 + alpha), alpha = exp(tau) (nb1). Its expected curvature has no closed form."""
 
-    name, constant, shape, keyed, expected, vanishing = "negbinomial1", "factorial", True, True, False, True
+    name, constant, shape, keyed, expected, vanishing = "negbinomial1", "factorial", True, True, False, -1
     links = ("log", "identity", "sqrt")
 
     def loglik(self, m: Means, c: Cells, tau: float) -> Array:
@@ -235,6 +241,14 @@ class _Dispersion(Family):
         return math.exp(tau) if c.weight is None else c.weight * math.exp(tau)
 
 
+def _normalizer(a: Array) -> Array:
+    """a log a - a - log Γ(a), by Stirling's series where these would cancel."""
+    from scipy.special import gammaln
+
+    series = 0.5 * np.log(a / (2.0 * math.pi)) - 1.0 / (12.0 * a) + 1.0 / (360.0 * a**3)
+    return np.asarray(np.where(a >= LARGE, series, a * np.log(a) - a - gammaln(a)))
+
+
 class Gamma(_Dispersion):
     """Positive responses with variance mu²/a."""
 
@@ -242,10 +256,14 @@ class Gamma(_Dispersion):
     links = ("log", "inverse", "identity", "sqrt")
 
     def loglik(self, m: Means, c: Cells, tau: float) -> Array:
-        from scipy.special import gammaln
+        a = np.asarray(self.precision(c, tau))
+        return np.asarray(_normalizer(a) + a * self._distance(m, c) - c.statistics[0])
 
-        a, log_y = self.precision(c, tau), c.statistics[0]
-        return np.asarray(a * np.log(a) - gammaln(a) + a * (log_y - np.log(m.mu) - c.y / m.mu) - log_y)
+    def _distance(self, m: Means, c: Cells) -> Array:
+        """The mean of 1 + log(y / mu) - y / mu."""
+        d = (c.y - m.mu) / m.mu
+        ratio = np.where(d < -0.5, np.log(c.y / m.mu), np.log1p(d))
+        return np.asarray(ratio - d + (c.statistics[0] - np.log(c.y)))
 
     def by_mean(self, m: Means, c: Cells, tau: float) -> tuple[Array, Array, Array]:
         a, mu, y = self.precision(c, tau), m.mu, c.y
@@ -258,10 +276,13 @@ class Gamma(_Dispersion):
     def by_shape(self, m: Means, c: Cells, tau: float) -> ByShape:
         from scipy.special import digamma, polygamma
 
-        a = self.precision(c, tau)
+        a = np.asarray(self.precision(c, tau))
         l1, l2, _ = self.by_mean(m, c, tau)
-        first = a * (np.log(a) + 1.0 - digamma(a) + c.statistics[0] - np.log(m.mu) - c.y / m.mu)
-        return ByShape(first, l1, l2, first + a - a * a * polygamma(1, a))
+        large, b = a >= LARGE, 1.0 / a  # log a - ψ(a), and a - a² ψ'(a), by their asymptotic series there
+        gap = np.where(large, b / 2.0 + b**2 / 12.0 - b**4 / 120.0, np.log(a) - digamma(a))
+        bend = np.where(large, -0.5 - b / 6.0 + b**3 / 30.0, a - a * a * polygamma(1, a))
+        first = a * (gap + self._distance(m, c))
+        return ByShape(first, l1, l2, first + bend)
 
 
 class InverseGaussian(_Dispersion):
@@ -272,7 +293,7 @@ class InverseGaussian(_Dispersion):
 
     def _distance(self, m: Means, c: Cells) -> Array:
         """The mean of (y - mu)² / (mu² y)."""
-        return np.asarray((c.y / m.mu - 2.0) / m.mu + c.statistics[1])
+        return np.asarray(((c.y - m.mu) / m.mu) ** 2 / c.y + (c.statistics[1] - 1.0 / c.y))
 
     def loglik(self, m: Means, c: Cells, tau: float) -> Array:
         a = self.precision(c, tau)

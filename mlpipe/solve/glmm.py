@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .glm import ROUNDING, TAU_STEP, definite, newton_step
+from .glm import ROUNDING, TAU_STEP, definite, newton_step, vanished
 from .kernel import Look, Point
 from .link import Array
 
@@ -202,7 +202,7 @@ class _Search:
     @property
     def _vanished(self) -> bool:
         """Whether the family's parameter is as good as infinite: it stays there, and the others go on."""
-        return self.problem.shape and abs(float(self.psi[-1])) > self.problem.tau_bound
+        return self.problem.shape and vanished(float(self.psi[-1]), self.problem.tau_bound)
 
     def run(self, tol: float, max_evaluations: int, loose: bool, saved: Callable[[Array], None] | None) -> GLMMSolution:
         message, converged, score = "out of evaluations", False, math.inf

@@ -14,7 +14,7 @@ import numpy as np
 
 from .coded_rows import Part, add_levels
 from .conditional import sd_error, split_covariance
-from .glm import TAU_STEP, inverse, newton_step
+from .glm import TAU_STEP, inverse, newton_step, vanished
 from .glmm import ZERO, GLMMSolution
 from .joint import Joint, State
 from .kernel import Point
@@ -121,7 +121,7 @@ class _Root:
                 self.solver.add(min(wanted, MOST_PROBES) - count)
                 at, self.pairs = self._again(at), []
                 continue
-            if self.shape and abs(at.psi[-1]) > tau_bound:
+            if self.shape and vanished(float(at.psi[-1]), tau_bound):
                 message = "the family's parameter goes to infinity"
                 break
             share = max(0.25, share * 0.5) if length > 2.0 * last else min(1.0, share * 2.0)
