@@ -112,13 +112,10 @@ def parameter_covariance(fit: MixedFit) -> Array:
     where it has one) and theta apart; what is on the boundary counts as known."""
     p, k = len(fit.names), len(fit.theta_covariance)
     V: Array = np.zeros((p + k, p + k))
-    joint = None if _apart(fit) else getattr(fit, "joint_covariance", None)
-    if joint is not None:
-        V = np.array(joint)
-        V[:p, p:] = fit.spread.R @ V[:p, p:]
-        V[p:, :p] = V[:p, p:].T
-    else:
+    if _apart(fit):
         V[p:, p:] = fit.theta_covariance
+    else:
+        V = np.array(fit.joint)  # type: ignore[attr-defined]
     V[:p, :p] = fit.spread.star
     on_boundary = p + np.flatnonzero(np.isnan(np.diag(V)[p:]))
     V[on_boundary] = V[:, on_boundary] = 0.0
@@ -127,7 +124,7 @@ def parameter_covariance(fit: MixedFit) -> Array:
 
 def _apart(fit: MixedFit) -> bool:
     """Whether coefficients and covariance parameters have no joint covariance."""
-    return getattr(fit, "joint_covariance", None) is None or bool(fit.info.get("robust"))
+    return getattr(fit, "joint", None) is None or bool(fit.info.get("robust"))
 
 
 def effects(fit: MixedFit, data: Any, conf_level: float, options: Options | None) -> pa.Table:

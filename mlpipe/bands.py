@@ -42,8 +42,7 @@ def bands(fit: MixedFit, wanted: str, kind: str, interval: str, level: float, fa
         half = z * np.sqrt(variance)
         if link is None:
             return np.asarray(eta + sign * half)
-        both = link.means(eta - half).mu, link.means(eta + half).mu  # some links fall
-        return np.asarray(np.minimum(*both) if sign < 0 else np.maximum(*both))
+        return link.ends(eta, half)[int(sign > 0)]
 
     names = tuple([*parts, *further])
     return Output(names, lambda *values: ends(-1.0, *values)), Output(names, lambda *values: ends(1.0, *values))

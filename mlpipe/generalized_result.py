@@ -107,10 +107,21 @@ class GeneralizedFit(MixedFit):
 
 @dataclass(kw_only=True, repr=False)
 class GLMMFit(GeneralizedFit):
-    """A fitted generalized linear mixed model; see MixedFit. `joint_covariance`: of beta, the solver's theta and tau together."""
+    """A fitted generalized linear mixed model; see MixedFit. `joint`: the covariance of (beta*, theta*, tau) together, beta* as in
+    `Spread`, as it is written; None where it is not known."""
 
-    more = (*GeneralizedFit.more, "joint_covariance")
-    joint_covariance: list[list[float]] | None = None
+    more = (*GeneralizedFit.more, "joint")
+    joint: list[list[float]] | None = None
+
+    @property
+    def joint_covariance(self) -> Array | None:
+        """The same of beta itself, the solver's theta and tau."""
+        if self.joint is None:
+            return None
+        p, out = len(self.names), np.array(self.joint)
+        out[:p] = np.linalg.solve(self.spread.R, out[:p])
+        out[:, :p] = np.linalg.solve(self.spread.R, out[:, :p].T).T
+        return out
 
     @classmethod
     def from_solution(cls, text: str, model: Model, solution: GLMMSolution, data: Any, options: Options) -> GLMMFit:
@@ -138,7 +149,7 @@ class GLMMFit(GeneralizedFit):
             tau_variance=float(solution.vcov[-1, -1]) if shape else math.nan,
         )
         fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
-        fit.joint_covariance = joint_covariance(solution.vcov, model.fixed.R)
+        fit.joint = solution.vcov.tolist()
         fit.info |= {"evaluations": solution.evaluations, "score": solution.score, "information": solution.information}
         fit.effects_table = _modes(fit, model, solution)
         return fit
@@ -194,14 +205,6 @@ def common(text: str, model: Model, beta: Array, covariance: Array, data: Any, o
         "n_blocks": rows.spool.n_blocks if recipe.groups else 0, "info": info, "source": data if info["rescannable"] else None,
         "options": options, "family": model.density.family.name, "link": model.density.link.name,
     }  # fmt: skip
-
-
-def joint_covariance(covariance: Array, R: Array) -> list[list[float]]:
-    """The covariance of all parameters with beta in the user's coordinates, as it is written."""
-    p, out = len(R), np.array(covariance)
-    out[:p] = np.linalg.solve(R, out[:p])
-    out[:, :p] = np.linalg.solve(R, out[:, :p].T).T
-    return [list(map(float, row)) for row in out]
 
 
 def _message(model: Model, solution: GLMMSolution) -> str:

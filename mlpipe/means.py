@@ -114,10 +114,10 @@ def _on_link(table: pa.Table, link: str, conf_level: float) -> pa.Table:
         eta = linked(link, mu, 1.0 - mu)
         error = se / np.abs(means(eta).d1)
         half = np.array([t_quantile(conf_level, k) for k in df]) * error
-        ends = np.stack([means(eta - half).mu, means(eta + half).mu])  # some links fall
+        low, high = LINKS[link].ends(eta, half)
         t = eta / error
     p = np.array([t_tail(each, k) for each, k in zip(t, df, strict=True)])
-    for name, values in {"statistic": t, "p_value": p, "conf_low": ends.min(axis=0), "conf_high": ends.max(axis=0)}.items():
+    for name, values in {"statistic": t, "p_value": p, "conf_low": low, "conf_high": high}.items():
         column = pa.array(values, pa.float64(), mask=~np.isfinite(values))
         table = table.set_column(table.schema.get_field_index(name), name, column)
     return table

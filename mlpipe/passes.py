@@ -317,7 +317,9 @@ def _problem(model: Model, scan: _Passes, typical: np.ndarray) -> GLMMProblem:
     central = model.rows.spool.n_rows <= CENTRAL_ROWS
     shape, bound = model.density.family.shape, tau_bound(model)
     second = scan.second if has_hessian(model.kernel) else None
-    return GLMMProblem(scan, model.Q, model.kernel.entries, model.kernel.q, shape, typical, central, bound, second)
+    return GLMMProblem(
+        scan, model.Q, model.kernel.entries, model.kernel.q, shape, typical, central, bound, second, constant=model.rows.spool.constant
+    )
 
 
 def _start(model: Model, some: Sequence[int], options: Options) -> tuple[np.ndarray, np.ndarray]:

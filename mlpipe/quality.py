@@ -198,7 +198,7 @@ def _random_parameters(fit: MixedFit) -> Array:
     parts = [term.star.T[np.triu_indices(len(term.star))] for term in fit.terms]
     if fit.residual_scaled:
         parts.append(np.array([math.log(fit.sigma)]))
-    elif fit.family_parameters() and getattr(fit, "joint_covariance", None) is not None:
+    elif fit.family_parameters() and getattr(fit, "joint", None) is not None:
         parts.append(np.array([fit.tau]))  # type: ignore[attr-defined]
     return np.concatenate(parts)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import DataError, ResourceError
 from .gather import usual_evaluations
-from .generalized_result import GLMMFit, common, joint_covariance
+from .generalized_result import GLMMFit, common
 from .levels import levels_of
 from .passes import CENTRAL_ROWS, START_CHUNKS, START_SHARE, START_TOLERANCE, Model, plain, tau_bound
 from .progress import Watch, stage
@@ -180,7 +180,8 @@ def _exactly(
 def _search(joint: JointModel, solver: Joint, typical: Array) -> GLMMProblem:
     problem, central = joint.problem, joint.model.rows.spool.n_rows <= CENTRAL_ROWS
     shape, bound = joint.model.density.family.shape, tau_bound(joint.model)
-    return GLMMProblem(solver, np.eye(problem.p), problem.entries, problem.offsets[-1], shape, typical, central, bound)
+    constant = joint.model.rows.spool.constant
+    return GLMMProblem(solver, np.eye(problem.p), problem.entries, problem.offsets[-1], shape, typical, central, bound, constant=constant)
 
 
 def resumed(joint: JointModel, psi: Array, options: Options) -> tuple[GLMMProblem, GLMMSolution]:
@@ -249,7 +250,7 @@ def _result(text: str, joint: JointModel, found: JointSolution, data: Any, optio
     )
     assert r == len(order)
     every = [*range(p), *order, *range(p + r, p + r + shape)]
-    fit.joint_covariance = joint_covariance(solution.vcov[np.ix_(every, every)], model.fixed.R)
+    fit.joint = solution.vcov[np.ix_(every, every)].tolist()
     fit.sigma = math.sqrt(fit.dispersion) if fit.has_residual else math.nan
     levels = {factor.group: len(factor) for factor in joint.terms.levels}
     fit.n_blocks = max(levels.values())

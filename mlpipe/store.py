@@ -27,7 +27,7 @@ from .tables import Entry, by_columns, factor_names, result_tables, written
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT, FORMATS = "mlpipe.fit/2", "mlpipe.fits/1"
+FORMAT, FORMATS = "mlpipe.fit/3", "mlpipe.fits/1"
 MODES = ("error", "overwrite", "append")
 DATABASES = (".duckdb", ".db")
 SHOWN = 12  # fits that are named where several match

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats as st
 
 import mlpipe as mp
+from mlpipe.averaged import parameter_covariance
 from mlpipe.derivative import derivative, substituted
 from mlpipe.expr import Column, Node, Number, label
 from mlpipe.formula import parse_expression
@@ -147,6 +148,9 @@ def test_the_joint_covariance_holds_both_parts(tmp_path: Path) -> None:
     np.testing.assert_allclose(V[:p, :p], fit.covariance, rtol=1e-9)
     np.testing.assert_allclose(V[p:, p:], fit.theta_covariance, rtol=1e-9)
     np.testing.assert_allclose(V, V.T, atol=1e-12)
+    inside = np.isfinite(np.diag(V))[p:]
+    found, kept = parameter_covariance(fit)[:p, p:], np.array(fit.joint)[:p, p:]
+    np.testing.assert_array_equal(found[:, inside], kept[:, inside])  # not turned to the user's coordinates and back
     fit.write(tmp_path / "fit")
     again = mp.load(tmp_path / "fit")
     with pytest.raises(mp.DataError, match="not at hand"):
@@ -158,7 +162,7 @@ def test_without_a_joint_covariance_the_fit_says_so() -> None:
     fit = mp.glmm("y ~ log(x) + t + (1 + x | g)", simulated("poisson", "log"), family="poisson")
     joint = rows_of(fit, "population_average")["tb"]["std_error"]
     assert not fit.info["notes"]
-    fit.joint_covariance = None
+    fit.joint = None
     apart = rows_of(fit, "population_average")["tb"]["std_error"]
     assert apart == pytest.approx(joint, rel=0.1) and "independent" in fit.info["notes"][0]
     rows_of(fit, "population_average")

@@ -170,3 +170,27 @@ def test_far_covariates_take_no_digits_from_intervals(kind: str, tmp_path: Path)
         np.testing.assert_allclose(errors[1][at], errors[0][at], rtol=1e-5)
     if kind == "lmm":
         np.testing.assert_allclose(fits[1].influence()["leverage"], fits[0].influence()["leverage"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "link", "y"), [
+    ("gamma", "inverse", [0.1, 5.0, 0.3, 9.0, 0.2, 2.0, 12.0, 0.5]), ("gaussian", "inverse", [5.0, 2.0, -3.0, -1.0, 4.0, 3.0, -1.0, 0.5]),
+    ("poisson", "sqrt", [0, 0, 1, 0, 1, 0, 0, 2]), ("inverse_gaussian", "1/mu^2", [0.1, 5.0, 0.3, 9.0, 0.2, 2.0, 12.0, 0.5]),
+])  # fmt: skip
+def test_bands_that_reach_where_a_link_is_not_defined(family: str, link: str, y: list[float]) -> None:
+    """The means beyond the inverse link's pole are not those next to the estimate: that end is not known, the other is."""
+    frame = pl.DataFrame({"y": y, "f": list("abababab")})
+    fit = mp.glm("y ~ f", frame, family=family, link=link)
+    for level in (0.3, 0.999):
+        mean, eta = (scored(fit, frame, kind=kind, interval="confidence", level=level) for kind in ("response", "link"))
+        found = {row["level"]: row for row in fit.means("f", conf_level=level).to_pylist()}
+        for row, at in zip(mean.to_dicts(), eta.to_dicts(), strict=True):
+            assert row["lower"] is None or row["lower"] <= row["predicted"]
+            assert row["upper"] is None or row["upper"] >= row["predicted"]
+            crossed = at["lower"] * at["upper"] <= 0.0
+            assert (row["lower"] is None) + (row["upper"] is None) == crossed
+            far = at["upper"] if at["predicted"] > 0.0 else at["lower"]
+            end = row["upper"] if link == "sqrt" or (link == "inverse" and far < 0.0) else row["lower"]
+            assert end == pytest.approx({"inverse": 1.0 / far, "sqrt": far**2, "1/mu^2": abs(far) ** -0.5}[link])
+            ends = [found[row["f"]][name] for name in ("conf_low", "conf_high")]
+            assert ends == pytest.approx([row["lower"], row["upper"]], nan_ok=True)
+        assert level < 0.5 or any(None in (row["lower"], row["upper"]) for row in mean.to_dicts())

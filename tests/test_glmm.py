@@ -520,6 +520,20 @@ def test_a_response_far_from_zero_for_its_spread() -> None:
     np.testing.assert_allclose([fit.beta[1], fit.theta[0], fit.sigma], [near.beta[1], near.theta[0], near.sigma], rtol=1e-4)
 
 
+@pytest.mark.parametrize(("bar", "nagq"), [("(1 | g)", 5), ("(1 + x | g)", 1)])
+def test_large_counts(bar: str, nagq: int) -> None:
+    """What Poisson's log-likelihood leaves out is nearly all of it where counts are 1e9: a share of the rest once hid what steps gain."""
+    rng = np.random.default_rng(7)
+    x, g, b = rng.normal(size=300), np.arange(300) % 30, rng.normal(size=(30, 2)) * [0.5, 0.3]
+    eta = 20.7 + 0.3 * x + b[g, 0] + b[g, 1] * x * ("x" in bar)
+    frame = pl.DataFrame({"x": x, "g": g, "y": rng.poisson(np.exp(eta))})
+    fit = mp.glmm(f"y ~ x + {bar}", frame, family="poisson", nagq=nagq)
+    linear = mp.lmm(f"log(y) ~ x + {bar}", frame, reml=False)  # of log y, whose variance is 1 / mu
+    assert fit.converged
+    np.testing.assert_allclose(fit.beta, linear.beta, rtol=1e-4)
+    np.testing.assert_allclose(fit.theta, linear.theta * linear.sigma, rtol=1e-3)
+
+
 def test_an_exact_fit_is_said_so() -> None:
     x = np.random.default_rng(0).normal(size=300)
     frame = pl.DataFrame({"x": x, "g": np.arange(300) % 10, "y": 1.0 + 2.0 * x})

@@ -23,6 +23,7 @@ SMALL = 0.3  # scaled length of a column of Λ below which it is tried at zero
 MAX_RELEASES = 3  # times that a column may leave zero again
 MAX_SHORTER = 12  # lengths of a step that are tried
 PAIRS = 8  # secant pairs kept
+ROUNDED = 8.0 * float(np.finfo(np.float64).eps)  # of a log-likelihood, which its sum over rows is known to
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class GLMMProblem:
     `Q` (m, p): gamma = Q beta*. `entries`: free elements of Λ (q, q). `shape`: whether tau is a parameter. `typical` (q, q): the mean of
     Z'WZ over blocks, which makes Λ dimensionless. `central`: whether the information may take two looks a parameter. `observe`: scaled
     score from which the information is observed, None for what suits outer products. `second`: the second derivatives by gamma, Λ's
-    elements and tau in one pass, where they are known; else the information comes from differences of scores.
+    elements and tau in one pass, where they are known; else the information comes from differences of scores. `constant`: what the
+    log-likelihood leaves out, which of large counts is nearly all that there is of it.
     """
 
     scan: Callable[[Sequence[Point], bool], list[Look]]
@@ -46,6 +48,11 @@ class GLMMProblem:
     tau_bound: float = math.inf
     second: Callable[[Point], Array] | None = None
     observe: float | None = None
+    constant: float = 0.0
+
+    def slack(self, loglik: float, share: float) -> float:
+        """A difference of log-likelihoods that is none: a share of it, but not less than its rounding error."""
+        return max(share * min(abs(loglik), abs(loglik + self.constant)), ROUNDED * abs(loglik))
 
     @property
     def p(self) -> int:
@@ -258,7 +265,7 @@ class _Search:
             tried[at] = 0.0
             look = self.problem.look(tried)
             self.evaluations += 1
-            if look.loglik >= self.look.loglik - 1e-11 * abs(self.look.loglik):
+            if look.loglik >= self.look.loglik - self.problem.slack(self.look.loglik, 1e-11):
                 self._stand(tried, look, {*self.zero, j})
                 return True
             self.kept[j] = size
@@ -294,7 +301,8 @@ class _Search:
             if not values[-1] > 0.0:
                 continue
             look = self.problem.near([tried])[0] if len(column) > 1 else looks[int(column[0])]
-            if look.loglik > self.look.loglik + 1e-9 * abs(self.look.loglik) and float(look.score[column] @ tried[column]) > 0.0:
+            least = self.look.loglik + self.problem.slack(self.look.loglik, 1e-9)
+            if look.loglik > least and float(look.score[column] @ tried[column]) > 0.0:
                 self._stand(tried, self.problem.look(tried), self.zero - {j})
                 self.released += 1
                 return True
@@ -372,7 +380,7 @@ class _Search:
 
     def _move(self, step: Array, score: float) -> bool:
         """Tries the step, then ever shorter ones; False where none is better."""
-        slack = 1e-11 * abs(self.look.loglik)
+        slack = self.problem.slack(self.look.loglik, 1e-11)
         for _ in range(MAX_SHORTER):
             tried = self.psi + step
             look = self.problem.look(tried)

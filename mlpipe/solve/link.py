@@ -50,6 +50,17 @@ class Link:
     high: float = math.inf
     partial: bool = False
 
+    def ends(self, eta: Array, half: Array) -> tuple[Array, Array]:
+        """The ends (n,) of the means of eta - half … eta + half: NaN where these go on beyond where the link is not defined, which is 0."""
+        low, high = eta - half, eta + half
+        with np.errstate(invalid="ignore"):
+            if self.partial:
+                low, high = np.where(low * eta > 0.0, low, math.nan), np.where(high * eta > 0.0, high, math.nan)
+            mu, one, other = (self.means(x).mu for x in (eta, low, high))
+            lower = np.where(one <= mu, one, np.where(other <= mu, other, math.nan))  # some links fall
+            upper = np.where(other >= mu, other, np.where(one >= mu, one, math.nan))
+        return lower, upper
+
 
 def _logit(eta: Array) -> Means:
     e = np.exp(-np.abs(eta))
