@@ -534,6 +534,20 @@ def test_large_counts(bar: str, nagq: int) -> None:
     np.testing.assert_allclose(fit.theta, linear.theta * linear.sigma, rtol=1e-3)
 
 
+@pytest.mark.parametrize("noise", [1e-3, 1e-5])
+def test_little_noise_within_blocks(noise: float) -> None:
+    """The information, once observed, was not again: on a long way to a small dispersion steps became ever worse."""
+    rng = np.random.default_rng(7)
+    x, g, b, e = rng.normal(size=300), np.arange(300) % 30, rng.normal(size=30) / 2.0, rng.normal(size=300)
+    frame = pl.DataFrame({"x": x, "g": g, "y": 1.0 + 0.3 * x + b[g] + noise * e})
+    linear = mp.lmm("y ~ x + (1 | g)", frame, reml=False)
+    fit = mp.glmm("y ~ x + (1 | g)", frame, family="gaussian")
+    assert fit.converged and fit.evaluations < 90
+    found, true = [*fit.beta, fit.sigma, fit.theta[0]], [*linear.beta, linear.sigma, linear.theta[0] * linear.sigma]
+    np.testing.assert_allclose(found, true, rtol=1e-5)
+    assert fit.loglik == pytest.approx(linear.loglik, abs=1e-3)
+
+
 def test_an_exact_fit_is_said_so() -> None:
     x = np.random.default_rng(0).normal(size=300)
     frame = pl.DataFrame({"x": x, "g": np.arange(300) % 10, "y": 1.0 + 2.0 * x})

@@ -13,7 +13,7 @@ from .kernel import Look, Point
 from .link import Array
 
 NEAR, NEAR_LARGE = 1e-3, 0.05  # scaled score below which the observed information is computed; for many rows it hardly changes
-STALLED = 4  # steps without a third of the score gone, after which it is computed anyway
+STALLED, AGAIN = 4, 8  # steps without two thirds of the score gone, after which it is computed anyway, and computed again
 DIFFERENCE = 1e-3  # step of the differences in standard errors
 LARGEST = 2.0  # the most that Λ may change in one step, relative to its largest element
 LARGEST_TAU = 300.0  # |tau| whose exponential is held
@@ -221,7 +221,7 @@ class _Search:
             step, score = self._newton()
             if loose and score < 0.1:
                 return self.ended(True, "close enough for a start", score)
-            if self.curvature.observed is None and not loose and self._due(score):
+            if not loose and self._due(score):
                 self._observe()
                 continue
             if score < tol and self.curvature.observed is not None:
@@ -316,9 +316,11 @@ class _Search:
     # -- steps and curvature -------------------------------------------------------------------------------------
 
     def _due(self, score: float) -> bool:
-        """Whether the observed information is worth its looks now."""
+        """Whether the observed information is worth its looks now, or worth them again."""
         self.slow = 0 if score < self.best / 3.0 else self.slow + 1
         self.best = min(self.best, score)
+        if self.curvature.observed is not None:
+            return self.problem.shape and self.slow >= AGAIN  # a dispersion on its way scales the curvature of all others
         return score < self.near or self.slow >= STALLED
 
     def _observe(self) -> None:
