@@ -180,6 +180,8 @@ def _optimum(model: Model, joint: JointModel | None, psi: Array, options: Option
     if not model.random:
         plainly = plain(model, None, options.tol, options.max_passes)
         covariance, surface = inverse(plainly.information), PlainSurface(plain_looks(model, None))
+        if len(covariance) > p and plainly.information[-1, -1] == 0.0:  # tau, which is as good as infinite
+            covariance[-1] = covariance[:, -1] = np.nan
         return Found(plainly.psi, p, np.zeros((0, 0)), covariance, plainly.loglik, plainly.converged, surface)
     sizes = tuple(len(term.names) for term in model.random) if joint is None else joint.sizes
     search, found = resumed(model, psi, options) if joint is None else joint_resumed(joint, psi, options)

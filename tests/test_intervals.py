@@ -375,6 +375,18 @@ def test_the_limit_of_a_correlation_follows_the_path_from_the_estimate() -> None
     assert model.least(2, high) + 2.0 * fit.loglik == pytest.approx(Z**2, abs=5e-3)
 
 
+@pytest.mark.parametrize(("family", "parameter"), [("negbinomial", "k"), ("negbinomial1", "alpha")])
+def test_profiles_of_plain_models_whose_overdispersion_vanishes(family: str, parameter: str) -> None:
+    frame = pl.DataFrame({"x": np.linspace(-1.0, 1.0, 200), "y": np.random.default_rng(0).binomial(6, 0.5, 200)})
+    with pytest.warns(mp.ConvergenceWarning, match="infinity"):
+        fit = mp.glm("y ~ x", frame, family=family)
+    found, plain = limits(fit), limits(mp.glm("y ~ x", frame, family="poisson"))
+    low, high = found.pop(parameter)
+    assert (high == math.inf and low > 1.0) if parameter == "k" else (low == 0.0 and 0.0 < high < 1.0)
+    for name, ends in found.items():
+        assert ends == pytest.approx(plain[name], abs=1e-4), name
+
+
 @pytest.mark.parametrize(("formula", "ask"), [
     ("y ~ x + (1 | g)", "profile"), ("y ~ x + (1 | g)", "influence"), ("y ~ x + (1 | g) + (1 | h)", "boot"),
     ("y ~ x + (1 | g) + (1 | h)", "influence"), ("y ~ x", "profile"), ("y ~ x", "boot"),
