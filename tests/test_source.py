@@ -10,6 +10,7 @@ import tempfile
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,26 @@ def test_keys_that_fractions_in_another_file_would_merge(suffix: str, tmp_path: 
     arrow = "Integer value 9007199254740993 not in range"  # pyarrow itself refuses to read it as a double
     with pytest.raises(DataError, match=arrow if suffix == "arrow" else "'id' is BIGINT in .*a.*; DOUBLE in .*b.*beyond 2"):
         large.check_columns(key)
+
+
+@pytest.mark.parametrize("name", ["wide.parquet", "wide.jsonl", "mixed.jsonl", "mixed.csv"])
+def test_keys_that_duckdb_reads_as_doubles(name: str, tmp_path: Path, opened: Opened) -> None:
+    """Decimals of more than 38 digits, JSON's whole numbers beyond 64 bits, large ones beside fractions: no two keys become one."""
+    keys = {"wide": [10**20, 10**20 + 1], "mixed": [2**53 + 1, 2.5]}[name.partition(".")[0]]
+    if name == "wide.parquet":
+        parquet(tmp_path / name, id=pa.array([Decimal(key) for key in keys], pa.decimal256(60, 2)), y=[1.0, 2.0])
+    else:
+        line = ('{{"id": {}, "y": {}}}' if "json" in name else "{},{}").format
+        lines = ["id,y"] * ("csv" in name) + [line(key, y) for key, y in zip(keys, (1.0, 2.0), strict=True)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    engine = opened(tmp_path / name)
+    engine.check_columns(Columns(values=frozenset([0, 1]), keys=frozenset([1])))
+    with pytest.raises(DataError, match="'id' .*read as DOUBLE, its keys beyond 2") as caught:
+        engine.check_columns(Columns(keys=frozenset([0])))
+    assert (caught.value.code, caught.value.column) == ("column_files", "id")
+    if name != "wide.parquet":
+        for kind in ("VARCHAR", "DOUBLE"):
+            opened(source(tmp_path / name, types={"id": kind})).check_columns(Columns(keys=frozenset([0])))
 
 
 def test_range_of_keys_that_is_addressed_directly(tmp_path: Path, opened: Opened) -> None:

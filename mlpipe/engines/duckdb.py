@@ -105,7 +105,7 @@ class DuckDBEngine:
             if problem is None and i in columns.keys and names[i] in self._origin.key_problems and self._exceeds_double(i):
                 problem = self._origin.key_problems[names[i]]
             if problem is not None:
-                hint = "write the files with one schema, or give mp.source types"
+                hint = "write the files with one type that holds its values; of CSV and JSON files give mp.source types"
                 raise DataError(problem, code="column_files", column=names[i], hint=hint)
 
     def _exceeds_double(self, key: int) -> bool:
