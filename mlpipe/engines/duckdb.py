@@ -354,7 +354,7 @@ def _relation_origin(
     shown = [(name, kind.name) for name, kind in columns.items()]
     identity = Identity(fingerprint(sql, shown), True, is_ordered(sql))
     again = (lambda cursor: cursor.sql(relation.sql_query())) if own else (lambda _: relation)
-    return Origin(exp.to_table(RELATION), con, own, columns, identity, again, workspace=workspace, use=use)
+    return Origin(exp.to_table(RELATION), con, own, columns, identity, again, workspace=workspace, use=use, collates=True)
 
 
 def open_table(name: str, con: DuckDBPyConnection, workspace: Workspace | None = None, use: str | None = None) -> DuckDBEngine:
@@ -368,7 +368,8 @@ def open_table(name: str, con: DuckDBPyConnection, workspace: Workspace | None =
         columns = _columns(bound.columns, bound, {})
         identity = Identity(fingerprint(name, [(n, kind.name) for n, kind in columns.items()]), True, True)
         sample = _table_sample(table, con)
-        return DuckDBEngine(Origin(table, con, workspace is not None, columns, identity, sample=sample, workspace=workspace, use=use))
+        own = workspace is not None
+        return DuckDBEngine(Origin(table, con, own, columns, identity, sample=sample, workspace=workspace, use=use, collates=True))
 
 
 def _table_sample(table: exp.Table, con: DuckDBPyConnection) -> exp.Expr | None:
