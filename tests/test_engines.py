@@ -358,7 +358,7 @@ def test_a_users_connection_is_left_alone(kind: str, opened: Opened) -> None:
 NOCASE = {"setting": "set default_collation = 'nocase'", "column": "alter table t alter g type varchar collate nocase"}
 
 
-@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.filterwarnings("ignore::mlpipe.MlpipeWarning")
 @pytest.mark.parametrize(("kind", "blind"), [("relation", "setting"), ("query", "column"), ("table", "setting"), ("table", "column")])
 def test_text_is_compared_by_bytes_whatever_a_database_says(kind: str, blind: str) -> None:
     """Levels, keys and predictions of a connection, or a column, that is blind to case."""

@@ -771,6 +771,21 @@ def test_a_hive_tree_behind_a_url(suffix: str, bucket: Path, opened: Opened) -> 
         assert used(engine, "x", "year", "site") == [(2023.0, 2023.0, "a b"), (2024.0, 2024.0, "a b")]
 
 
+@pytest.mark.parametrize("day", ["2024-02-29", "2024-02-30", "7", "07", "9223372036854775808", "__HIVE_DEFAULT_PARTITION__"])
+def test_keys_of_directories_have_one_type_wherever_they_lie(day: str, bucket: Path, opened: Opened) -> None:
+    """Of local Parquet files, which DuckDB reads, of remote ones and of Arrow files; also where the files hold a column of that name."""
+    found = []
+    for folder, suffix, held in (("a", "parquet", {}), ("b", "arrow", {}), ("c", "parquet", {"day": ["file"]})):
+        for value in (day, "2024-03-01" if "-" in day else "12"):
+            write(bucket / folder / f"day={value}" / f"part.{suffix}", pl.DataFrame({"x": [1.0], **held}))
+        for data in (bucket / folder, f"bucket://{folder}"):
+            engine = opened(data)
+            key = list(engine.schema()).index("day")
+            keys = rows(engine, f"select k{key} from src", Columns(keys=frozenset([key])))
+            found.append((engine.schema()["day"].name, sorted(map(str, keys))))
+    assert found == [found[0]] * 6 and len(found[0][1]) == 2
+
+
 def test_a_remote_file_that_changes(bucket: Path, opened: Opened) -> None:
     path = parquet(bucket / "a.parquet", x=[1.0])
     engine = opened("bucket://a.parquet")

@@ -1,9 +1,13 @@
 """Arrow data: the order of levels a schema declares, datasets of files, one-shot streams spooled to disk."""
 from __future__ import annotations
 
+import datetime as dt
 import os
-from collections.abc import Container, Iterator, Sequence
+import re
+from collections.abc import Collection, Container, Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from ..errors import DataError, ResourceError
 from .base import BATCH_ROWS
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from .files import Workspace
 
 _POLARS_ENUM = b"_PL_ENUM_VALUES2"
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def declared_levels(field: pa.Field, dictionary: pa.Array | None) -> tuple[str, ...] | None:
@@ -161,29 +166,61 @@ def file_dataset(files: Sequence[str], form: str, filesystem: Any = None, hive: 
     import pyarrow as pa
     import pyarrow.dataset as ds
 
-    parts = "hive" if hive else None
+    keys = _hive_schema(files) if hive else pa.schema([])
     try:
-        data = ds.dataset(list(files), format=form, filesystem=filesystem, partitioning=parts)
+        data = ds.dataset(list(files), format=form, filesystem=filesystem)
         schemas = [(fragment.path, fragment.physical_schema) for fragment in data.get_fragments()]
         variants = list(_variants(schemas))
         merged = merge(variants)
-        if len(variants) > 1:
-            common = _common_schema(data.schema, [schema for _, schema in schemas], merged)
+        for name in keys.names:  # those of directories win over columns of their name
+            merged.problems.pop(name, None)
+            merged.key_problems.pop(name, None)
+        if len(variants) > 1 or hive:
+            common = _common_schema(data.schema, [schema for _, schema in schemas], merged, keys)
+            parts = ds.partitioning(keys, flavor="hive") if hive else None
             data = ds.dataset(list(files), schema=common, format=form, filesystem=filesystem, partitioning=parts)
         return data, merged
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{files[0]}: {error}", code="file_unreadable") from error
 
 
-def _common_schema(given: pa.Schema, schemas: Sequence[pa.Schema], merged: Merged) -> pa.Schema:
+def _hive_schema(files: Sequence[str]) -> pa.Schema:
+    """The keys of `key=value` directories, of the types that DuckDB gives those of local files: dates, whole numbers of 64 bits, else text."""
+    import pyarrow as pa
+
+    values: dict[str, set[str]] = {}
+    for part in dict.fromkeys(part for file in files for part in PurePosixPath(file).parent.parts if "=" in part):
+        key, _, value = part.partition("=")
+        values.setdefault(unquote(key), set()).add(unquote(value))
+    return pa.schema([(key, _hive_type(texts - {_HIVE_NULL})) for key, texts in values.items()])
+
+
+def _hive_type(texts: Collection[str]) -> pa.DataType:
+    import pyarrow as pa
+
+    if texts and all(_is_date(text) for text in texts):
+        return pa.date32()
+    whole = all(re.fullmatch(r"-?(0|[1-9]\d{0,18})", text, re.ASCII) and -(2**63) <= int(text) < 2**63 for text in texts)
+    return pa.int64() if texts and whole else pa.string()
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return len(text) == len("2020-01-31") and dt.date.fromisoformat(text) is not None
+    except ValueError:
+        return False
+
+
+def _common_schema(given: pa.Schema, schemas: Sequence[pa.Schema], merged: Merged, keys: pa.Schema) -> pa.Schema:
     """The widest type of each column; that of the first file for columns with a problem; then the keys of directories."""
     import pyarrow as pa
 
-    usable = [pa.schema([field for field in schema if field.name not in merged.problems]) for schema in schemas]
+    skipped = {*merged.problems, *keys.names}
+    usable = [pa.schema([field for field in schema if field.name not in skipped]) for schema in schemas]
     widest = pa.unify_schemas(usable, promote_options="permissive")
     disputed = [next(schema.field(name) for schema in schemas if name in schema.names) for name in merged.problems]
-    fields = {field.name: field for field in (*given, *widest, *disputed)}
-    return pa.schema([fields[name] for name in dict.fromkeys([*merged.types, *given.names])])
+    fields = {field.name: field for field in (*given, *widest, *disputed, *keys)}
+    return pa.schema([fields[name] for name in dict.fromkeys([*merged.types, *given.names, *keys.names])])
 
 
 def _variants(schemas: Sequence[tuple[str, pa.Schema]]) -> Iterator[Variant]:
