@@ -4,6 +4,7 @@ from __future__ import annotations
 import glob
 import gzip
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -247,10 +248,11 @@ def test_types_settle_a_dispute_between_files(tmp_path: Path, opened: Opened) ->
 def test_a_value_that_is_not_of_the_type_given(tmp_path: Path, opened: Opened) -> None:
     (tmp_path / "a.csv").write_text("g,y\n1,2\n3,oops\n")
     (tmp_path / "b.csv").write_text("y,g\n1,2\n")
-    engine = opened(source(tmp_path, types={"y": "DOUBLE"}))
-    with pytest.raises(DataError, match="the column 'y' is read as DOUBLE, and line 3 holds 'oops'") as caught:
-        used(engine, "y")
-    assert (caught.value.code, caught.value.column) == ("column_value", "y")
+    for kind in ("DOUBLE", "ENUM('1', '2')"):
+        engine = opened(source(tmp_path, types={"y": kind}))
+        with pytest.raises(DataError, match=f"the column 'y' is read as {re.escape(kind)}, and line 3 holds 'oops'") as caught:
+            used(engine, "y")
+        assert (caught.value.code, caught.value.column) == ("column_value", "y")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
@@ -663,6 +665,27 @@ def test_a_temporary_directory_that_is_not_there() -> None:
 def test_other_arrow_data(wrap: Callable[[pa.Table], Any], opened: Opened) -> None:
     engine = opened(wrap(SIMPLE))
     assert used(engine, "x", "g") == used(engine, "x", "g") == [(1.5, "b"), (2.5, "a")]
+
+
+@pytest.mark.parametrize("kind", ["polars", "arrow", "stream", "pandas", "feather", "dataset", "filtered"])
+def test_numbers_of_half_precision(kind: str, tmp_path: Path) -> None:
+    """DuckDB has none; as covariate, key in rows that are sorted, and in rows that come back."""
+    held = pl.DataFrame({"y": [0.5, 3.0, 2.0, 5.5, 1.0, 4.5] * 3, "x": [0.1, 2.5, None] * 6, "g": [0.5, 1.5, 2.5, 0.5, 2.5, 1.5] * 3})
+    half = held.with_columns(pl.col("x", "g").cast(pl.Float16))
+    table = half.to_arrow()
+    pq.write_table(table, tmp_path / "a.parquet")
+    feather.write_feather(table, str(tmp_path / "a.feather"))
+    files = ds.dataset(tmp_path / "a.parquet")
+    data = {
+        "polars": half, "arrow": table, "stream": table.to_reader(), "pandas": half.to_pandas(), "feather": tmp_path / "a.feather",
+        "dataset": files, "filtered": files.filter(ds.field("y") < 5),
+    }[kind]  # fmt: skip
+    expected = half.with_columns(pl.col("x", "g").cast(pl.Float32)).filter(pl.col("y") < (5 if kind == "filtered" else 9))
+    fit, want = (mp.gee("y ~ x", rows, groups="g", corr="independence") for rows in (data, expected))
+    assert fit.nobs == want.nobs and fit.fixef() == pytest.approx(want.fixef(), abs=1e-12)
+    if kind != "stream":
+        rows = mp.ols("y ~ x", data).augment().read_all()
+        assert rows["g"].to_pylist() == expected["g"].to_list() and rows.schema.field("g").type == pa.float32()
 
 
 def test_a_dataset_of_files(tmp_path: Path, opened: Opened) -> None:

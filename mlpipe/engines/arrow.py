@@ -88,15 +88,18 @@ def levels_of(schema: pa.Schema, first: pa.RecordBatch | None) -> dict[str, tupl
     return found
 
 
-def check_schema(schema: pa.Schema) -> pa.Schema:
-    """The schema. Raises DataError for two columns of one name and for types that no engine reads."""
+def _readable(schema: pa.Schema) -> pa.Schema:
+    """The schema with numbers of half precision, which DuckDB does not have, as single ones. Raises DataError for two columns of one name
+    and for types that no engine reads."""
     import pyarrow as pa
 
-    for field in schema:
+    for i, field in enumerate(schema):
         if schema.names.count(field.name) > 1:
             raise DataError(f"two columns are called {field.name!r}", code="column_repeated", column=field.name)
-        if pa.types.is_float16(field.type) or pa.types.is_decimal256(field.type):
+        if pa.types.is_decimal256(field.type):
             raise DataError(f"column {field.name!r} has type {field.type}", code="column_type", column=field.name, hint="cast it first")
+        if pa.types.is_float16(field.type):
+            schema = schema.set(i, field.with_type(pa.float32()))
     return schema
 
 
@@ -124,7 +127,7 @@ def spool(data: Any, path: str) -> tuple[pa.Table, pa.Schema, dict[str, tuple[st
         reader = pa.RecordBatchReader.from_stream(data)
         again = not isinstance(data, pa.RecordBatchReader) and _streams_again(data)
         levels = _write(reader, path)
-        return pa.ipc.open_file(pa.memory_map(path)).read_all(), reader.schema, levels, again
+        return pa.ipc.open_file(pa.memory_map(path)).read_all(), _readable(reader.schema), levels, again
     except OSError as error:
         raise ResourceError(f"the stream could not be spooled to {path}: {error}", code="spool") from error
     except DataError:
@@ -146,9 +149,9 @@ def _write(reader: pa.RecordBatchReader, path: str) -> dict[str, tuple[str, ...]
     """Dictionaries are written as plain values: the file format has no room for one that changes between batches."""
     import pyarrow as pa
 
-    check_schema(reader.schema)
     plain = pa.schema([
-        pa.field(field.name, field.type.value_type if pa.types.is_dictionary(field.type) else field.type) for field in reader.schema
+        pa.field(field.name, field.type.value_type if pa.types.is_dictionary(field.type) else field.type)
+        for field in _readable(reader.schema)
     ])  # fmt: skip
     levels = levels_of(reader.schema, None)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, plain) as writer:
@@ -175,8 +178,8 @@ def file_dataset(files: Sequence[str], form: str, filesystem: Any = None, hive: 
         for name in keys.names:  # those of directories win over columns of their name
             merged.problems.pop(name, None)
             merged.key_problems.pop(name, None)
-        if len(variants) > 1 or hive:
-            common = _common_schema(data.schema, [schema for _, schema in schemas], merged, keys)
+        if len(variants) > 1 or hive or not _readable(data.schema).equals(data.schema):
+            common = _readable(_common_schema(data.schema, [schema for _, schema in schemas], merged, keys))
             parts = ds.partitioning(keys, flavor="hive") if hive else None
             data = ds.dataset(list(files), schema=common, format=form, filesystem=filesystem, partitioning=parts)
         return data, merged
@@ -185,7 +188,7 @@ def file_dataset(files: Sequence[str], form: str, filesystem: Any = None, hive: 
 
 
 def _hive_schema(files: Sequence[str]) -> pa.Schema:
-    """The keys of `key=value` directories, of the types that DuckDB gives those of local files: dates, whole numbers of 64 bits, else text."""
+    """The keys of `key=value` directories, of the types that DuckDB gives those of local files: dates, 64-bit whole numbers, else text."""
     import pyarrow as pa
 
     values: dict[str, set[str]] = {}
@@ -256,10 +259,14 @@ def rows_of(data: Any, workspace: Workspace, problems: Container[str]) -> tuple[
     """A table or dataset, the schema of the data as they came, the level orders it declares, and whether the caller's object can be
     read again."""
     dataset = type(data).__module__ == "pyarrow._dataset" and hasattr(data, "scanner")
-    if dataset and not hasattr(data, "files"):
-        # it may hold a stream that is gone after one scan
+    files = dataset and hasattr(data, "files")
+    if dataset and not (files and _readable(data.schema).equals(data.schema)):
+        # it may hold a stream that is gone after one scan, or numbers that must be cast
         data, dataset = data.scanner().to_reader(), False
     table = data if dataset else in_memory(data)
     if table is None:
-        return spool(data, os.path.join(workspace.path(), "stream.arrow"))
-    return table, table.schema, levels_of(check_schema(table.schema), ordered_head(table, problems)), True
+        spooled, schema, levels, again = spool(data, os.path.join(workspace.path(), "stream.arrow"))
+        return spooled, schema, levels, again or files
+    schema = _readable(table.schema)
+    table = table if dataset or schema.equals(table.schema) else table.cast(schema)
+    return table, table.schema, levels_of(schema, ordered_head(table, problems)), True
