@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _TURN_SECONDS = 0.2
 LAST_WHOLE = 2**53  # up to here a DOUBLE holds every whole number
-_UNREADABLE = r"CSV Error on Line: (\d+).*column \"mlpipe_(\d+)\"\. Could not convert string \"(.*?)\" to '"
+_UNREADABLE = r"CSV Error on Line: (\d+).*column \"mlpipe_(\d+)\"\. Could not convert string \"(.*?)\" to '(.*?)'\n"
 _RESERVED = ("memory", "system", "temp")
 
 
@@ -208,9 +208,15 @@ class DuckDBEngine:
     def _explain_field(self, error: duckdb.Error) -> None:
         """Raises DataError (code "column_value") where a value of a CSV file is not of the type its column is read as."""
         if found := re.search(_UNREADABLE, str(error), re.DOTALL):
-            line, field, value = found.groups()
-            name, kind = list(self._origin.columns.items())[int(field)]
-            message = f"the column {name!r} is read as {kind.name}, and line {line} holds {value!r}"
+            line, field, value, kind = found.groups()
+            columns = self._origin.columns
+            alike = [name for name, column in columns.items() if column.name == kind]
+            name = list(columns)[int(field)]
+            if name not in alike:  # DuckDB counts otherwise where it casts to an ENUM
+                if len(alike) != 1:
+                    return
+                (name,) = alike
+            message = f"the column {name!r} is read as {kind}, and line {line} holds {value!r}"
             raise DataError(message, code="column_value", column=name, hint="give mp.source another type for it") from error
 
 
