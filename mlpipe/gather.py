@@ -10,7 +10,7 @@ import numpy as np
 
 from . import cells, expr, statements
 from .arrays import column
-from .collect import dropped_rows, not_finite
+from .collect import causes, dropped_rows, none_usable, not_finite
 from .compressed import columns_of
 from .design import code
 from .engines.base import Columns
@@ -71,8 +71,8 @@ def gather(plan: Plan, *, compress: bool, repeatable: bool = False) -> Gathered:
     try:
         found = _survey(plan.recipe, spool)
         rows, nobs = counts(plan, spool.n_rows, found.size, compressed=ratio >= WORTHWHILE)
+        check_rows(plan, rows, total)
         dropped = dropped_rows(plan, total, rows)
-        check_rows(rows, total)
         terms = bool(np.isfinite(found.gram).all()) and math.isfinite(found.offset)
         check_finite(plan, found.size == 0.0 or math.isfinite(found.mean), terms)
         _check(plan.recipe, found)
@@ -176,11 +176,10 @@ def _outcome(plan: Plan) -> dict[str, Any]:
     return dict(plan.engine.query(cells.outcome(plan.recipe, plan.names), plan.columns).read_all().to_pylist()[0])
 
 
-def check_rows(rows: int, total: int) -> None:
+def check_rows(plan: Plan, rows: int, total: int) -> None:
     """Raises DataError (code "no_rows") where none of the rows entered."""
     if not rows:
-        what = "there are no rows" if total == 0 else f"none of the {total:,} rows can be used"
-        raise DataError(what, code="no_rows")
+        raise none_usable(causes(plan)[()], total)
 
 
 def check_finite(plan: Plan, response: bool, terms: bool) -> None:

@@ -47,8 +47,8 @@ def kept(plan: Plan, *, merges: bool) -> Compressed:
         fields |= {"cells": found.cells}
     engine.check_unchanged()
     rows, n = counts(plan, found.cells, found.size, compressed=merges) if found.cells else (0, 0.0)
+    check_rows(plan, rows, total)
     dropped = dropped_rows(plan, total, rows)
-    check_rows(rows, total)
     check_finite(plan, found.response, found.terms)
     info = {
         "rows_read": total, "rows_dropped": total - rows, "dropped": dropped, "passes": 1, "seconds": seconds,

@@ -111,28 +111,32 @@ def case(branches: Iterable[tuple[Expression, Expression]], default: Expression 
 
 class Names:
     """Where the source's columns stand and what they hold: name -> (position, kind). `finite`: columns without NaN and infinities, such as
-    those of integers, which are asked for NULL alone; `complete`: every row is known to be usable, so that statements need not look for
-    missing values again (which costs half as much as reading the rows)."""
+    those of integers, which are asked for NULL alone; `untyped`: those of nothing but nulls, without a type; `complete`: every row is known
+    to be usable, so that statements need not look for missing values again (which costs half as much as reading the rows)."""
 
     def __init__(
-        self, positions: Mapping[str, int], kinds: Mapping[str, str], *, finite: Set[str] = frozenset(), complete: bool = False
-    ) -> None:
-        self.positions, self.kinds, self.finite, self.complete = positions, kinds, finite, complete
+        self, positions: Mapping[str, int], kinds: Mapping[str, str], *, finite: Set[str] = frozenset(), untyped: Set[str] = frozenset(),
+        complete: bool = False,
+    ) -> None:  # fmt: skip
+        self.positions, self.kinds, self.finite, self.untyped, self.complete = positions, kinds, finite, untyped, complete
 
     @classmethod
     def of(cls, schema: Mapping[str, ColumnType], kinds: Mapping[str, str] | None = None) -> Names:
         """Of all columns of a source; `kinds`, where a fit knows them already."""
         whole = frozenset(name for name, column in schema.items() if column.exact_integer)
+        untyped = frozenset(name for name, column in schema.items() if column.untyped)
         known = {name: column.kind for name, column in schema.items()} if kinds is None else kinds
-        return cls({name: i for i, name in enumerate(schema)}, known, finite=whole)
+        return cls({name: i for i, name in enumerate(schema)}, known, finite=whole, untyped=untyped)
 
     def known(self, *, complete: bool, finite: Set[str] = frozenset()) -> Names:
         """The same where it is known whether every row is usable, and of more columns that they are finite."""
-        return Names(self.positions, self.kinds, finite=self.finite | finite, complete=complete)
+        return Names(self.positions, self.kinds, finite=self.finite | finite, untyped=self.untyped, complete=complete)
 
-    def value(self, name: str) -> exp.Column:
+    def value(self, name: str) -> Expression:
         """The column as a covariate."""
-        return exp.column(f"c{self.positions[name]}")
+        column = exp.column(f"c{self.positions[name]}")
+        # Polars has no logarithm, say, of a column without a type
+        return exp.cast(column, "double") if name in self.untyped and self.kinds[name] == "number" else column
 
     def key(self, name: str) -> exp.Column:
         """The column as a grouping key, in the source's own type."""

@@ -355,6 +355,26 @@ def test_a_users_connection_is_left_alone(kind: str, opened: Opened) -> None:
     assert catalog(con) == before
 
 
+NOCASE = {"setting": "set default_collation = 'nocase'", "column": "alter table t alter g type varchar collate nocase"}
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.MlpipeWarning")
+@pytest.mark.parametrize(("kind", "blind"), [("relation", "setting"), ("query", "column"), ("table", "setting"), ("table", "column")])
+def test_text_is_compared_by_bytes_whatever_a_database_says(kind: str, blind: str) -> None:
+    """Levels, keys and predictions of a connection, or a column, that is blind to case."""
+    data = pl.DataFrame({"y": [1.0, 2.0, 4.0, 3.5, 5.0, 7.5] * 4, "f": ["u", "U", "v"] * 8, "g": ["a", "A", "b", "B"] * 6})
+    con = duckdb.connect()
+    con.register("frame", data.to_arrow())
+    con.execute("create table t as select y, f, g, f::enum('u', 'U', 'v') as e from frame")
+    con.execute(NOCASE[blind])
+    source = {"relation": con.table("t"), "table": table("t", con), "query": query("from t", con)}[kind]
+    for formula in ("y ~ e + (1 | g)", 'y ~ I(f == "u") + f + (1 | g)'):
+        held = data.with_columns(e=pl.col("f").cast(pl.Enum(["u", "U", "v"])))
+        want, fit = mp.lmm(formula, held), mp.lmm(formula, source)
+        assert list(fit.fixef()) == list(want.fixef()) and fit.loglik == pytest.approx(want.loglik, abs=1e-9)
+        np.testing.assert_allclose(want.predict(source).read_all()["predicted"], want.predict(held).read_all()["predicted"], atol=1e-9)
+
+
 def test_a_users_transaction_is_untouched(opened: Opened) -> None:
     con = duckdb.connect()
     con.execute("create table t as select 1.0::double as x")

@@ -231,6 +231,19 @@ def test_rows_to_predict_with_a_column_without_a_type(name: str, tmp_path: Path)
             np.testing.assert_allclose(found, fit.predict(source, effects="population").read_all()["predicted"])
 
 
+def test_functions_of_a_column_without_a_type() -> None:
+    """Polars has none of these for its Null."""
+    frame = data().with_columns(pl.col("x").abs() + 0.5)
+    fit = mp.lmm("y ~ log(x) + I(x^0.5) + abs(x) + exp(x) + (1 | g)", frame)
+    empty = frame.with_columns(x=None)
+    for rows in (empty, empty.lazy(), empty.to_arrow()):
+        assert fit.predict(rows).read_all()["predicted"].null_count == 200
+        for fitted in (lambda rows: mp.ols("y ~ g", rows, weights="x"), lambda rows: mp.gee("y ~ 1", rows, groups="g", time="log(x)")):
+            with pytest.raises(mp.DataError, match="none of the 200 rows can be used: 'x' is missing in 200") as caught:
+                fitted(rows)
+            assert (caught.value.code, caught.value.column) == ("no_rows", "x")
+
+
 @pytest.mark.parametrize("name", ["x", "f", "g", "y"])
 def test_rows_to_fit_with_a_column_without_a_type(name: str, tmp_path: Path) -> None:
     frame = data().with_columns(f=pl.when(pl.col("x") > 0).then(pl.lit("a")).otherwise(pl.lit("b"))).with_columns(pl.lit(None).alias(name))

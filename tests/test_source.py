@@ -4,12 +4,14 @@ from __future__ import annotations
 import glob
 import gzip
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,26 @@ def test_keys_that_fractions_in_another_file_would_merge(suffix: str, tmp_path: 
     arrow = "Integer value 9007199254740993 not in range"  # pyarrow itself refuses to read it as a double
     with pytest.raises(DataError, match=arrow if suffix == "arrow" else "'id' is BIGINT in .*a.*; DOUBLE in .*b.*beyond 2"):
         large.check_columns(key)
+
+
+@pytest.mark.parametrize("name", ["wide.parquet", "wide.jsonl", "mixed.jsonl", "mixed.csv"])
+def test_keys_that_duckdb_reads_as_doubles(name: str, tmp_path: Path, opened: Opened) -> None:
+    """Decimals of more than 38 digits, JSON's whole numbers beyond 64 bits, large ones beside fractions: no two keys become one."""
+    keys = {"wide": [10**20, 10**20 + 1], "mixed": [2**53 + 1, 2.5]}[name.partition(".")[0]]
+    if name == "wide.parquet":
+        parquet(tmp_path / name, id=pa.array([Decimal(key) for key in keys], pa.decimal256(60, 2)), y=[1.0, 2.0])
+    else:
+        line = ('{{"id": {}, "y": {}}}' if "json" in name else "{},{}").format
+        lines = ["id,y"] * ("csv" in name) + [line(key, y) for key, y in zip(keys, (1.0, 2.0), strict=True)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    engine = opened(tmp_path / name)
+    engine.check_columns(Columns(values=frozenset([0, 1]), keys=frozenset([1])))
+    with pytest.raises(DataError, match="'id' .*read as DOUBLE, its keys beyond 2") as caught:
+        engine.check_columns(Columns(keys=frozenset([0])))
+    assert (caught.value.code, caught.value.column) == ("column_files", "id")
+    if name != "wide.parquet":
+        for kind in ("VARCHAR", "DOUBLE"):
+            opened(source(tmp_path / name, types={"id": kind})).check_columns(Columns(keys=frozenset([0])))
 
 
 def test_range_of_keys_that_is_addressed_directly(tmp_path: Path, opened: Opened) -> None:
@@ -226,10 +248,11 @@ def test_types_settle_a_dispute_between_files(tmp_path: Path, opened: Opened) ->
 def test_a_value_that_is_not_of_the_type_given(tmp_path: Path, opened: Opened) -> None:
     (tmp_path / "a.csv").write_text("g,y\n1,2\n3,oops\n")
     (tmp_path / "b.csv").write_text("y,g\n1,2\n")
-    engine = opened(source(tmp_path, types={"y": "DOUBLE"}))
-    with pytest.raises(DataError, match="the column 'y' is read as DOUBLE, and line 3 holds 'oops'") as caught:
-        used(engine, "y")
-    assert (caught.value.code, caught.value.column) == ("column_value", "y")
+    for kind in ("DOUBLE", "ENUM('1', '2')"):
+        engine = opened(source(tmp_path, types={"y": kind}))
+        with pytest.raises(DataError, match=f"the column 'y' is read as {re.escape(kind)}, and line 3 holds 'oops'") as caught:
+            used(engine, "y")
+        assert (caught.value.code, caught.value.column) == ("column_value", "y")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
@@ -644,6 +667,27 @@ def test_other_arrow_data(wrap: Callable[[pa.Table], Any], opened: Opened) -> No
     assert used(engine, "x", "g") == used(engine, "x", "g") == [(1.5, "b"), (2.5, "a")]
 
 
+@pytest.mark.parametrize("kind", ["polars", "arrow", "stream", "pandas", "feather", "dataset", "filtered"])
+def test_numbers_of_half_precision(kind: str, tmp_path: Path) -> None:
+    """DuckDB has none; as covariate, key in rows that are sorted, and in rows that come back."""
+    held = pl.DataFrame({"y": [0.5, 3.0, 2.0, 5.5, 1.0, 4.5] * 3, "x": [0.1, 2.5, None] * 6, "g": [0.5, 1.5, 2.5, 0.5, 2.5, 1.5] * 3})
+    half = held.with_columns(pl.col("x", "g").cast(pl.Float16))
+    table = half.to_arrow()
+    pq.write_table(table, tmp_path / "a.parquet")
+    feather.write_feather(table, str(tmp_path / "a.feather"))
+    files = ds.dataset(tmp_path / "a.parquet")
+    data = {
+        "polars": half, "arrow": table, "stream": table.to_reader(), "pandas": half.to_pandas(), "feather": tmp_path / "a.feather",
+        "dataset": files, "filtered": files.filter(ds.field("y") < 5),
+    }[kind]  # fmt: skip
+    expected = half.with_columns(pl.col("x", "g").cast(pl.Float32)).filter(pl.col("y") < (5 if kind == "filtered" else 9))
+    fit, want = (mp.gee("y ~ x", rows, groups="g", corr="independence") for rows in (data, expected))
+    assert fit.nobs == want.nobs and fit.fixef() == pytest.approx(want.fixef(), abs=1e-12)
+    if kind != "stream":
+        rows = mp.ols("y ~ x", data).augment().read_all()
+        assert rows["g"].to_pylist() == expected["g"].to_list() and rows.schema.field("g").type == pa.float32()
+
+
 def test_a_dataset_of_files(tmp_path: Path, opened: Opened) -> None:
     path = parquet(tmp_path / "a.parquet", x=[1.5])
     engine = opened(ds.dataset(str(path)))
@@ -748,6 +792,21 @@ def test_a_hive_tree_behind_a_url(suffix: str, bucket: Path, opened: Opened) -> 
         engine = opened(url)
         assert set(engine.schema()) == {"x", "year", "site"}
         assert used(engine, "x", "year", "site") == [(2023.0, 2023.0, "a b"), (2024.0, 2024.0, "a b")]
+
+
+@pytest.mark.parametrize("day", ["2024-02-29", "2024-02-30", "7", "07", "9223372036854775808", "__HIVE_DEFAULT_PARTITION__"])
+def test_keys_of_directories_have_one_type_wherever_they_lie(day: str, bucket: Path, opened: Opened) -> None:
+    """Of local Parquet files, which DuckDB reads, of remote ones and of Arrow files; also where the files hold a column of that name."""
+    found = []
+    for folder, suffix, held in (("a", "parquet", {}), ("b", "arrow", {}), ("c", "parquet", {"day": ["file"]})):
+        for value in (day, "2024-03-01" if "-" in day else "12"):
+            write(bucket / folder / f"day={value}" / f"part.{suffix}", pl.DataFrame({"x": [1.0], **held}))
+        for data in (bucket / folder, f"bucket://{folder}"):
+            engine = opened(data)
+            key = list(engine.schema()).index("day")
+            keys = rows(engine, f"select k{key} from src", Columns(keys=frozenset([key])))
+            found.append((engine.schema()["day"].name, sorted(map(str, keys))))
+    assert found == [found[0]] * 6 and len(found[0][1]) == 2
 
 
 def test_a_remote_file_that_changes(bucket: Path, opened: Opened) -> None:

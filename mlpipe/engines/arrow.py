@@ -1,9 +1,13 @@
 """Arrow data: the order of levels a schema declares, datasets of files, one-shot streams spooled to disk."""
 from __future__ import annotations
 
+import datetime as dt
 import os
-from collections.abc import Container, Iterator, Sequence
+import re
+from collections.abc import Collection, Container, Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from ..errors import DataError, ResourceError
 from .base import BATCH_ROWS
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from .files import Workspace
 
 _POLARS_ENUM = b"_PL_ENUM_VALUES2"
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def declared_levels(field: pa.Field, dictionary: pa.Array | None) -> tuple[str, ...] | None:
@@ -83,15 +88,18 @@ def levels_of(schema: pa.Schema, first: pa.RecordBatch | None) -> dict[str, tupl
     return found
 
 
-def check_schema(schema: pa.Schema) -> pa.Schema:
-    """The schema. Raises DataError for two columns of one name and for types that no engine reads."""
+def _readable(schema: pa.Schema) -> pa.Schema:
+    """The schema with numbers of half precision, which DuckDB does not have, as single ones. Raises DataError for two columns of one name
+    and for types that no engine reads."""
     import pyarrow as pa
 
-    for field in schema:
+    for i, field in enumerate(schema):
         if schema.names.count(field.name) > 1:
             raise DataError(f"two columns are called {field.name!r}", code="column_repeated", column=field.name)
-        if pa.types.is_float16(field.type) or pa.types.is_decimal256(field.type):
+        if pa.types.is_decimal256(field.type):
             raise DataError(f"column {field.name!r} has type {field.type}", code="column_type", column=field.name, hint="cast it first")
+        if pa.types.is_float16(field.type):
+            schema = schema.set(i, field.with_type(pa.float32()))
     return schema
 
 
@@ -119,7 +127,7 @@ def spool(data: Any, path: str) -> tuple[pa.Table, pa.Schema, dict[str, tuple[st
         reader = pa.RecordBatchReader.from_stream(data)
         again = not isinstance(data, pa.RecordBatchReader) and _streams_again(data)
         levels = _write(reader, path)
-        return pa.ipc.open_file(pa.memory_map(path)).read_all(), reader.schema, levels, again
+        return pa.ipc.open_file(pa.memory_map(path)).read_all(), _readable(reader.schema), levels, again
     except OSError as error:
         raise ResourceError(f"the stream could not be spooled to {path}: {error}", code="spool") from error
     except DataError:
@@ -141,9 +149,9 @@ def _write(reader: pa.RecordBatchReader, path: str) -> dict[str, tuple[str, ...]
     """Dictionaries are written as plain values: the file format has no room for one that changes between batches."""
     import pyarrow as pa
 
-    check_schema(reader.schema)
     plain = pa.schema([
-        pa.field(field.name, field.type.value_type if pa.types.is_dictionary(field.type) else field.type) for field in reader.schema
+        pa.field(field.name, field.type.value_type if pa.types.is_dictionary(field.type) else field.type)
+        for field in _readable(reader.schema)
     ])  # fmt: skip
     levels = levels_of(reader.schema, None)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, plain) as writer:
@@ -161,29 +169,61 @@ def file_dataset(files: Sequence[str], form: str, filesystem: Any = None, hive: 
     import pyarrow as pa
     import pyarrow.dataset as ds
 
-    parts = "hive" if hive else None
+    keys = _hive_schema(files) if hive else pa.schema([])
     try:
-        data = ds.dataset(list(files), format=form, filesystem=filesystem, partitioning=parts)
+        data = ds.dataset(list(files), format=form, filesystem=filesystem)
         schemas = [(fragment.path, fragment.physical_schema) for fragment in data.get_fragments()]
         variants = list(_variants(schemas))
         merged = merge(variants)
-        if len(variants) > 1:
-            common = _common_schema(data.schema, [schema for _, schema in schemas], merged)
+        for name in keys.names:  # those of directories win over columns of their name
+            merged.problems.pop(name, None)
+            merged.key_problems.pop(name, None)
+        if len(variants) > 1 or hive or not _readable(data.schema).equals(data.schema):
+            common = _readable(_common_schema(data.schema, [schema for _, schema in schemas], merged, keys))
+            parts = ds.partitioning(keys, flavor="hive") if hive else None
             data = ds.dataset(list(files), schema=common, format=form, filesystem=filesystem, partitioning=parts)
         return data, merged
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{files[0]}: {error}", code="file_unreadable") from error
 
 
-def _common_schema(given: pa.Schema, schemas: Sequence[pa.Schema], merged: Merged) -> pa.Schema:
+def _hive_schema(files: Sequence[str]) -> pa.Schema:
+    """The keys of `key=value` directories, of the types that DuckDB gives those of local files: dates, 64-bit whole numbers, else text."""
+    import pyarrow as pa
+
+    values: dict[str, set[str]] = {}
+    for part in dict.fromkeys(part for file in files for part in PurePosixPath(file).parent.parts if "=" in part):
+        key, _, value = part.partition("=")
+        values.setdefault(unquote(key), set()).add(unquote(value))
+    return pa.schema([(key, _hive_type(texts - {_HIVE_NULL})) for key, texts in values.items()])
+
+
+def _hive_type(texts: Collection[str]) -> pa.DataType:
+    import pyarrow as pa
+
+    if texts and all(_is_date(text) for text in texts):
+        return pa.date32()
+    whole = all(re.fullmatch(r"-?(0|[1-9]\d{0,18})", text, re.ASCII) and -(2**63) <= int(text) < 2**63 for text in texts)
+    return pa.int64() if texts and whole else pa.string()
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return len(text) == len("2020-01-31") and dt.date.fromisoformat(text) is not None
+    except ValueError:
+        return False
+
+
+def _common_schema(given: pa.Schema, schemas: Sequence[pa.Schema], merged: Merged, keys: pa.Schema) -> pa.Schema:
     """The widest type of each column; that of the first file for columns with a problem; then the keys of directories."""
     import pyarrow as pa
 
-    usable = [pa.schema([field for field in schema if field.name not in merged.problems]) for schema in schemas]
+    skipped = {*merged.problems, *keys.names}
+    usable = [pa.schema([field for field in schema if field.name not in skipped]) for schema in schemas]
     widest = pa.unify_schemas(usable, promote_options="permissive")
     disputed = [next(schema.field(name) for schema in schemas if name in schema.names) for name in merged.problems]
-    fields = {field.name: field for field in (*given, *widest, *disputed)}
-    return pa.schema([fields[name] for name in dict.fromkeys([*merged.types, *given.names])])
+    fields = {field.name: field for field in (*given, *widest, *disputed, *keys)}
+    return pa.schema([fields[name] for name in dict.fromkeys([*merged.types, *given.names, *keys.names])])
 
 
 def _variants(schemas: Sequence[tuple[str, pa.Schema]]) -> Iterator[Variant]:
@@ -219,10 +259,14 @@ def rows_of(data: Any, workspace: Workspace, problems: Container[str]) -> tuple[
     """A table or dataset, the schema of the data as they came, the level orders it declares, and whether the caller's object can be
     read again."""
     dataset = type(data).__module__ == "pyarrow._dataset" and hasattr(data, "scanner")
-    if dataset and not hasattr(data, "files"):
-        # it may hold a stream that is gone after one scan
+    files = dataset and hasattr(data, "files")
+    if dataset and not (files and _readable(data.schema).equals(data.schema)):
+        # it may hold a stream that is gone after one scan, or numbers that must be cast
         data, dataset = data.scanner().to_reader(), False
     table = data if dataset else in_memory(data)
     if table is None:
-        return spool(data, os.path.join(workspace.path(), "stream.arrow"))
-    return table, table.schema, levels_of(check_schema(table.schema), ordered_head(table, problems)), True
+        spooled, schema, levels, again = spool(data, os.path.join(workspace.path(), "stream.arrow"))
+        return spooled, schema, levels, again or files
+    schema = _readable(table.schema)
+    table = table if dataset or schema.equals(table.schema) else table.cast(schema)
+    return table, table.schema, levels_of(schema, ordered_head(table, problems)), True

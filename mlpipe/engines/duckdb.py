@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _TURN_SECONDS = 0.2
 LAST_WHOLE = 2**53  # up to here a DOUBLE holds every whole number
-_UNREADABLE = r"CSV Error on Line: (\d+).*column \"mlpipe_(\d+)\"\. Could not convert string \"(.*?)\" to '([^']*)'"
+_UNREADABLE = r"CSV Error on Line: (\d+).*column \"mlpipe_(\d+)\"\. Could not convert string \"(.*?)\" to '(.*?)'\n"
 _RESERVED = ("memory", "system", "temp")
 
 
@@ -105,7 +105,7 @@ class DuckDBEngine:
             if problem is None and i in columns.keys and names[i] in self._origin.key_problems and self._exceeds_double(i):
                 problem = self._origin.key_problems[names[i]]
             if problem is not None:
-                hint = "write the files with one schema, or give mp.source types"
+                hint = "write the files with one type that holds its values; of CSV and JSON files give mp.source types"
                 raise DataError(problem, code="column_files", column=names[i], hint=hint)
 
     def _exceeds_double(self, key: int) -> bool:
@@ -209,7 +209,13 @@ class DuckDBEngine:
         """Raises DataError (code "column_value") where a value of a CSV file is not of the type its column is read as."""
         if found := re.search(_UNREADABLE, str(error), re.DOTALL):
             line, field, value, kind = found.groups()
-            name = list(self._origin.columns)[int(field)]
+            columns = self._origin.columns
+            alike = [name for name, column in columns.items() if column.name == kind]
+            name = list(columns)[int(field)]
+            if name not in alike:  # DuckDB counts otherwise where it casts to an ENUM
+                if len(alike) != 1:
+                    return
+                (name,) = alike
             message = f"the column {name!r} is read as {kind}, and line {line} holds {value!r}"
             raise DataError(message, code="column_value", column=name, hint="give mp.source another type for it") from error
 
@@ -354,7 +360,7 @@ def _relation_origin(
     shown = [(name, kind.name) for name, kind in columns.items()]
     identity = Identity(fingerprint(sql, shown), True, is_ordered(sql))
     again = (lambda cursor: cursor.sql(relation.sql_query())) if own else (lambda _: relation)
-    return Origin(exp.to_table(RELATION), con, own, columns, identity, again, workspace=workspace, use=use)
+    return Origin(exp.to_table(RELATION), con, own, columns, identity, again, workspace=workspace, use=use, collates=True)
 
 
 def open_table(name: str, con: DuckDBPyConnection, workspace: Workspace | None = None, use: str | None = None) -> DuckDBEngine:
@@ -368,7 +374,8 @@ def open_table(name: str, con: DuckDBPyConnection, workspace: Workspace | None =
         columns = _columns(bound.columns, bound, {})
         identity = Identity(fingerprint(name, [(n, kind.name) for n, kind in columns.items()]), True, True)
         sample = _table_sample(table, con)
-        return DuckDBEngine(Origin(table, con, workspace is not None, columns, identity, sample=sample, workspace=workspace, use=use))
+        own = workspace is not None
+        return DuckDBEngine(Origin(table, con, own, columns, identity, sample=sample, workspace=workspace, use=use, collates=True))
 
 
 def _table_sample(table: exp.Table, con: DuckDBPyConnection) -> exp.Expr | None:

@@ -27,7 +27,8 @@ class Origin:
     `con`: the connection, None for a bare relation; `own`: whether it is ours, so that each query takes a cursor of it;
     `columns`: exact names with DuckDB's types; `raw`, `row_number`, `sample`, `without_nulls`: as in FileTable; `problems`,
     `key_problems`: by exact name;
-    `use`: the statement that makes an attached database the current one of a cursor; `options`: of files, whose key ranges are known."""
+    `use`: the statement that makes an attached database the current one of a cursor; `options`: of files, whose key ranges are known;
+    `collates`: text is compared as a database's columns or a connection's settings say, which may be blind to case or accents."""
 
     from_: exp.Expr
     con: DuckDBPyConnection | None
@@ -46,6 +47,7 @@ class Origin:
     use: str | None = None
     options: Options | None = None
     without_nulls: Callable[[], frozenset[str]] | None = None
+    collates: bool = False
 
 
 def with_source(statement: exp.Query, source: exp.Select) -> exp.Query:
@@ -63,7 +65,7 @@ def source_rows(origin: Origin, columns: Columns, sample: bool) -> exp.Select:
     types = list(origin.columns.values())
     names = list(origin.columns)
     chosen = [exp.alias_(_value(origin, types[i], names[i], i), f"c{i}") for i in sorted(columns.values)]
-    chosen += [exp.alias_(_read(origin.raw, i), f"k{i}") for i in sorted(columns.keys)]
+    chosen += [exp.alias_(_by_bytes(origin, types[i].name, _read(origin.raw, i)), f"k{i}") for i in sorted(columns.keys)]
     chosen += [exp.alias_(_read(origin.raw, i), f"r{i}") for i in range(len(types))] if columns.everything else []
     if columns.row_number:
         chosen.append(exp.alias_(origin.row_number or _window_number(), "rn"))
@@ -94,7 +96,13 @@ def select_all(from_: exp.Expr, raw: Mapping[int, Convert], width: int) -> exp.S
 def _value(origin: Origin, kind: ColumnType, name: str, i: int) -> exp.Expr:
     if kind.kind == "other":
         raise DataError(f"column {name!r} has type {kind.name}, which cannot be a covariate", code="column_type", column=name)
-    return duckdb_family(kind.name).value(_read(origin.raw, i))
+    value = duckdb_family(kind.name).value(_read(origin.raw, i))
+    return _by_bytes(origin, "VARCHAR", value) if kind.kind == "text" else value
+
+
+def _by_bytes(origin: Origin, kind: str, value: exp.Expr) -> exp.Expr:
+    """The value, text compared byte by byte as everywhere else."""
+    return exp.Collate(this=value, expression=exp.var("c")) if origin.collates and kind == "VARCHAR" else value
 
 
 def _window_number() -> exp.Expr:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LARGE = 100_000  # rows of a file from which joining files by name pays: DuckDB then knows what all footers tell of a column's range
 _LEVEL_FILES, _SLICE_FILES = 16, 64
+DECIMAL_DIGITS = 38  # of DuckDB's widest decimal: it reads wider ones as DOUBLE
 _MAGIC = b"PAR1"
 _SCHEMAS = """
     select signature, list(file_name) as files
@@ -64,9 +65,10 @@ class FileTable:
 
 def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> FileTable:
     """The table of Parquet files. Raises DataError for names that differ only by case between files; duckdb errors pass."""
-    variants = _variants(con, files)
+    variants, wide = _variants(con, files)
     refuse_case(variants)
     merged = merge(variants)
+    key_problems = wide | merged.key_problems
     counts = dict(con.sql(render(exp.select("file_name", "num_rows").from_(_read("parquet_file_metadata", files)), "duckdb")).fetchall())
     starts = [0]
     for file in files:
@@ -82,7 +84,7 @@ def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> 
     schemas, unread = _arrow_schemas(con, files)
     levels, notes = _levels(schemas, files)
     return FileTable(
-        read, names, levels, merged.problems, merged.key_problems, (*merged.notes, *notes, *unread), starts[-1],
+        read, names, levels, merged.problems, key_problems, (*merged.notes, *notes, *unread), starts[-1],
         _durations(schemas, names), _row_number(starts) if numbered else None, _slices(files, starts) if numbered else None,
         partial(_without_nulls, con, files),
     )  # fmt: skip
@@ -117,25 +119,31 @@ def _read(function: str, files: Sequence[str], **options: bool) -> exp.Expr:
     return call(function, literals(files), *given)
 
 
-def _variants(con: DuckDBPyConnection, files: Sequence[str]) -> list[Variant]:
-    """The files by schema, in the order of the first file of each; one that is listed twice counts once here."""
+def _variants(con: DuckDBPyConnection, files: Sequence[str]) -> tuple[list[Variant], dict[str, str]]:
+    """The files by schema, in the order of the first file of each; one that is listed twice counts once here. And what is wrong with keys
+    that are decimals too wide for DuckDB."""
     place = {file: i for i, file in enumerate(dict.fromkeys(files))}
     rows = con.sql(_SCHEMAS.format(files=render(_read("parquet_schema", list(place)), "duckdb"))).fetchall()
-    groups = [(_top_names(signature), sorted(found, key=place.__getitem__)) for signature, found in rows]
-    out = []
+    groups = [(_top_level(signature), sorted(found, key=place.__getitem__)) for signature, found in rows]
+    out, wide = [], {}
     for names, found in sorted(groups, key=lambda group: place[group[1][0]]):
+        for name, digits in names.items():
+            if digits > DECIMAL_DIGITS:
+                what = f"column {name!r} is a decimal of {digits} digits in {found[0]}"
+                wide[name] = f"{what}: read as DOUBLE, its keys beyond 2^53 would fall together"
         types = con.sql(render(exp.select("*").from_(_read("read_parquet", found[:1], hive_partitioning=False)), "duckdb")).types
         out.append(Variant(tuple(found), dict(zip(names, map(str, types), strict=True))))
-    return out
+    return out, wide
 
 
-def _top_names(signature: Sequence[Sequence[object]]) -> list[str]:
-    """The top-level names of a schema listed depth first, each row with its number of children; repeated names get a number."""
-    names: list[str] = []
+def _top_level(signature: Sequence[Sequence[object]]) -> dict[str, int]:
+    """The top-level names of a schema listed depth first, each row with its number of children, and the digits of decimals (else 0);
+    repeated names get a number."""
+    names: dict[str, int] = {}
     position = 1
     while position < len(signature):
         name = str(signature[position][0])
-        names.append(name if name not in names else f"{name}_{len(names)}")
+        names[name if name not in names else f"{name}_{len(names)}"] = int(str(signature[position][5] or 0))
         pending = 1
         while pending:
             pending += int(str(signature[position][7] or 0)) - 1

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _SAMPLE_ROWS = SAMPLE_SLICES * SLICE_ROWS
 _KEY_SHARE = 64
 _PER_SECOND = {"ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+_EXPORTED: dict[object, pl.DataType] = {
+    pl.Int128: pl.Decimal(38, 0), pl.UInt128: pl.Decimal(38, 0), pl.Float16: pl.Float32()
+}  # fmt: skip
 _FAILURES = (PolarsError, PanicException, OSError, MemoryError)
 
 
@@ -151,9 +154,11 @@ def _value(i: int, name: str, dtype: pl.DataType) -> pl.Expr:
 
 
 def _exportable(result: pl.LazyFrame) -> pl.LazyFrame:
-    """128-bit integers, which Arrow does not have, as the decimals that DuckDB makes of its own."""
-    wide = [i for i, dtype in enumerate(result.collect_schema().dtypes()) if dtype in (pl.Int128, pl.UInt128)]
-    return result.with_columns(pl.nth(wide).cast(pl.Decimal(38, 0))) if wide else result
+    """128-bit integers, which Arrow does not have, as the decimals that DuckDB makes of its own; numbers of half precision, which DuckDB
+    does not have, as single ones."""
+    dtypes = result.collect_schema().dtypes()
+    casts = [pl.nth(i).cast(_EXPORTED[dtype]) for i, dtype in enumerate(dtypes) if dtype in _EXPORTED]
+    return result.with_columns(casts) if casts else result
 
 
 def _table(frame: pl.DataFrame) -> pa.Table:

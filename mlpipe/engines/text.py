@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -54,7 +54,8 @@ def csv_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str,
     groups = [list(group) for _, group in groupby(found, key=lambda csv: (csv.dialect, tuple(csv.types)))]
     parts = [_csv_part(group, widest, keys) for group in groups]
     union = parts[0] if len(parts) == 1 else exp.union(*parts, distinct=False)
-    return FileTable(union.subquery(), tuple(widest), problems=merged.problems, key_problems=merged.key_problems, notes=merged.notes)
+    key_problems = _large_keys(widest, {*types, *keys}) | merged.key_problems
+    return FileTable(union.subquery(), tuple(widest), problems=merged.problems, key_problems=key_problems, notes=merged.notes)
 
 
 def _settle_empty(con: DuckDBPyConnection, found: Sequence[_Csv]) -> None:
@@ -167,7 +168,15 @@ def json_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str
     widest = _widest(con, merged)
     columns = exp.EQ(this=exp.column("columns"), expression=_struct(widest))
     read = call("read_json", literals(files), columns, *_partitioning(bool(keys), keys))
-    return FileTable(read, tuple(widest | keys), problems=merged.problems, key_problems=merged.key_problems, notes=merged.notes)
+    key_problems = _large_keys(widest, {*types, *keys}) | merged.key_problems
+    return FileTable(read, tuple(widest | keys), problems=merged.problems, key_problems=key_problems, notes=merged.notes)
+
+
+def _large_keys(kinds: Mapping[str, str], given: Container[str]) -> dict[str, str]:
+    """What is wrong with large keys of columns whose type was found to be DOUBLE: whole numbers beside fractions, in JSON also any that are
+    wider than 64 bits."""
+    problem = "is read as DOUBLE, its keys beyond 2^53 would fall together"
+    return {name: f"column {name!r} {problem}" for name, kind in kinds.items() if kind == "DOUBLE" and name not in given}
 
 
 def _json_types(con: DuckDBPyConnection, file: str, types: Mapping[str, str]) -> dict[str, str]:
