@@ -171,7 +171,7 @@ def evaluated(fit: MixedFit, table: Mapping[str, Sequence[Any]], of: Sequence[in
     from .sources import open_source
 
     given = pa.table({name: pa.array(list(values)) for name, values in table.items()})
-    recipe = replace(fit.recipe, freq=None, weights=None)
+    recipe = replace(fit.recipe, freq=None, weights=None, units=None)  # dates, too, are held at numbers
     with closing(open_source(given)) as engine:
         scan = Scan(engine, found(engine, recipe, value_names(recipe, False)), recipe, own=False)
         batches = list(scan.rows(order=True))

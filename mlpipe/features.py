@@ -96,7 +96,7 @@ class Recipe:
     the other.
     `factors`: the key columns of each of several grouping factors; `groups` are then all of them. `clusters`: key columns of robust
     standard errors, which must not be missing. `time` orders the rows of a block, `waves` are its levels where it is text, `by_row` says
-    that the source's own order does.
+    that the source's own order does. `units`: of the columns that are times, see `ColumnType.unit`; None where it was not noted.
     """
 
     formula: Formula
@@ -121,6 +121,7 @@ class Recipe:
     time: str | None = None
     waves: tuple[Level, ...] = ()
     by_row: bool = False
+    units: Mapping[str, str] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -216,6 +217,7 @@ class Recipe:
             "time": self.time,
             "waves": list(self.waves),
             "by_row": self.by_row,
+            "units": dict(self.units) if self.units is not None else None,
         }
 
     @classmethod
@@ -265,6 +267,7 @@ class Recipe:
             time=time,
             waves=waves,
             by_row=record.get("by_row", False),
+            units=record.get("units"),
         )
 
 

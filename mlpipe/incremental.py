@@ -23,9 +23,10 @@ from .compressed import Compressed
 from .design import bases, code
 from .engines.arrange import Arranger
 from .engines.base import Engine, fingerprint
+from .engines.dialects import duckdb_family
 from .errors import ConfigError, DataError, MlpipeError
 from .features import Recipe
-from .formula import parse
+from .formula import parse, parse_expression
 from .generalized_result import GeneralizedFit
 from .keeping import kept, worthwhile
 from .partitions import Partition, partitions, together, unchanged
@@ -193,7 +194,8 @@ def _made(model: dict[str, Any], parts: Sequence[Partition], request: Request, w
     """The record of a new store: bases, shifts and scales, and whether rows are kept as cells, from all partitions that are there."""
     with closing(open_source(together(parts), options=request.options)) as engine:
         plan = prepare(engine, request)
-        types = {name: engine.schema()[name].name for name in plan.recipe.kinds}
+        filtering = expr.columns(parse_expression(model["where"])) if model["where"] is not None else ()
+        types = {name: engine.schema()[name].name for name in dict.fromkeys([*plan.recipe.kinds, *filtering])}
         merges = request.family is None or worthwhile(plan, len(parts), window)
     recipe = plan.recipe.to_json()
     made = datetime.now(UTC).isoformat(timespec="seconds")
@@ -293,12 +295,21 @@ def _read(engine: Engine, request: Request, base: Recipe, *, merges: bool) -> tu
 def _check_schema(engine: Engine, base: Recipe, types: dict[str, str]) -> None:
     """Raises DataError for a column that is gone or is of another kind than it was when the store was made."""
     schema = engine.schema()
-    for name, kind in base.kinds.items():
+    for name, was in types.items():
         if name not in schema:
             raise DataError(f"there is no column {name!r}", code="schema_changed", column=name, hint=REBASE)
-        if schema[name].kind != kind and not schema[name].untyped:
-            what = f"the column {name!r} is {schema[name].name}, it was {types[name]} when the store was made"
-            raise DataError(what, code="schema_changed", column=name, hint=REBASE)
+        if not schema[name].untyped and not _alike(schema[name].name, was, key=name in base.keys):
+            what = f"the column {name!r} is {schema[name].name}, it was {was} when the store was made"
+            hint = f"write it as one type in all partitions; where all have changed, {REBASE}"
+            raise DataError(what, code="schema_changed", column=name, hint=hint)
+
+
+def _alike(kind: str, was: str, *, key: bool) -> bool:
+    """Whether partitions with a column of these types add up: dates are numbers of days, timestamps of seconds; keys that are decimals,
+    or times in a zone, are none of another type."""
+    if duckdb_family(kind).name != duckdb_family(was).name:
+        return False
+    return not key or all((apart in kind) == (apart in was) for apart in ("DECIMAL", "WITH TIME ZONE"))
 
 
 def _inputs(plan: Plan) -> dict[str, dict[str, float]]:
@@ -357,7 +368,12 @@ def _merged(shelf: Shelf, record: dict[str, Any], root: Node, seconds: dict[str,
 
     with stage("merge", seconds, None, request.options) as fields, Arranger(request.options) as arrange:
         before = len(merged)
-        stats = statistics(root, merged.__contains__, shelf.load, save, both)
+        try:
+            stats = statistics(root, merged.__contains__, shelf.load, save, both)
+        except DataError as error:
+            if error.code == "not_mergeable":
+                error.hint = f"write the keys as one type in all partitions; where all have changed, {REBASE}"
+            raise
         fields |= {"merges": len(merged) - before}
     record["merged"] = sorted(merged)
     return stats.present() if isinstance(stats, Compressed) else over_present(stats)

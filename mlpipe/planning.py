@@ -1,13 +1,13 @@
 """Formula + source -> Plan: what will be read, how often, and in which form it will be summed."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import expr
 from .design import Atom, Level, Variable, code, level_label, variables_of
-from .engines.base import Columns, Engine
+from .engines.base import Columns, ColumnType, Engine
 from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Coordinates, Recipe, closure, extended, level_labels, needed, response_column, response_variables
 from .formula import Formula, parse, parse_expression
@@ -35,10 +35,14 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     formula = parse(request.formula)
     names, notes = _names(engine, formula, request)
     _check_request(request)
+    if like is not None:
+        check_types(engine.schema(), like, like.kinds)
     variables = {v.label: v for v in variables_of(formula, names.kinds, request.contrasts)}
     responses, (failure, success), waves = _responses(engine, formula, names, request, variables, like)
     shell = _shell(formula, request, names, variables | responses, tuple(responses))
-    shell = replace(shell, success=success, failure=failure, waves=waves)
+    schema = engine.schema()
+    units = {name: schema[name].unit for name in shell.kinds if schema[name].unit}
+    shell = replace(shell, success=success, failure=failure, waves=waves, units=units)
     engine.check_columns(used_columns(shell, names))
     own = {expr.label(formula.response)} if success is not None and formula.response is not None else set()
     own |= {expr.label(parse_expression(request.time))} if waves and request.time is not None else set()
@@ -150,6 +154,22 @@ def _two_levels(
             f"the response {node.name!r} has {len(levels)} levels, a binomial response two", code="response_levels", column=node.name
         )
     return level_label(levels[0]), level_label(levels[1])
+
+
+def check_types(schema: Mapping[str, ColumnType], recipe: Recipe, values: Iterable[str], keys: Iterable[str] = ()) -> None:
+    """Raises DataError for a column of another kind than it has in the recipe; for covariates a date and a timestamp, which are numbers
+    of days and of seconds, are of different kinds too."""
+    for units, names in ((recipe.units, values), (None, keys)):
+        for name in names:
+            held, wanted = schema[name], recipe.kinds[name]
+            kind: str = held.kind
+            if units is not None:
+                kind, wanted = held.unit or kind, units.get(name, wanted)
+            if kind != wanted and not held.untyped:
+                raise DataError(
+                    f"the column {name!r} is of kind {kind} ({held.name}), the fit had {wanted}", code="column_type", column=name,
+                    hint="cast it; for CSV and JSON files give mp.source types",
+                )  # fmt: skip
 
 
 def _check_request(request: Request) -> None:

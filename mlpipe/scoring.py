@@ -11,6 +11,7 @@ from . import effects as modes
 from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .features import Recipe
 from .lookup import MODE_VARIANCE, Modes, Reading
+from .planning import check_types
 from .predictions import Output, made, size_names, value_names
 
 if TYPE_CHECKING:
@@ -128,25 +129,18 @@ def _engine(fit: MixedFit, data: Any, options: Options | None) -> Any:
 
 def located(engine: Engine, recipe: Recipe, observed: bool, keys: Sequence[str], more: Sequence[str] = ()) -> Names:
     """Where the columns that scoring needs stand in a source. Raises where one is missing or of another kind."""
-    return found(engine, recipe, [*value_names(recipe, observed), *keys, *more])
+    return found(engine, recipe, [*value_names(recipe, observed), *more], keys)
 
 
-def found(engine: Engine, recipe: Recipe, wanted: Sequence[str]) -> Names:
-    """Where all columns of a source stand. Raises where one that is wanted is missing or of another kind than the fit's."""
+def found(engine: Engine, recipe: Recipe, values: Sequence[str], keys: Sequence[str] = ()) -> Names:
+    """Where all columns of a source stand. Raises where a covariate or a key that is wanted is missing or of another kind than the fit's."""
     from .sql import Names
 
     schema = engine.schema()
-    for name in wanted:
+    for name in (*values, *keys):
         if name not in schema:
             raise ColumnNotFoundError(f"there is no column {name!r}", column=name, hint=did_you_mean(name, list(schema)))
-    for name in wanted:
-        if schema[name].kind != recipe.kinds[name] and not schema[name].untyped:
-            raise DataError(
-                f"the column {name!r} is of kind {schema[name].kind} ({schema[name].name}), the fit had {recipe.kinds[name]}",
-                code="column_type",
-                column=name,
-                hint="cast it; for CSV and JSON files give mp.source types",
-            )
+    check_types(schema, recipe, values, keys)
     return Names.of(schema, recipe.kinds)
 
 

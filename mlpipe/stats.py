@@ -169,7 +169,8 @@ def _rewritten(feature: Monomial, source: Coordinates, target: Coordinates) -> d
 def union_recipe(a: Recipe, b: Recipe) -> Recipe:
     """The first recipe with the levels of both; raises DataError where they are not of one formula."""
     same = ("kinds", "contrasts", "responses", "weights", "freq", "offset", "groups", "factors")
-    if a.formula.text != b.formula.text or any(getattr(a, name) != getattr(b, name) for name in same):
+    units = [one.units for one in (a, b) if one.units is not None]
+    if a.formula.text != b.formula.text or units[1:] != units[:-1] or any(getattr(a, name) != getattr(b, name) for name in same):
         raise DataError("statistics of different formulas, column types or weights cannot be merged", code="not_mergeable")
     variables, new = dict(a.variables), dict[str, tuple[Level, ...]]()
     for label, variable in a.variables.items():
@@ -327,7 +328,7 @@ def _merged_blocks(a: SuffStats, b: SuffStats) -> Blocks:
     other = b.blocks.table.rename_columns(dict(zip(b.blocks.keys, keys, strict=True))).select(a.blocks.table.column_names)
     try:
         joined = pa.concat_tables([a.blocks.table, other], promote_options="permissive")
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError("the grouping keys of the statistics have different types", code="not_mergeable") from error
     summed = joined.group_by(keys, use_threads=False).aggregate([(name, "sum") for name in ("row_count", *names, *rest)])
     table = summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names]).select(a.blocks.table.column_names)

@@ -463,6 +463,37 @@ def test_a_schema_that_changed_overnight(frame: pl.DataFrame, message: str, run:
     same(run(), before)
 
 
+TIMES = pl.datetime_range(pl.datetime(2026, 1, 1), pl.datetime(2026, 1, 1) + pl.duration(hours=399), "1h")
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.parametrize(
+    ("model", "first", "then", "message"),
+    [
+        ({"formula": "y ~ t + (1 | g)"}, TIMES.cast(pl.Date), TIMES, "'t' is TIMESTAMP, it was DATE"),
+        ({"formula": "y ~ t + (1 | g)"}, pl.col("x"), TIMES.cast(pl.Date), "'t' is DATE, it was DOUBLE"),
+        ({"formula": "y ~ x + (1 | t)"}, TIMES.cast(pl.Date), TIMES, "'t' is TIMESTAMP, it was DATE"),
+        ({"formula": "y ~ x + (1 | t)"}, pl.col("g").cast(pl.Decimal(9, 2)), pl.col("g"), r"'t' is BIGINT, it was DECIMAL\(9,2\)"),
+        ({"formula": "y ~ x + (1 | g)", "where": "t > 20454"}, TIMES.cast(pl.Date), TIMES, "'t' is TIMESTAMP, it was DATE"),
+    ],
+)
+def test_days_do_not_add_up_with_seconds(
+    model: dict[str, Any], first: pl.Expr, then: pl.Expr, message: str, run: Run, tmp_path: Path
+) -> None:
+    """Dates are numbers of days, timestamps of seconds: read one by one, partitions would be summed over both."""
+    files = tmp_path / "lake"
+    files.mkdir()
+    for k, time in ((1, first), (2, first)):
+        day(k).with_columns(t=time).write_parquet(files / f"d0{k}.parquet")
+    before = run(model=model)
+    day(3).with_columns(t=then).write_parquet(files / "d03.parquet")
+    with pytest.raises(mp.DataError, match=f"d03.parquet: the column {message} when the store was made") as caught:
+        run(model=model)
+    assert caught.value.code == "schema_changed" and "one type in all partitions" in str(caught.value.hint)
+    (files / "d03.parquet").unlink()
+    same(run(model=model), before)
+
+
 def test_a_file_that_is_none(run: Run, tmp_path: Path) -> None:
     files = lake(tmp_path / "lake", 1, 3)
     before = run()

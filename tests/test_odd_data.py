@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -254,3 +255,17 @@ def test_rows_to_fit_with_a_column_without_a_type(name: str, tmp_path: Path) -> 
                 with pytest.raises(mp.DataError, match="none of the .*rows can be used") as caught:
                     mp.lmm(formula, source)
                 assert caught.value.code == "no_rows"
+
+
+@pytest.mark.parametrize("kind", [pl.Datetime("us"), pl.Int32])
+def test_a_fit_over_dates_predicts_from_dates_alone(kind: Any, tmp_path: Path) -> None:
+    """Timestamps are seconds where dates are days: predictions from them would be far off, and nothing would show it."""
+    frame = pl.DataFrame({"g": [0, 1, 2] * 8, "y": [float(i % 5) for i in range(24)], "t": list(range(24))})
+    frame = frame.with_columns(pl.col("t").cast(pl.Int32).cast(pl.Date))
+    mp.lmm("y ~ t + (1 | g)", frame).write(tmp_path / "fit")
+    fit = mp.load(tmp_path / "fit")
+    frame.write_parquet(tmp_path / "rows.parquet")
+    assert fit.predict(tmp_path / "rows.parquet").read_all()["predicted"].null_count == 0
+    with pytest.raises(mp.DataError, match="the column 't' is of kind .*, the fit had date") as caught:
+        fit.predict(frame.with_columns(pl.col("t").cast(kind)))
+    assert caught.value.column == "t"

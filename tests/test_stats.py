@@ -161,6 +161,24 @@ def test_keys_of_different_types_do_not_merge() -> None:
     assert caught.value.code == "not_mergeable"
 
 
+@pytest.mark.parametrize("name", ["x", "g"])
+def test_dates_do_not_merge_with_timestamps(name: str) -> None:
+    """The one are numbers of days, the other of seconds."""
+    formula, date = "y ~ x + (1 | g)", pl.date(2026, 1, 1) + pl.duration(days=pl.col(name).cast(pl.Int64))
+    days, seconds = (data().with_columns(date.cast(kind).alias(name)) for kind in (pl.Date, pl.Datetime))
+    with pytest.raises(mp.DataError, match="different") as caught:
+        mp.suffstats(formula, days) + mp.suffstats(formula, seconds)
+    assert caught.value.code == "not_mergeable"
+
+
+@pytest.mark.parametrize("change", [pl.col("g").cast(pl.String), pl.col("x") > 40, pl.lit(1.0).alias("f"), pl.lit(0).cast(pl.Date).alias("x")])
+def test_rows_of_other_types_are_no_update(change: pl.Expr) -> None:
+    stats = mp.suffstats("y ~ x + f + (1 | g)", data())
+    with pytest.raises(mp.DataError, match="is of kind") as caught:
+        stats.update(data().with_columns(change))
+    assert caught.value.code == "column_type"
+
+
 def test_keys_of_different_widths_merge() -> None:
     frame, formula = data(), "y ~ x + (1 | g)"
     narrow = frame[:300].with_columns(pl.col("g").cast(pl.Int16))

@@ -30,7 +30,8 @@ class ColumnType:
     engine's own name of the type, for messages; `levels`: the order the type declares (Polars Enum, DuckDB ENUM, ordered
     Arrow or pandas dictionary, the Arrow schema in a Parquet footer), else None; `exact_integer`: integers, whose values
     beyond 2⁵³ lose digits as DOUBLE; `own`: the column's Arrow type where the source has one, which results of queries need not have;
-    `untyped`: a column of nothing but nulls that was written without a type.
+    `untyped`: a column of nothing but nulls that was written without a type; `unit`: what a time becomes a number of ("date" days,
+    "timestamp" and "duration" and "time" seconds), "" for all else.
     """
 
     kind: Kind
@@ -39,6 +40,7 @@ class ColumnType:
     exact_integer: bool = False
     own: pa.DataType | None = None
     untyped: bool = False
+    unit: str = ""
 
 
 @dataclass(frozen=True)

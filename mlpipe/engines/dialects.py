@@ -59,6 +59,7 @@ _FAMILIES = {
     Family("text", "text", lambda column: cast(column, "VARCHAR")): ("VARCHAR", "ENUM", "UUID"),
 }  # fmt: skip
 _FAMILY_OF = {name: family for family, names in _FAMILIES.items() for name in names}
+UNITS = ("date", "timestamp", "duration", "time")  # families whose numbers are of one another's kind, and mean something else
 _WIDENING = ({"date", "timestamp"},)
 
 
@@ -69,7 +70,9 @@ def duckdb_family(type_name: str) -> Family:
 
 def duckdb_type(type_name: str, levels: tuple[str, ...] | None) -> ColumnType:
     """The ColumnType of a DuckDB type."""
-    return ColumnType(duckdb_family(type_name).kind, type_name, levels, type_name in INTEGERS, untyped=type_name == UNTYPED)
+    family = duckdb_family(type_name)
+    unit = family.name if family.name in UNITS else ""
+    return ColumnType(family.kind, type_name, levels, type_name in INTEGERS, untyped=type_name == UNTYPED, unit=unit)
 
 
 _BEYOND_DOUBLE = {"BIGINT", "UBIGINT", "HUGEINT", "UHUGEINT", "DECIMAL"}

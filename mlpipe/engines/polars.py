@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SAMPLE_ROWS = SAMPLE_SLICES * SLICE_ROWS
 _KEY_SHARE = 64
+_UNITS = {"date": pl.Date, "timestamp": pl.Datetime, "duration": pl.Duration, "time": pl.Time}
 _PER_SECOND = {"ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _EXPORTED: dict[object, pl.DataType] = {
     pl.Int128: pl.Decimal(38, 0), pl.UInt128: pl.Decimal(38, 0), pl.Float16: pl.Float32()
@@ -135,7 +136,8 @@ def _converted(dtype: pl.DataType) -> _Converted:
 
 def _column_type(dtype: pl.DataType) -> ColumnType:
     levels = tuple(dtype.categories) if isinstance(dtype, pl.Enum) else None
-    return ColumnType(_converted(dtype).kind, str(dtype), levels, dtype.is_integer(), untyped=dtype == pl.Null)
+    unit = next((name for name, kind in _UNITS.items() if isinstance(dtype, kind)), "")
+    return ColumnType(_converted(dtype).kind, str(dtype), levels, dtype.is_integer(), untyped=dtype == pl.Null, unit=unit)
 
 
 def _value(i: int, name: str, dtype: pl.DataType) -> pl.Expr:
