@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import expr, statements
-from .collect import changed, collect
+from .collect import causes, changed, collect, left_out
 from .compressed import Compressed
 from .design import bases, code
 from .engines.arrange import Arranger
@@ -29,7 +29,7 @@ from .features import Recipe
 from .formula import parse, parse_expression
 from .generalized_result import GeneralizedFit
 from .keeping import kept, worthwhile
-from .partitions import Partition, partitions, together, unchanged
+from .partitions import Partition, partitions, together, typed, unchanged
 from .passes import Estimates
 from .planning import prepare, used_names
 from .plans import Plan, Request
@@ -37,6 +37,7 @@ from .present import over_present
 from .progress import stage
 from .shelf import FORMAT, Shelf, named
 from .sources import open_source, row_count
+from .sql import Names
 from .stats import SuffStats
 from .trees import Node, statistics, tree
 
@@ -252,7 +253,7 @@ def _collected(
     recipe = json.dumps(record["recipe"], sort_keys=True, default=str)
     state = fingerprint(recipe, json.dumps(record["model"]), part.name, part.mark, *kind)
     try:
-        with closing(open_source(part.data, options=request.options)) as engine:
+        with closing(open_source(typed(part.data, record["types"]), options=request.options)) as engine:
             _check_schema(engine, base, record["types"])
             stats, facts = _read(engine, request, base, merges=record.get("merges", True))
             ran[:] = engine.ran
@@ -287,7 +288,9 @@ def _read(engine: Engine, request: Request, base: Recipe, *, merges: bool) -> tu
         if error.code == "empty" and plan is None:
             return None, nothing
         total = row_count(engine if plan is None else plan.engine)
-        return None, {**nothing, "rows_read": total, "rows_dropped": total, "passes": 1}
+        look = Plan(engine, request, base, Names.of(schema, base.kinds), "none")
+        dropped = left_out(look, causes(look)[()], total) if total else {}
+        return None, {**nothing, "rows_read": total, "rows_dropped": total, "dropped": dropped, "passes": 1}
     facts = {name: stats.info[name] for name in ("rows_read", "rows_dropped", "dropped", "passes", "notes", "engine")}
     return stats, {"rows": stats.rows, **facts, "inputs": _inputs(plan)}
 
@@ -300,7 +303,7 @@ def _check_schema(engine: Engine, base: Recipe, types: dict[str, str]) -> None:
             raise DataError(f"there is no column {name!r}", code="schema_changed", column=name, hint=REBASE)
         if not schema[name].untyped and not _alike(schema[name].name, was, key=name in base.keys):
             what = f"the column {name!r} is {schema[name].name}, it was {was} when the store was made"
-            hint = f"write it as one type in all partitions; where all have changed, {REBASE}"
+            hint = f"write it as one type in all partitions (CSV and JSON: source.types); where all have changed, {REBASE}"
             raise DataError(what, code="schema_changed", column=name, hint=hint)
 
 

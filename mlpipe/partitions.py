@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .options import Options
 from .sources import PathSource, Subset, open_source
 
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # of a folder: its rows have NULL
 MOST = 100_000  # partitions by column: more are no partitions but keys
 
 
@@ -56,12 +58,29 @@ def _files(data: Any) -> list[Partition]:
     given = [os.fspath(path) for path in ([data.path] if isinstance(data.path, str | os.PathLike) else data.path)]
     if any("://" in path for path in given):
         raise ConfigError('partition_by = "file" is for files of this machine', code="partition_by")
-    found = list(dict.fromkeys(os.path.abspath(file) for path in given for file in files.locate(path)))
+    found = [os.path.abspath(file) for path in given for file in files.locate(path)]
+    if twice := [file for file, times in Counter(found).items() if times > 1]:
+        raise ConfigError(f"the source names the file {twice[0]} twice", code="source_type", hint="list each partition once")
     hive = files.is_hive(found, given)
-    states = files.Snapshot.of(found).states
-    return [
-        Partition(file, PathSource([file], data.types, hive), fingerprint(*states[file]), states[file][0]) for file in sorted(found)
-    ]
+    states = sorted(files.Snapshot.of(found).states.items())
+    return [Partition(file, PathSource([file], data.types, hive), _mark(state, data.types), state[0]) for file, state in states]
+
+
+def _mark(state: Sequence[object], types: Mapping[str, str]) -> str:
+    """What tells one content of a file from another: read with other types it is another."""
+    return fingerprint(*state, *(f"{name}={kind}" for name, kind in sorted(types.items())))
+
+
+def typed(data: Any, types: Mapping[str, str]) -> Any:
+    """The data of a file below `key=value` folders with these types of their columns, where a folder's value alone does not tell them:
+    of texts it may look like a number, and there may be none."""
+    inner = _source(data)
+    if not isinstance(inner, PathSource) or not inner.hive:
+        return data
+    folders = [folder.partition("=") for path in _paths(data) for folder in os.fspath(path).split(os.sep)[:-1] if "=" in folder]
+    told = {name for name, _, value in folders if value != NO_VALUE and types.get(name) in ("BIGINT", "DATE")}
+    keyed = replace(inner, keys={name: types[name] for name, _, _ in folders if name in types and name not in told})
+    return replace(data, data=keyed) if isinstance(data, Subset) else keyed
 
 
 def unchanged(part: Partition) -> bool:
@@ -72,7 +91,7 @@ def unchanged(part: Partition) -> bool:
         return True
     (path,) = _paths(part.data)
     try:
-        return fingerprint(*files.Snapshot.of([path]).states[path]) == part.mark
+        return _mark(files.Snapshot.of([path]).states[path], _source(part.data).types) == part.mark
     except DataError:
         return False
 
@@ -117,7 +136,7 @@ def _part(data: Any, by: str, value: str | None) -> Subset:
 def together(parts: Sequence[Partition]) -> Any:
     """Data that hold the rows of all these partitions of one source."""
     first = parts[0].data
-    inner = first.data if isinstance(first, Subset) else first
+    inner = _source(first)
     if isinstance(inner, PathSource) and not (isinstance(first, Subset) and first.keys):
         files = [path for part in parts for path in _paths(part.data)]
         joined = replace(inner, path=files)
@@ -127,5 +146,9 @@ def together(parts: Sequence[Partition]) -> Any:
     return replace(first, keys={**first.keys, by: values})
 
 
+def _source(data: Any) -> Any:
+    return data.data if isinstance(data, Subset) else data
+
+
 def _paths(data: Any) -> list[Any]:
-    return list((data.data if isinstance(data, Subset) else data).path)
+    return list(_source(data).path)

@@ -133,7 +133,7 @@ def located(engine: Engine, recipe: Recipe, observed: bool, keys: Sequence[str],
 
 
 def found(engine: Engine, recipe: Recipe, values: Sequence[str], keys: Sequence[str] = ()) -> Names:
-    """Where all columns of a source stand. Raises where a covariate or a key that is wanted is missing or of another kind than the fit's."""
+    """Where all columns of a source stand. Raises where a covariate or a key is missing or of another kind than the fit's."""
     from .sql import Names
 
     schema = engine.schema()

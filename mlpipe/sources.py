@@ -38,11 +38,13 @@ class Query:
 
 @dataclass(frozen=True)
 class PathSource:
-    """Files, with DuckDB types by exact column name for CSV and JSON; `hive`: whether `key=value` folders are columns, None to look."""
+    """Files, with DuckDB types by exact column name for CSV and JSON; `hive`: whether `key=value` folders are columns, None to look;
+    `keys`: DuckDB types of such columns, else what their values here look like."""
 
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     types: Mapping[str, str] = field(default_factory=dict)
     hive: bool | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def _open_paths(data: PathSource, options: Options) -> Engine:
     hive = files.is_hive(found, given) if data.hive is None else data.hive
     if form == "arrow":
         return duckdb.open_dataset(found, "ipc", options, hive=hive)
-    return duckdb.open_files(found, hive, form, options, data.types)
+    return duckdb.open_files(found, hive, form, options, data.types, keys=data.keys)
 
 
 def _local(path: str) -> str:

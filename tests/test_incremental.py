@@ -17,6 +17,7 @@ import mlpipe as mp
 from mlpipe import incremental, shelf
 from mlpipe.incremental import drift
 from mlpipe.options import Options
+from mlpipe.partitions import NO_VALUE
 from mlpipe.trees import Node, statistics, tree
 
 from .lakes import Run, day, lake, runner
@@ -464,6 +465,44 @@ def test_a_schema_that_changed_overnight(frame: pl.DataFrame, message: str, run:
 
 
 TIMES = pl.datetime_range(pl.datetime(2026, 1, 1), pl.datetime(2026, 1, 1) + pl.duration(hours=399), "1h")
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.parametrize("values", [("1", "north", NO_VALUE), ("2026-01-01", "2026-01-02", NO_VALUE)])
+def test_folders_whose_values_look_like_other_types(values: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    """The type of a folder's column is that of all folders together."""
+    for k, value in enumerate(values):
+        folder = tmp_path / "lake" / f"region={value}"
+        folder.mkdir(parents=True)
+        day(k + 1).write_parquet(folder / "rows.parquet")
+    model = {"formula": "y ~ x + (1 | g) + (1 | region)"}
+    fit = run(source={"path": f"{tmp_path}/lake"}, model=model)
+    full = mp.lmm(model["formula"], tmp_path / "lake")
+    same(fit, full)
+    assert fit.info["dropped"] == full.info["dropped"] == {"region": 400}
+    more = tmp_path / "lake" / f"region={values[0].replace('1', '3')}"
+    more.mkdir()
+    day(7).write_parquet(more / "rows.parquet")
+    same(run(source={"path": f"{tmp_path}/lake"}, model=model), mp.lmm(model["formula"], tmp_path / "lake"))
+
+
+def test_other_types_of_the_same_files(run: Run, tmp_path: Path) -> None:
+    """A file that is read with other types has other content."""
+    (tmp_path / "lake").mkdir()
+    day(1).write_csv(tmp_path / "lake" / "d01.csv")
+    source: dict[str, Any] = {"path": f"{tmp_path}/lake"}
+    run(source=source)
+    source["types.x"] = "INTEGER"
+    fit = run(source=source)
+    assert names(fit) == names(fit, "replaced") == ["d01"]
+    same(fit, mp.lmm(FORMULA, mp.source(tmp_path / "lake", types={"x": "INTEGER"})))
+
+
+def test_a_file_that_is_listed_twice(run: Run, tmp_path: Path) -> None:
+    """Without a store its rows count twice."""
+    files = lake(tmp_path / "lake", 1, 2)
+    with pytest.raises(mp.ConfigError, match="names the file .*d01.parquet twice"):
+        run(source={"path": [f"{files}/d01.parquet", f"{files}/*.parquet"]})
 
 
 @pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")

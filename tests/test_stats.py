@@ -171,7 +171,9 @@ def test_dates_do_not_merge_with_timestamps(name: str) -> None:
     assert caught.value.code == "not_mergeable"
 
 
-@pytest.mark.parametrize("change", [pl.col("g").cast(pl.String), pl.col("x") > 40, pl.lit(1.0).alias("f"), pl.lit(0).cast(pl.Date).alias("x")])
+@pytest.mark.parametrize(
+    "change", [pl.col("g").cast(pl.String), pl.col("x") > 40, pl.lit(1.0).alias("f"), pl.lit(0).cast(pl.Date).alias("x")]
+)
 def test_rows_of_other_types_are_no_update(change: pl.Expr) -> None:
     stats = mp.suffstats("y ~ x + f + (1 | g)", data())
     with pytest.raises(mp.DataError, match="is of kind") as caught:

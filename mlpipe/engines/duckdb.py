@@ -251,9 +251,13 @@ def connect(options: Options, workspace: Workspace) -> DuckDBPyConnection:
 
 
 def open_files(
-    files: list[str], hive: bool, form: str, options: Options, types: Mapping[str, str], workspace: Workspace | None = None
-) -> DuckDBEngine:
-    """Parquet, CSV or JSON files; `types` are DuckDB's, by exact name. Raises DataError naming what cannot be read."""
+    files: list[str], hive: bool, form: str, options: Options, types: Mapping[str, str], workspace: Workspace | None = None,
+    keys: Mapping[str, str] | None = None
+) -> DuckDBEngine:  # fmt: skip
+    """Parquet, CSV or JSON files; `types` are DuckDB's, by exact name, `keys` those of folders `key=value`.
+
+    Raises DataError naming what cannot be read.
+    """
     workspace = workspace or Workspace(options.temp_directory)
     con = connect(options, workspace)
     with translating(con, workspace):
@@ -262,7 +266,7 @@ def open_files(
             from . import parquet
 
             try:
-                table = parquet.parquet_table(con, files, hive)
+                table = parquet.parquet_table(con, files, hive, keys or {})
             except duckdb.Error as error:
                 parquet.refuse_other(files, error)
                 raise
@@ -271,7 +275,7 @@ def open_files(
 
             _check_types(con, types)
             try:
-                table = (text.csv_table if form == "csv" else text.json_table)(con, files, types, hive)
+                table = (text.csv_table if form == "csv" else text.json_table)(con, files, {**types, **(keys or {})}, hive)
             except duckdb.Error as error:
                 text.refuse_other(files, error)
                 raise

@@ -4,11 +4,11 @@ from __future__ import annotations
 import base64
 import glob
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlglot import exp
 
@@ -63,8 +63,11 @@ class FileTable:
     without_nulls: Callable[[], frozenset[str]] | None = None
 
 
-def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> FileTable:
-    """The table of Parquet files. Raises DataError for names that differ only by case between files; duckdb errors pass."""
+def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool, keys: Mapping[str, str]) -> FileTable:
+    """The table of Parquet files; `keys`: types of columns that are folders.
+
+    Raises DataError for names that differ only by case between files; duckdb errors pass.
+    """
     variants, wide = _variants(con, files)
     refuse_case(variants)
     merged = merge(variants)
@@ -74,7 +77,7 @@ def parquet_table(con: DuckDBPyConnection, files: Sequence[str], hive: bool) -> 
     for file in files:
         starts.append(starts[-1] + counts[file])
     together = len(variants) > 1 or (len(files) > 1 and starts[-1] >= LARGE * len(files))
-    options = {"hive_partitioning": hive} | ({"union_by_name": True} if together else {})
+    options = {"hive_partitioning": hive} | ({"union_by_name": True} if together else {}) | ({"hive_types": struct(keys)} if keys else {})
     read = _read("read_parquet", files, **options)
     bound = con.sql(render(exp.select("*").from_(read.copy()), "duckdb")).columns if hive else []
     names = (*merged.types, *bound[len(merged.types) :])
@@ -114,7 +117,14 @@ def literals(files: Iterable[str]) -> exp.Expr:
     return exp.Array(expressions=[exp.Literal.string(glob.escape(file)) for file in files])
 
 
-def _read(function: str, files: Sequence[str], **options: bool) -> exp.Expr:
+def struct(values: Mapping[str, str]) -> exp.Struct:
+    """Names and DuckDB types as a struct of texts."""
+    return exp.Struct(
+        expressions=[exp.PropertyEQ(this=exp.to_identifier(n, quoted=True), expression=exp.Literal.string(t)) for n, t in values.items()]
+    )
+
+
+def _read(function: str, files: Sequence[str], **options: Any) -> exp.Expr:
     given = [exp.EQ(this=exp.column(key), expression=exp.convert(value)) for key, value in options.items()]
     return call(function, literals(files), *given)
 

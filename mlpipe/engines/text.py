@@ -11,7 +11,7 @@ from sqlglot import exp
 from ..errors import ColumnNotFoundError, DataError, did_you_mean
 from .dialects import UNTYPED, call, cast, render, widens
 from .files import Merged, Variant, merge, refuse_case
-from .parquet import FileTable, check_hive, literals
+from .parquet import FileTable, check_hive, literals, struct
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -137,20 +137,14 @@ def _csv_read(
     options = [exp.EQ(this=exp.column(key), expression=exp.convert(value)) for key, value in given.items() if value not in (None, "")]
     if not quote:
         options.append(exp.EQ(this=exp.column("quote"), expression=exp.Literal.string("")))
-    options.append(exp.EQ(this=exp.column("columns"), expression=_struct({f"{FIELD}{i}": kind for i, kind in types.items()})))
+    options.append(exp.EQ(this=exp.column("columns"), expression=struct({f"{FIELD}{i}": kind for i, kind in types.items()})))
     return exp.select("*").from_(call("read_csv", literals(files), *options, *_partitioning(hive, keys)))
-
-
-def _struct(values: Mapping[str, str]) -> exp.Struct:
-    return exp.Struct(
-        expressions=[exp.PropertyEQ(this=exp.to_identifier(n, quoted=True), expression=exp.Literal.string(t)) for n, t in values.items()]
-    )
 
 
 def _partitioning(hive: bool, keys: Mapping[str, str] | None = None) -> list[exp.Expr]:
     """Whether directories are columns: said in every read, as DuckDB else decides by the paths."""
     said: list[exp.Expr] = [exp.EQ(this=exp.column("hive_partitioning"), expression=exp.convert(hive))]
-    return [*said, exp.EQ(this=exp.column("hive_types"), expression=_struct(keys))] if keys else said
+    return [*said, exp.EQ(this=exp.column("hive_types"), expression=struct(keys))] if keys else said
 
 
 def json_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str, str], hive: bool) -> FileTable:
@@ -166,7 +160,7 @@ def json_table(con: DuckDBPyConnection, files: Sequence[str], types: Mapping[str
     keys = _hive_keys(con, files, types, merged) if hive else {}
     _check_types(types, [*merged.types, *keys])
     widest = _widest(con, merged)
-    columns = exp.EQ(this=exp.column("columns"), expression=_struct(widest))
+    columns = exp.EQ(this=exp.column("columns"), expression=struct(widest))
     read = call("read_json", literals(files), columns, *_partitioning(bool(keys), keys))
     key_problems = _large_keys(widest, {*types, *keys}) | merged.key_problems
     return FileTable(read, tuple(widest | keys), problems=merged.problems, key_problems=key_problems, notes=merged.notes)
