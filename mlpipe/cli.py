@@ -334,7 +334,7 @@ def _check_target(target: str, mode: str, prefix: str = "mlpipe") -> None:
     from .store import check_target, holds_fit
 
     _check_out(target)
-    check_target(target)
+    check_target(target, prefix)
     if mode == "error" and holds_fit(target, prefix):
         hint = '--overwrite, or mode = "overwrite" in a job, replaces it'
         raise ConfigError(f"{target} already holds a fit", code="target_exists", hint=hint)

@@ -23,6 +23,7 @@ Mode = Literal["error", "overwrite", "append"]
 _WANTED = {
     "bool_type": "true or false",
     "string_type": "text in quotes",
+    "string_too_short": "text that is not empty",
     "int_type": "a whole number",
     "float_type": "a number",
     "list_type": "a list",
@@ -92,7 +93,7 @@ class NamedModel(ModelSection):
 class StoreSection(Section):
     """Incremental statistics: where they are kept, what a partition is, how many of the last count, what to do about vanished ones."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     partition_by: str = "file"
     window: Annotated[int, Field(ge=1)] | None = None
     vanished: Literal["error", "drop", "keep"] = "error"
@@ -101,7 +102,7 @@ class StoreSection(Section):
 class OutputSection(Section):
     """Where the fit is written: see `MixedFit.write`."""
 
-    target: str
+    target: Annotated[str, Field(min_length=1)]
     prefix: str = "mlpipe"
     mode: Mode = "error"
     ranef: bool = True
@@ -246,7 +247,9 @@ def _check_by(by: Sequence[str], path: str) -> None:
     from .tables import reserved
 
     taken = reserved() if by else set()
-    for name in by:
+    for k, name in enumerate(by):
+        if name in by[:k]:
+            raise ConfigError(f"{path}: by names {name!r} twice", code="by", column=name)
         if name.lower() in taken:
             what = f"{path}: by = {name!r}: the tables of results have a column of this name"
             raise ConfigError(what, code="by", column=name, hint="rename it in a query or a view")
@@ -267,10 +270,17 @@ def _check_store(job: Job, path: str) -> None:
     if job.model.cluster is not None or job.model.vcov is not None:
         hint = "robust errors need the rows: leave out [store]"
         raise ConfigError(f"{path}: [store] keeps no rows for cluster and vcov", code="not_available", hint=hint)
+    if job.output is not None and _real(job.store.path).startswith(os.path.join(_real(job.output.target), "")):
+        hint = "a target holds nothing but its runs"
+        raise ConfigError(f"{path}: store.path lies in output.target", code="job_value", hint=hint)
     roles = {"source.database": job.source.database, "output.target": job.output.target if job.output is not None else None}
     for role, other in roles.items():
-        if other is not None and os.path.realpath(other) == os.path.realpath(job.store.path):
+        if other is not None and _real(other) == _real(job.store.path):
             raise ConfigError(f"{path}: store.path and {role} are the same file", code="job_value", hint="give the store a file of its own")
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def _check_columns(job: Job, path: str) -> None:

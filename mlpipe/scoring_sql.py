@@ -63,7 +63,7 @@ def write_text(fit: MixedFit, dialect: str, target: str, prefix: str) -> Path:
     """Writes the text of conditional predictions into the directory, or beside the database, that holds the fit."""
     from .atomic import replacing, writing
 
-    name, path = f"{prefix}_scoring.{dialect}.sql", Path(target)
+    name, path = f"{prefix}_scoring.{dialect}.sql", Path(target).expanduser()
     path = path / name if path.is_dir() else path.with_name(f"{path.stem}_{name}")
     text = fit.scoring_sql(dialect, prefix=prefix)
     with writing(path), replacing(path) as file:

@@ -53,10 +53,11 @@ def write_all(
     holds each one's. Errors as of `write`."""
     if mode not in MODES:
         raise ConfigError(f"mode = {mode!r} is not one of {', '.join(MODES)}", hint=did_you_mean(mode, list(MODES)))
-    run = run_id or new_run_id()
+    target, run = placed(target), run_id or new_run_id()
     if not run or Path(run).name != run:
         raise ConfigError(f"run_id {run!r} cannot be a folder's name")
     database = _is_database(target)
+    _check_prefix(prefix)
     if record is None or database:
         entries = [replace(one, record=json.dumps(_record(one.fit)) if one.fit is not None else None) for one in entries]
 
@@ -71,6 +72,17 @@ def write_all(
     for one in entries:
         if one.fit is not None:
             one.fit.written = {"run_id": run, "model": one.model, **one.by}
+
+
+def placed(target: Any) -> Any:
+    """A target as it is meant, a path's `~` being the home directory."""
+    return os.path.expanduser(target) if isinstance(target, str | os.PathLike) else target
+
+
+def _check_prefix(prefix: str) -> None:
+    """Raises ConfigError for one that names of files cannot begin with."""
+    if "/" in prefix or "\0" in prefix:
+        raise ConfigError(f"prefix = {prefix!r} cannot be the beginning of a file's name", code="prefix")
 
 
 def _is_database(target: Any) -> bool:
@@ -213,7 +225,7 @@ def to_json(fit: MixedFit) -> dict[str, Any]:
 
 def load(target: Any, prefix: str, model: str | None = None, by: Mapping[str, Any] | None = None) -> MixedFit:
     """See `mlpipe.load`."""
-    wanted = ({"model": model} if model is not None else {}) | dict(by or {})
+    target, wanted = placed(target), ({"model": model} if model is not None else {}) | dict(by or {})
     return _load_database(target, prefix, wanted) if _is_database(target) else _load_folder(Path(target), wanted)
 
 
@@ -317,10 +329,13 @@ def matching(table: pa.Table, wanted: Mapping[str, Any]) -> pa.Table:
     return table
 
 
-def check_target(target: str) -> None:
-    """Raises ConfigError for a directory of other things and for a file that is no database, before the work whose result goes there."""
+def check_target(target: str, prefix: str) -> None:
+    """Raises ConfigError for a directory of other things, for a file that is no database, and for a prefix that no file's name can have,
+    before the work whose result goes there."""
     from .engines import target as database
 
+    target = placed(target)
+    _check_prefix(prefix)
     if _is_database(target):
         database.check(target)
     else:
@@ -331,6 +346,7 @@ def holds_fit(target: str, prefix: str) -> bool:
     """Whether there is a fit at a path, which `write` in mode "error" would refuse to replace."""
     from .engines import target as database
 
+    target = placed(target)
     if not _is_database(target):
         return (Path(target) / "fit.json").exists()
     if not Path(target).exists():
@@ -418,6 +434,7 @@ def tables_of_runs(target: Any, prefix: str, names: Sequence[str]) -> list[dict[
 
     from .engines import target as database
 
+    target = placed(target)
     if not _is_database(target):
         folder = Path(target)
         runs = [folder / "runs" / run for run in json.loads((folder / "fit.json").read_text())["runs"]]

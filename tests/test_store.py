@@ -464,3 +464,19 @@ def test_a_commit_that_a_full_disk_refuses_is_worth_a_retry() -> None:
     with pytest.raises(mp.ResourceError, match="No space left") as caught, failures.translating():
         raise duckdb.TransactionException(said)
     assert caught.value.code == "io"
+
+
+def test_a_tilde_is_the_home_directory(sleep: mp.LMMFit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("fit", "x.duckdb"):
+        sleep.write(f"~/{name}")
+        assert (tmp_path / "home" / name).exists() and mp.load(f"~/{name}").beta.tolist() == sleep.beta.tolist()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("target", ["fit", "x.duckdb"])
+def test_a_prefix_is_no_path(target: str, sleep: mp.LMMFit, tmp_path: Path) -> None:
+    with pytest.raises(mp.ConfigError, match="cannot be the beginning of a file's name"):
+        sleep.write(tmp_path / target, prefix="../x")
+    assert not list(tmp_path.iterdir())
