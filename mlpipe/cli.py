@@ -313,7 +313,7 @@ def _function(formula: str, settings: dict[str, Any]) -> str:
 
 def _pair(text: str, flag: str, form: str = "FACTOR=VALUE") -> tuple[str, str]:
     name, equals, value = text.partition("=")
-    if not equals or not name or not value:
+    if not equals or not name or not (value or flag == "--by"):  # a value may be the empty text
         raise ConfigError(f"{flag} {text!r} is not of the form {form}", code="usage")
     return name, value
 
