@@ -157,6 +157,7 @@ def read_job(path: str | Path) -> Job:
     _check_models(job, str(path))
     _check_store(job, str(path))
     _check_columns(job, str(path))
+    _check_apart(job, str(path))
     return job
 
 
@@ -277,6 +278,21 @@ def _check_store(job: Job, path: str) -> None:
     for role, other in roles.items():
         if other is not None and _real(other) == _real(job.store.path):
             raise ConfigError(f"{path}: store.path and {role} are the same file", code="job_value", hint="give the store a file of its own")
+
+
+def _check_apart(job: Job, path: str) -> None:
+    """Raises ConfigError for a target below a directory that is read: the next run would take its tables for rows."""
+    from .store import DATABASES
+
+    if job.output is None or job.output.target.lower().endswith(DATABASES):
+        return
+    given, target = job.source.path, Path(_real(job.output.target))
+    read = [given] if isinstance(given, str) else given or []
+    for root in [_real(one.partition("**")[0]) for one in read if "**" in one or os.path.isdir(os.path.expanduser(one))]:
+        inside = target.relative_to(root).parts if target.is_relative_to(root) else (".",)
+        if not any(part.startswith((".", "_")) for part in inside):  # such folders are not read
+            hint = "its tables would be read as data: choose another target"
+            raise ConfigError(f"{path}: output.target lies in source.path", code="job_value", hint=hint)
 
 
 def _real(path: str) -> str:

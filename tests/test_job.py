@@ -232,3 +232,15 @@ def test_columns_that_a_job_may_use(tmp_path: Path) -> None:
         path.write_text(head + f'[model]\nformula = "{formula}"\n{more}')
         with pytest.raises(mp.ConfigError, match="uses the column 'z', which source.columns leaves out"):
             read_job(path)
+
+
+@pytest.mark.parametrize("source", ["lake", "lake/../lake", "lake/**/*.parquet", "."])
+def test_a_target_below_what_is_read(source: str, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run would read the tables of the first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lake").mkdir()
+    text = f'[source]\npath = "{source}"\n' + MODEL
+    assert "output.target lies in source.path" in mistake(job, text + '[output]\ntarget = "./lake/results"').message
+    for target in ("lake/_results", "lake/x.duckdb", "../results"):
+        job.write_text(text + f'[output]\ntarget = "{target}"')
+        read_job(job)
