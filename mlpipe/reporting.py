@@ -77,7 +77,7 @@ def _of_written(
 
 def _of_many(target: Any, prefix: str, wanted: Mapping[str, Any]) -> str:
     tables = tables_of_runs(target, prefix, ("fit", "coef", "manifest"))[-1]
-    if any(name not in tables["fit"].column_names for name in wanted):
+    if "fit" not in tables or any(name not in tables["fit"].column_names for name in wanted):
         return ""
     return overview.whole(tables, wanted, _first_statements(tables["manifest"]))
 
@@ -102,7 +102,9 @@ def _page(fit: MixedFit, runs: Sequence[Run], sql: Sequence[str], data: Any, opt
 
 def _statements(fit: MixedFit, target: Any, prefix: str) -> list[str]:
     """The SQL that ran for a fit; of several from one scan the first one's record has it."""
-    return list(fit.info.get("sql", ())) or _first_statements(tables_of_runs(target, prefix, ["manifest"])[-1]["manifest"])
+    held = list(fit.info.get("sql", ()))
+    manifest = None if held else tables_of_runs(target, prefix, ["manifest"])[-1].get("manifest")
+    return held if manifest is None else _first_statements(manifest)
 
 
 def _first_statements(manifest: pa.Table) -> list[str]:

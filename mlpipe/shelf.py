@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FORMAT = "mlpipe.store/1"
 DATABASES = (".duckdb", ".db")
 LOCK, INDEX, STATES = ".lock", "store.json", "states"
+_FIELDS = {"model", "recipe", "types", "partitions", "merged", "fits"}  # of a record
 REBUILD = "rebuild it: mlpipe run --rebase"
 
 
@@ -100,7 +101,7 @@ class FolderShelf:
     def record(self) -> dict[str, Any] | None:
         """See Shelf."""
         index = self.folder / INDEX
-        return checked(index.read_text(), self.name) if index.exists() else None
+        return checked(index.read_bytes(), self.name) if index.exists() else None
 
     def _file(self, state: str) -> Path:
         return self.folder / STATES / f"{state}.arrow"
@@ -214,11 +215,11 @@ def named(record: dict[str, Any]) -> set[str]:
     return {part["state"] for part in parts if part["state"] is not None} | set(record["merged"])
 
 
-def checked(text: str, name: str) -> dict[str, Any]:
+def checked(text: str | bytes, name: str) -> dict[str, Any]:
     """A record from its text. Raises DataError where it is none that this version can read."""
     try:
         record = json.loads(text)
-        if record["format"] != FORMAT:
+        if record["format"] != FORMAT or not _FIELDS <= record.keys():
             raise KeyError(record["format"])
         return dict(record)
     except (ValueError, KeyError, TypeError) as error:

@@ -144,10 +144,9 @@ def check_ours(folder: Path, index: str, what: str) -> None:
 
 def _commit(fill: Callable[[Path], dict[str, Any]], folder: Path, name: str, what: str, mode: str, run: str) -> None:
     index = folder / name
-    old = json.loads(index.read_text()) if index.exists() else None
-    if old is not None and mode == "error":
+    if mode == "error" and index.exists():
         raise ConfigError(f"{folder} already holds a {what}", code="target_exists", hint='mode="overwrite" or "append"')
-    kept = list(old["runs"]) if old is not None and mode == "append" else []
+    kept = kept_runs(folder, name) if mode == "append" else []
     if run in kept:
         raise ConfigError(f"{folder} already holds the run {run!r}", code="run_exists")
     fresh = folder / "runs" / run
@@ -161,6 +160,16 @@ def _commit(fill: Callable[[Path], dict[str, Any]], folder: Path, name: str, wha
     for stale in (folder / "runs").iterdir():
         if stale.name not in (*kept, run):
             shutil.rmtree(stale, ignore_errors=True)
+
+
+def kept_runs(folder: Path, index: str = FIT) -> list[str]:
+    """The runs that a directory holds, the last one last; none where it is new. Raises DataError where its index is damaged."""
+    try:
+        return [str(run) for run in json.loads((folder / index).read_bytes())["runs"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / index} is damaged", code="not_a_fit", hint='mode="overwrite" begins anew') from error
 
 
 def _write_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
@@ -230,10 +239,8 @@ def load(target: Any, prefix: str, model: str | None = None, by: Mapping[str, An
 
 
 def _load_folder(folder: Path, wanted: dict[str, Any]) -> MixedFit:
-    import pyarrow.parquet as pq
-
     try:
-        record = json.loads((folder / "fit.json").read_text())
+        record = json.loads((folder / "fit.json").read_bytes())
         runs = folder / "runs" / str(record["run_id"])
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"there is no fit in {folder}", code="file_not_found") from error
@@ -243,7 +250,7 @@ def _load_folder(folder: Path, wanted: dict[str, Any]) -> MixedFit:
 
     def modes(name: str) -> pa.Table | None:
         path = runs / f"{prefix}_ranef_{name}.parquet"
-        return pq.ParquetFile(path).read() if path.exists() else None
+        return _held(path) if path.exists() else None
 
     if record.get("format") != FORMATS and wanted:
         wanted_by = [name for name in wanted if name != "model"]
@@ -251,11 +258,23 @@ def _load_folder(folder: Path, wanted: dict[str, Any]) -> MixedFit:
             what = f"are not by {wanted_by[0]!r}" if wanted_by else f"have no model {wanted['model']!r}"
             raise ConfigError(f"the fits of {folder} {what}", code="which_fit", hint="it holds one fit: load it without model and by")
     if record.get("format") == FORMATS:
-        return _of_several(pq.ParquetFile(runs / f"{prefix}_manifest.parquet").read(), wanted, str(folder), modes)
+        return _of_several(_held(runs / f"{prefix}_manifest.parquet"), wanted, str(folder), modes)
     fit = _read(record, str(folder))
     fit.written = {"run_id": record["run_id"], "model": fit.formula}
     _keep(fit, modes)
     return fit
+
+
+def _held(path: Path) -> pa.Table:
+    """A table of a run. Raises DataError where it is gone or damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        what = "is gone" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise DataError(f"{path} {what}", code="not_a_fit", hint="run the job again") from error
 
 
 def _load_database(target: Any, prefix: str, wanted: dict[str, Any]) -> MixedFit:
@@ -430,16 +449,14 @@ def _keep(fit: MixedFit, modes: Callable[[str], pa.Table | None], by: Sequence[s
 
 def tables_of_runs(target: Any, prefix: str, names: Sequence[str]) -> list[dict[str, pa.Table]]:
     """The tables of these names, without prefix, of each run that a directory or database keeps, in the order they were written."""
-    import pyarrow.parquet as pq
-
     from .engines import target as database
 
     target = placed(target)
     if not _is_database(target):
         folder = Path(target)
-        runs = [folder / "runs" / run for run in json.loads((folder / "fit.json").read_text())["runs"]]
+        runs = [folder / "runs" / run for run in kept_runs(folder)]
         found = [{name: sorted(run.glob(f"*_{name}.parquet"), key=lambda path: len(path.name))[:1] for name in names} for run in runs]
-        return [{name: pq.ParquetFile(path).read() for name, paths in files.items() for path in paths} for files in found]
+        return [{name: _held(path) for name, paths in files.items() for path in paths} for files in found]
     with database.opened(target, Options(), read_only=True) as held:
         return [
             {name: held.rows(f"{prefix}_{name}", run.run_id) for name in names if f"{prefix}_{name}" in run.tables}

@@ -594,6 +594,14 @@ def test_a_folder_of_someone_elses(run: Run, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "store") == ["letter.txt"]
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b'{"format": "mlpipe.store/0"}', b'{"format": "mlpipe.store/1"}'])
+def test_a_record_that_cannot_be_read(content: bytes, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").write_bytes(content)
+    with pytest.raises(mp.DataError, match="no store that this version can read"):
+        run()
+
+
 def test_a_lost_state_is_told_and_a_rebase_helps(run: Run, tmp_path: Path) -> None:
     files = lake(tmp_path / "lake", 1, 2)
     run()

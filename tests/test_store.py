@@ -480,3 +480,27 @@ def test_a_prefix_is_no_path(target: str, sleep: mp.LMMFit, tmp_path: Path) -> N
     with pytest.raises(mp.ConfigError, match="cannot be the beginning of a file's name"):
         sleep.write(tmp_path / target, prefix="../x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": "mlp', b"[1]", b"{}", b"\xff\xfe"])
+def test_a_damaged_index_is_told_and_an_overwrite_helps(content: bytes, sleep: mp.LMMFit, tmp_path: Path) -> None:
+    sleep.write(tmp_path / "fit")
+    (tmp_path / "fit" / "fit.json").write_bytes(content)
+    with pytest.raises(mp.DataError, match="does not hold a fit"):
+        mp.load(tmp_path / "fit")
+    with pytest.raises(mp.DataError, match="fit.json is damaged") as caught:
+        sleep.write(tmp_path / "fit", mode="append")
+    assert caught.value.code == "not_a_fit"
+    sleep.write(tmp_path / "fit", mode="overwrite")
+    assert mp.load(tmp_path / "fit").beta.tolist() == sleep.beta.tolist()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PAR1xx")])
+def test_tables_that_are_gone_or_damaged_are_named(damage: Any, tmp_path: Path) -> None:
+    rows = pl.read_parquet(datasets.path("sleepstudy")).with_columns(half=pl.col("days") < 5)
+    fits = fit_many([Model("m", "reaction ~ days + (1 | subject)")], rows, Request("", by=("half",)))
+    entries = [Entry(one.model, one.fit, one.by) for one in fits.fits]
+    store.write_all(entries, fits.by, tmp_path / "fit", prefix="mlpipe", mode="error", run_id="r", ranef=True)
+    damage(tmp_path / "fit" / "runs" / "r" / "mlpipe_manifest.parquet")
+    with pytest.raises(mp.DataError, match="mlpipe_manifest.parquet (is gone|cannot be read)"):
+        mp.load(tmp_path / "fit", by={"half": True})
