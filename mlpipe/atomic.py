@@ -19,12 +19,20 @@ def regular(path: str | os.PathLike[str]) -> Path:
 
 
 def apart(target: str | os.PathLike[str], *read: object) -> None:
-    """Raises ConfigError (code "target") for a target that is one of the files, given by path or in lists of such, that are read."""
+    """Raises ConfigError (code "target") for a target that is one of the files, given by path or in lists of such, that are read, or one
+    that a directory of runs consists of."""
     for given in read:
         if isinstance(given, list | tuple):
             apart(target, *given)
-        elif isinstance(given, str | os.PathLike) and os.path.isfile(target) and os.path.isfile(given) and os.path.samefile(target, given):
+        elif isinstance(given, str | os.PathLike) and os.path.isfile(target) and _holds(given, target):
             raise ConfigError(f"{os.fspath(target)} is what is read, and would be replaced", code="target", hint="name another file")
+
+
+def _holds(given: str | os.PathLike[str], file: str | os.PathLike[str]) -> bool:
+    if not os.path.isdir(given):
+        return os.path.isfile(given) and os.path.samefile(file, given)
+    inside = os.path.relpath(os.path.realpath(file), os.path.realpath(given))
+    return inside in ("fit.json", "predictions.json") or Path(inside).parts[0] == "runs"
 
 
 @contextmanager

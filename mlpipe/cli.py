@@ -4,7 +4,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -284,14 +284,14 @@ def _limits(settings: dict[str, Any]) -> Options:
 
 def _which(settings: dict[str, Any]) -> dict[str, Any]:
     """Which of several fits: the arguments of `mlpipe.load`."""
-    values = dict(_pair(text, "--by", "COLUMN=VALUE") for text in settings["by"])
+    values = _pairs(settings["by"], "--by", "COLUMN=VALUE")
     return {"model": settings["model"], "by": values or None}
 
 
 def _model(settings: dict[str, Any]) -> dict[str, Any]:
     """The fitting function's keywords from the command's flags."""
-    contrasts = dict(_pair(text, "--contrast") for text in settings["contrasts"])
-    levels = {name: value.split(",") for name, value in (_pair(text, "--levels") for text in settings["levels"])}
+    contrasts = _pairs(settings["contrasts"], "--contrast")
+    levels = {name: value.split(",") for name, value in _pairs(settings["levels"], "--levels").items()}
     given = {name: settings[name] for name in ("family", "link", "nagq", "trials", "weights", "freq", "offset", "na")}
     given |= {"contrasts": contrasts or None, "levels": levels or None, "vcov": settings["vcov"]}
     given |= {name: settings[name] or None for name in ("cluster", "absorb", "groups")}
@@ -312,7 +312,16 @@ def _function(formula: str, settings: dict[str, Any]) -> str:
     return "glmm" if parse(formula).random else "glm"
 
 
-def _pair(text: str, flag: str, form: str = "FACTOR=VALUE") -> tuple[str, str]:
+def _pairs(texts: Iterable[str], flag: str, form: str = "FACTOR=VALUE") -> dict[str, str]:
+    out: dict[str, str] = {}
+    for name, value in (_pair(text, flag, form) for text in texts):
+        if name in out:
+            raise ConfigError(f"{flag} names {name!r} twice", code="usage")
+        out[name] = value
+    return out
+
+
+def _pair(text: str, flag: str, form: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not (value or flag == "--by"):  # a value may be the empty text
         raise ConfigError(f"{flag} {text!r} is not of the form {form}", code="usage")

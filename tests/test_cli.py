@@ -193,6 +193,8 @@ MISTAKES: list[tuple[tuple[str, ...], int, str]] = [
     (("fit", FORMULA, SLEEP, "--table", "t"), 3, "sleepstudy.parquet is not a DuckDB database"),
     (("fit", "subject ~ days + (1 | days)", SLEEP), 3, "the response subject is not numeric\nhint: it is read as text"),
     (("report", "nowhere", "--out", "r.html", "--table", "t"), 2, "--table names a table of DATA, which is missing"),
+    (("show", "nowhere", "--by", "a=1", "--by", "a=2"), 2, "--by names 'a' twice"),
+    (("fit", FORMULA, SLEEP, "--levels", "a=1,2", "--levels", "a=2,1"), 2, "--levels names 'a' twice"),
     (("show", "nowhere", "--effects", "marginal"), 2, "--source and --effects belong to --sql"),
     (("run", "nowhere.toml"), 2, "cannot read the job nowhere.toml"),
     ((), 2, "Usage: mlpipe"),

@@ -436,6 +436,17 @@ def test_a_report_never_replaces_what_it_reads(sleep: Any, tmp_path: Path) -> No
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_report_never_replaces_a_part_of_its_fit(sleep: Any, tmp_path: Path) -> None:
+    sleep.write(tmp_path / "fit", run_id="r")
+    parts = {path: path.read_bytes() for path in (tmp_path / "fit").rglob("*") if path.is_file()}
+    for part in ("fit.json", "runs/r/mlpipe_coef.parquet"):
+        with pytest.raises(mp.ConfigError, match=f"{part} is what is read, and would be replaced"):
+            mp.report(tmp_path / "fit", tmp_path / "fit" / part)
+    assert {path: path.read_bytes() for path in parts} == parts
+    for _ in range(2):
+        mp.report(tmp_path / "fit", tmp_path / "fit" / "page.html")
+
+
 def test_without_the_packages(sleep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
