@@ -78,7 +78,9 @@ def _head(rows: Sequence[Mapping[str, Any]], models: Sequence[str], by: Sequence
 def _reading(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[str]:
     name = f"{page.code('mlpipe report FIT --model NAME --by COLUMN=VALUE')} shows one of the fits whole."
     if not by:
-        return [f"Each model was fitted to the same rows. {name}"]
+        read = {(row["source_fingerprint"], row["nobs"]) for row in rows if row["loglik"] is not None}
+        apart = "The models were not fitted to rows chosen alike, so their likelihoods need not compare."
+        return [f"{apart if len(read) > 1 else 'Each model was fitted to the same rows.'} {name}"]
     of = ", ".join(map(page.code, by))
     return [
         f"Each value of {of} has a model of its own, fitted to its rows alone: nothing is shared between values, and estimates are not "
