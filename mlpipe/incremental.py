@@ -22,14 +22,15 @@ from .collect import causes, changed, collect, left_out
 from .compressed import Compressed
 from .design import bases, code
 from .engines.arrange import Arranger
-from .engines.base import Engine, fingerprint
+from .engines.base import Columns, Engine, fingerprint
 from .engines.dialects import duckdb_family
 from .errors import ConfigError, DataError, MlpipeError
 from .features import Recipe
 from .formula import parse, parse_expression
 from .generalized_result import GeneralizedFit
 from .keeping import kept, worthwhile
-from .partitions import Partition, partitions, together, typed, unchanged
+from .options import Options
+from .partitions import Partition, is_text, partitions, read_as, together, typed, unchanged
 from .passes import Estimates
 from .planning import prepare, used_names
 from .plans import Plan, Request
@@ -253,7 +254,7 @@ def _collected(
     recipe = json.dumps(record["recipe"], sort_keys=True, default=str)
     state = fingerprint(recipe, json.dumps(record["model"]), part.name, part.mark, *kind)
     try:
-        with closing(open_source(typed(part.data, record["types"]), options=request.options)) as engine:
+        with closing(_opened(part, record["types"], request.options)) as engine:
             _check_schema(engine, base, record["types"])
             stats, facts = _read(engine, request, base, merges=record.get("merges", True))
             ran[:] = engine.ran
@@ -269,6 +270,34 @@ def _collected(
     time = datetime.now(UTC).isoformat(timespec="seconds")
     head = {"name": part.name, "mark": part.mark, "state": state if stats is not None else None, "bytes": part.bytes, "time": time}
     return {**head, **facts}
+
+
+def _opened(part: Partition, types: dict[str, str], options: Options) -> Engine:
+    """The rows of a partition. A column of a CSV or JSON file without any value, which looks like text, has the store's type."""
+    data = typed(part.data, types)
+    engine = open_source(data, options=options)
+    try:
+        empty = _valueless(engine, types) if part.bytes is not None and is_text(data) else {}
+    except BaseException:
+        engine.close()
+        raise
+    if not empty:
+        return engine
+    engine.close()
+    return open_source(read_as(data, empty), options=options)
+
+
+def _valueless(engine: Engine, types: dict[str, str]) -> dict[str, str]:
+    """The store's types of columns that are text here, and have no value."""
+    schema = engine.schema()
+    names = Names.of(schema)
+    text = [name for name in types if name in schema and schema[name].kind == "text"]
+    found = [name for name in text if not _alike("VARCHAR", types[name], key=False)]
+    if not found:
+        return {}
+    read = Columns(values=frozenset(names.positions[name] for name in found))
+    row = engine.query(statements.missing(found, (), {}, names), read).read_all().to_pylist()[0]
+    return {name: types[name] for k, name in enumerate(found) if int(row[f"missing_{k}"] or 0) == int(row["row_count"])}
 
 
 def _read(engine: Engine, request: Request, base: Recipe, *, merges: bool) -> tuple[State | None, dict[str, Any]]:

@@ -83,6 +83,21 @@ def typed(data: Any, types: Mapping[str, str]) -> Any:
     return replace(data, data=keyed) if isinstance(data, Subset) else keyed
 
 
+def is_text(data: Any) -> bool:
+    """Whether data are CSV or JSON files, whose types are those that their values look like."""
+    from .engines import files
+
+    inner = _source(data)
+    return isinstance(inner, PathSource) and files.one_format(_paths(data)) in ("csv", "json")
+
+
+def read_as(data: Any, types: Mapping[str, str]) -> Any:
+    """CSV or JSON files with further types."""
+    inner = _source(data)
+    inner = replace(inner, types={**types, **inner.types})
+    return replace(data, data=inner) if isinstance(data, Subset) else inner
+
+
 def unchanged(part: Partition) -> bool:
     """Whether the file of a partition is still what was listed."""
     from .engines import files

@@ -467,6 +467,20 @@ def test_a_schema_that_changed_overnight(frame: pl.DataFrame, message: str, run:
 TIMES = pl.datetime_range(pl.datetime(2026, 1, 1), pl.datetime(2026, 1, 1) + pl.duration(hours=399), "1h")
 
 
+@pytest.mark.parametrize("later", [day(3).clear(), day(3).with_columns(x=None), day(3).with_columns(g=None, f=None)])
+def test_text_files_without_values(later: pl.DataFrame, run: Run, tmp_path: Path) -> None:
+    """A header alone, and columns without a value, which look like text in their file."""
+    files = tmp_path / "lake"
+    files.mkdir()
+    for k in (1, 2):
+        day(k).write_csv(files / f"d0{k}.csv")
+    run(source={"path": f"{files}"})
+    later.write_csv(files / "d03.csv")
+    fit, full = run(source={"path": f"{files}"}), mp.lmm(FORMULA, files)
+    same(fit, full)
+    assert fit.info["rows_dropped"] == full.info["rows_dropped"] and fit.info["dropped"] == full.info["dropped"]
+
+
 @pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
 @pytest.mark.parametrize("values", [("1", "north", NO_VALUE), ("2026-01-01", "2026-01-02", NO_VALUE)])
 def test_folders_whose_values_look_like_other_types(values: tuple[str, ...], run: Run, tmp_path: Path) -> None:
