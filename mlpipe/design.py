@@ -80,6 +80,19 @@ def ordered_levels(levels: Iterable[Level], order: Sequence[str] | None) -> tupl
     return tuple(sorted(by_value, key=lambda level: rank.get(level_label(level), len(rank))))
 
 
+def check_orders(levels: Mapping[str, Sequence[Any]], variables: Iterable[Variable]) -> None:
+    """Raises ConfigError for `levels` of what is no factor, that are not several values, or that repeat one."""
+    known = {name for v in categorical(variables) for name in (v.label, *expr.columns(v.expression))}
+    for name, order in levels.items():
+        if name not in known:
+            raise ConfigError(f"levels names {name!r}, which is no factor of the formula", hint=did_you_mean(name, sorted(known)))
+        if isinstance(order, str):
+            raise ConfigError(f"levels of {name!r} are a list, not the text {order!r}", column=name)
+        labels = [level_label(level) for level in order]
+        if twice := [text for k, text in enumerate(labels) if text in labels[:k]]:
+            raise ConfigError(f"levels of {name!r} name {twice[0]!r} twice", column=name)
+
+
 # ---- variables
 
 

@@ -333,7 +333,8 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
         warnings.simplefilter("ignore")
         if isinstance(fit, LMMFit):
             kept = held(fit)
-            return lmm(text, kept.stats, reml=False, options=options, **kept.coding)
+            coding = {name: _of(given, text) for name, given in kept.coding.items()}
+            return lmm(text, kept.stats, reml=False, options=options, **coding)
         if fit.source is None:
             raise DataError("the fit has no data to fit smaller models to", code="no_source", hint="fit it again")
         settings: dict[str, Any] = {
@@ -346,8 +347,8 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
         return fitted("glmm" if fit.terms else "glm", text, fit.source, options or Options(), settings)
 
 
-def _of(contrasts: Any, text: str) -> Any:
-    """The contrasts of columns that the formula still has."""
+def _of(coding: Any, text: str) -> Any:
+    """The contrasts, or orders of levels, of columns that the formula still has."""
     known = {name for node in parse(text).variables for name in (label(node), *columns(node))}
-    return {name: kind for name, kind in contrasts.items() if name in known} if contrasts else None
+    return {name: given for name, given in coding.items() if name in known} if coding is not None else None
 

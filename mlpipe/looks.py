@@ -10,7 +10,7 @@ import numpy as np
 
 from . import expr, statements
 from .basis import Summary, chebyshev_terms
-from .design import Atom, Level, Variable, level_label, ordered_levels, with_constants, with_levels
+from .design import Atom, Level, Variable, check_orders, level_label, ordered_levels, with_constants, with_levels
 from .engines.base import Columns, Engine
 from .errors import ConfigError, DataError, did_you_mean
 from .features import Coordinates, Recipe, level_labels
@@ -38,7 +38,7 @@ class Looks:
 
     def settled(self, variables: Mapping[str, Variable]) -> dict[str, Variable]:
         """The variables with their levels and the constants of their bases."""
-        self._check_level_names(variables)
+        check_orders(self.levels, variables.values())
         levels = self._levels([v for v in variables.values() if v.kind == "category"])
         out = {}
         for label, variable in variables.items():
@@ -57,12 +57,6 @@ class Looks:
             raise DataError("there are no rows", code="empty")
         found = self._levels([v for v in variables.values() if v.kind == "category"])
         return {label: tuple(level for level in levels if level not in variables[label].levels) for label, levels in found.items()}
-
-    def _check_level_names(self, variables: Mapping[str, Variable]) -> None:
-        known = {name for v in variables.values() if v.kind == "category" for name in (v.label, *expr.columns(v.expression))}
-        for name in self.levels:
-            if name not in known:
-                raise ConfigError(f"levels names {name!r}, which is no factor of the formula", hint=did_you_mean(name, sorted(known)))
 
     def _levels(self, factors: Sequence[Variable]) -> dict[str, tuple[Level, ...]]:
         """The levels of each factor that occur among the used rows, in the contract's order."""

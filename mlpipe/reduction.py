@@ -5,6 +5,7 @@ columns: whatever far-off shifts or wild scales T holds, they come back through 
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,12 +14,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .blocks import Clusters
-from .design import Atom, DesignColumn, Level, Variable, code, level_label, variables_of, with_contrasts, with_levels
+from .design import Atom, DesignColumn, Level, Variable, check_orders, code, level_label, variables_of, with_contrasts, with_levels
 from .errors import ConfigError, DataError, FormulaError
 from .expr import columns as columns_of
 from .expr import label
 from .features import Recipe
-from .formula import Formula, RandomTerm, Term
+from .formula import Formula, RandomTerm, Term, parse_expression
 from .outcome import response_label
 from .rank import adds, column_rank, determined, new_direction, orthogonal
 from .solve.blocks import BlockChunk, pseudo_blocks
@@ -247,17 +248,19 @@ class Coding:
         kept = {name: kind for name, kind in (recipe.contrasts or {}).items() if name in known} if contrasts is None else contrasts
         self.variables: dict[str, Variable] = {}
         self.collected: dict[str, str] = {}
+        check_orders(levels, own)
         for variable in with_contrasts(own, kept):
             base = self._base(recipe, variable)
             self.collected[variable.label] = base.label
             self.variables[variable.label] = with_levels(variable, _ordered(base, variable, levels)) if base.kind == "category" else base
 
     def _base(self, recipe: Recipe, variable: Variable) -> Variable:
-        """The collected variable of the same label, or the same factor under another coding."""
-        for held in recipe.variables.values():
-            same = held.label == variable.label or (held.kind == "category" and held.expression == variable.expression)
-            if same and held.kind == variable.kind and held.label not in recipe.responses:
-                return held
+        """The collected variable of the same label, else the same factor under another coding."""
+        collected = [held for held in recipe.variables.values() if held.kind == variable.kind and held.label not in recipe.responses]
+        same = [held for held in collected if held.label == variable.label]
+        same += [held for held in collected if held.kind == "category" and held.expression == variable.expression]
+        if same:
+            return same[0]
         raise DataError(f"the statistics hold nothing of the term {variable.label}", code="not_collected")
 
     def columns(self, terms: Sequence[Term]) -> tuple[DesignColumn, ...]:
@@ -283,14 +286,25 @@ def _ordered(base: Variable, variable: Variable, levels: Mapping[str, Sequence[A
 
 
 def responses_of(recipe: Recipe, formula: Formula) -> str:
-    """The label of the formula's response among the collected ones. Raises DataError where it is not one of them."""
+    """The label of the formula's response among the collected ones. Raises DataError where it is not one of them, or less other offsets."""
     if formula.response is None:
         raise FormulaError("the formula has no response", hint="write it as response ~ terms")
     response = response_label(label(formula.response))
     if response not in recipe.responses:
         held = ", ".join(r.removesuffix(" ~") for r in recipe.responses)
         raise DataError(f"the statistics hold no response {label(formula.response)}", code="not_collected", hint=f"they hold {held}")
+    _check_offsets(recipe, formula)
     return response
+
+
+def _check_offsets(recipe: Recipe, formula: Formula) -> None:
+    """Responses were summed less the offsets of the collected formula and `offset=`, which a formula may state or leave out."""
+    held, asked = Counter(recipe.formula.offsets), Counter(formula.offsets)
+    settled = Counter([parse_expression(recipe.offset)] if recipe.offset else [])
+    if asked in (held, held + settled):
+        return
+    terms = " + ".join(f"offset({label(node)})" for node in recipe.formula.offsets) or "no offset"
+    raise DataError(f"the statistics were collected with {terms}", code="not_collected", hint="a formula over them has the same offsets")
 
 
 class Gram(Protocol):

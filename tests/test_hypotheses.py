@@ -271,6 +271,14 @@ def test_contrasts_of_a_dropped_factor_are_dropped(kind: str) -> None:
         assert a["loglik"] == pytest.approx(b["loglik"], abs=1e-6) and a["df"] == b["df"]
 
 
+def test_coding_over_statistics_of_a_dropped_factor_is_dropped() -> None:
+    frame = two_levels().with_columns(y=pl.col("x") + pl.col("won"))
+    stats = mp.suffstats("y ~ f + x + (1 | g)", frame)
+    recoded = mp.lmm("y ~ f + x + (1 | g)", stats, contrasts={"f": "sum"}, levels={"f": ["c", "a", "b"]})
+    for a, b in zip(recoded.drop1().to_pylist(), mp.lmm("y ~ f + x + (1 | g)", frame).drop1().to_pylist(), strict=True):
+        assert a["loglik"] == pytest.approx(b["loglik"], abs=1e-8) and a["df"] == b["df"]
+
+
 def test_formulas_without_a_term() -> None:
     formula = parse("log(y) ~ a * b + `odd name` + offset(z) + (1 + x || g) + (1 | a/h)")
     assert [without(formula, term) for term in droppable(formula)] == [
