@@ -10,9 +10,9 @@ import numpy as np
 
 from . import expr, statements
 from .basis import Summary, chebyshev_terms
-from .design import Atom, Level, Variable, check_orders, level_label, ordered_levels, with_constants, with_levels
+from .design import Atom, Level, Variable, called, check_orders, level_label, ordered_levels, with_constants, with_levels
 from .engines.base import Columns, Engine
-from .errors import ConfigError, DataError, did_you_mean
+from .errors import DataError
 from .features import Coordinates, Recipe, level_labels
 from .quantiles import Selector
 from .sql import Expression, Names, both
@@ -84,8 +84,7 @@ class Looks:
 
     def _order(self, variable: Variable) -> tuple[str, ...] | None:
         """The labels of a factor's levels in the order that the user or the column's type declares."""
-        names = (variable.label, *expr.columns(variable.expression))
-        named = next((self.levels[name] for name in names if name in self.levels), None)
+        named = next((self.levels[name] for name in called(variable) if name in self.levels), None)
         if named is not None:
             return tuple(map(level_label, named))
         return self.engine.schema()[variable.expression.name].levels if isinstance(variable.expression, expr.Column) else None

@@ -14,7 +14,20 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .blocks import Clusters
-from .design import Atom, DesignColumn, Level, Variable, check_orders, code, level_label, variables_of, with_contrasts, with_levels
+from .design import (
+    Atom,
+    DesignColumn,
+    Level,
+    Variable,
+    called,
+    categorical,
+    check_orders,
+    code,
+    level_label,
+    variables_of,
+    with_contrasts,
+    with_levels,
+)
 from .errors import ConfigError, DataError, FormulaError
 from .expr import columns as columns_of
 from .expr import label
@@ -244,7 +257,7 @@ class Coding:
             if name not in recipe.kinds:
                 raise DataError(f"the statistics hold nothing of the column {name!r}", code="not_collected", column=name)
         own = variables_of(formula, recipe.kinds, None)
-        known = {name for v in own for name in (v.label, *columns_of(v.expression))}
+        known = {name for v in categorical(own) for name in (v.label, *columns_of(v.expression))}
         kept = {name: kind for name, kind in (recipe.contrasts or {}).items() if name in known} if contrasts is None else contrasts
         self.variables: dict[str, Variable] = {}
         self.collected: dict[str, str] = {}
@@ -275,7 +288,7 @@ class Coding:
 
 
 def _ordered(base: Variable, variable: Variable, levels: Mapping[str, Sequence[Any]]) -> tuple[Level, ...]:
-    named = next((levels[name] for name in (variable.label, *columns_of(variable.expression)) if name in levels), None)
+    named = next((levels[name] for name in called(variable) if name in levels), None)
     if named is None:
         return base.levels
     rank = {level_label(level): i for i, level in enumerate(named)}
