@@ -14,7 +14,7 @@ from .design import level_label
 from .errors import ConfigError, DataError, did_you_mean
 from .options import METHODS, Options
 from .progress import stage
-from .verdict import report
+from .verdict import lost_digits, report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -387,6 +387,8 @@ def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, s
         solution = solve(reduced.problem, start=initial, tol=options.tol, max_evaluations=options.max_passes)
         found = information(reduced.problem, solution)
         fields |= {"evaluations": solution.evaluations, "score": solution.score}
+    if notes := lost_digits(solution.sigma2 * reduced.problem.dof / reduced.problem.A[-1, -1]):
+        stats.info["notes"] = [*stats.info.get("notes", []), *notes]
     if found.flat:
         group = reduced.random[0].group
         what = f"the rows do not tell the variances over {group}: their likelihood is flat (do fixed effects tell its levels apart?)"

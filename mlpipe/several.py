@@ -22,6 +22,7 @@ from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
 from .solve.refit import with_log_sigma
 from .stats import SuffStats, full_map
 from .term_order import TermOrder
+from .verdict import lost_digits
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -251,7 +252,8 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
     info = {**stats.info, "evaluations": solution.evaluations, "score": solution.score}
     if solved.carlo is not None:
         info |= _noted(model, solved.carlo, info)
-    info["notes"] = [*info.get("notes", []), *model.nested()]
+    left = lost_digits(at.s2 * problem.degrees / float(problem.WW[-1, -1]))
+    info["notes"] = [*info.get("notes", []), *model.nested(), *left]
     info["levels"] = {factor.levels.group: len(factor.levels) for factor in model.crossed.factors}
     fit = LMMFit(
         formula=text, recipe=stats.recipe, response=parts.response, reml=problem.reml, names=parts.fixed.names, dropped=parts.fixed.dropped,

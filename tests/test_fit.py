@@ -448,6 +448,18 @@ def test_empty_cells_are_dropped() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.parametrize("random", ["(1 | g)", "(1 | g) + (1 | h)"])
+def test_digits_that_groups_far_apart_take_are_told(random: str) -> None:
+    rng = np.random.default_rng(1)
+    g, h, noise = np.arange(200) % 12, np.arange(200) % 5, rng.normal(size=200)
+    apart, near = (pl.DataFrame({"y": size * rng.normal(size=12)[g] + h + noise, "g": g, "h": h}) for size in (1e6, 1e2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        told, silent = (mp.lmm(f"y ~ 1 + {random}", frame) for frame in (apart, near))
+    assert [note for note in told.info["notes"] if "about 3 digits are left" in note] and not silent.info["notes"]
+    assert told.sigma == pytest.approx(silent.sigma, rel=1e-2)
+
+
 def test_a_response_that_is_nearly_explained_keeps_its_digits() -> None:
     """Residuals of 1e-9 of the response: sums of squares alone have lost them."""
     rng = np.random.default_rng(1)
