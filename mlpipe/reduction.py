@@ -147,17 +147,6 @@ class Reduced:
         """The solver's theta for one in the user's coordinates, lower triangles by column, terms in order."""
         return theta_of(self.split(self.star(start_factors(theta, self.problem.sizes))))
 
-    def least_squares(self) -> np.ndarray:
-        """The solver's coefficients (p,) of the fixed effects alone."""
-        A, p = self.problem.A, len(self.fixed.names)
-        d = np.sqrt(np.diag(A))[:p]
-        return np.asarray(np.linalg.solve(A[:p, :p] / np.outer(d, d), A[:p, p] / d) / d) if p else np.zeros(0)
-
-    def unexplained(self, beta_star: np.ndarray) -> float:
-        """The share of the response's sum of squares that X beta leaves."""
-        v = np.append(-beta_star, 1.0)
-        return float(v @ self.problem.A @ v / self.problem.A[-1, -1])
-
     def linear_predictor(self, beta_star: np.ndarray) -> np.ndarray:
         """The combination of features (F,) that is X beta, in the units of y."""
         return np.asarray(self.fixed.Q @ (self.scale * beta_star + self.offset))
@@ -181,23 +170,13 @@ def response_vector(recipe: Recipe, response: str) -> np.ndarray:
     out[recipe.features.index((Atom(response, "1"),))] = scale
     if shift:
         out[recipe.features.index(())] = shift
+    for feature, coefficient in recipe.explained.items():
+        out[recipe.features.index(feature)] += coefficient
     return out
 
 
-def reduce(
-    stats: SuffStats,
-    formula: Formula,
-    *,
-    reml: bool,
-    contrasts: Mapping[str, str] | None = None,
-    levels: Mapping[str, Sequence[Any]] | None = None,
-) -> Reduced:
-    """The solver's problem for a formula over statistics collected for it or for a larger model.
-
-    `contrasts`, `levels`: other codings and level orders than those the statistics were collected with.
-    Raises DataError where the statistics lack a term, the response or the grouping factor.
-    """
-    parts = coded(stats, formula, contrasts, levels)
+def reduce(stats: SuffStats, parts: Coded, *, reml: bool) -> Reduced:
+    """The solver's problem for the parts of a formula over statistics."""
     problem = LMMProblem(
         chunks=_chunks(stats, stats.recipe, parts.random, parts.W),
         A=parts.W.T @ stats.gram @ parts.W,
@@ -219,6 +198,21 @@ class Coded(NamedTuple):
     offset: np.ndarray
     response: str
 
+    def pooled(self, stats: SuffStats) -> Pooled:
+        """Least squares of the fixed effects alone."""
+        A, p = self.W.T @ stats.gram @ self.W, len(self.fixed.names)
+        d = np.sqrt(np.diag(A))[:p]
+        beta = np.linalg.solve(A[:p, :p] / np.outer(d, d), A[:p, p] / d) / d if p else np.zeros(0)
+        v = np.append(-beta, 1.0)
+        return Pooled(self.fixed.Q @ (self.scale * beta + self.offset), float(v @ A @ v / A[-1, -1]))
+
+
+class Pooled(NamedTuple):
+    """`gamma` (features,): what fixed effects alone explain; `left`: the share of the response's sum of squares that they leave."""
+
+    gamma: np.ndarray
+    left: float
+
 
 def _constant(stats: SuffStats, response: str, left: np.ndarray) -> bool:
     """Whether the response has one value, of which the constant leaves nothing but rounding: the same in all rows, and tiny."""
@@ -232,7 +226,11 @@ def _constant(stats: SuffStats, response: str, left: np.ndarray) -> bool:
 def coded(
     stats: SuffStats, formula: Formula, contrasts: Mapping[str, str] | None, levels: Mapping[str, Sequence[Any]] | None
 ) -> Coded:
-    """The maps of a formula's parts; arguments and errors as in `reduce`."""
+    """The maps of a formula's parts over statistics collected for it or for a larger model.
+
+    `contrasts`, `levels`: other codings and level orders than those the statistics were collected with.
+    Raises DataError where the statistics lack a term, the response or the grouping factor.
+    """
     coding = Coding(stats.recipe, formula, contrasts, levels or {})
     recipe = stats.recipe
     response = responses_of(recipe, formula)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .digits import lost, with_digits
 from .errors import ResourceError
 from .formula import Formula
 from .held import Held
 from .progress import Watch, stage
-from .reduction import Coded, check_levels, coded, stacked_inverse
+from .reduction import Coded, check_levels, stacked_inverse
 from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
 from .solve.folding import folded
@@ -22,7 +23,6 @@ from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
 from .solve.refit import with_log_sigma
 from .stats import SuffStats, full_map
 from .term_order import TermOrder
-from .verdict import lost_digits
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -221,22 +221,24 @@ def _signs(rng: np.random.Generator, rows: int, n: int) -> Array:
 
 def fitted(
     text: str, formula: Formula, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options, method: str,
-    coding: dict[str, Any] | None = None,
+    plan: Plan | None, coding: dict[str, Any] | None,
 ) -> LMMFit:  # fmt: skip
-    """The fit from statistics of several factors."""
+    """The fit from statistics of several factors; `plan`: as in `with_digits`."""
     assert stats.crossed is not None
     for factor in stats.crossed.factors:
         check_levels(factor.levels.group, factor.levels.columns[0], len(factor.levels))
     coding = coding or {}
-    parts = coded(stats, formula, coding.get("contrasts"), coding.get("levels"))
-    model = Several(stats, formula, parts, reml)
+    summed, parts = with_digits(stats, formula, coding, plan)
+    model = Several(summed, formula, parts, reml)
     if stats.recipe.weights is None:
         model.terms.check_separable(stats.n)
     watch = Watch(constant=model.constant)
-    with stage("solve", stats.info.setdefault("seconds", {}), None, options, live=watch) as fields:
+    with stage("solve", summed.info.setdefault("seconds", {}), None, options, live=watch) as fields:
         solved = model.solved(None if start is None else model.terms.theta_star(start), options, method, watch)
         fields |= {"evaluations": solved.solution.evaluations, "score": solved.solution.score}
-    return _result(text, model, solved, data, options, coding)
+    fit = _result(text, model, solved, data, options, coding)
+    fit.recipe = stats.recipe
+    return fit
 
 
 def _result(text: str, model: Several, solved: Solved, data: Any, options: Options, coding: dict[str, Any]) -> LMMFit:
@@ -252,7 +254,7 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
     info = {**stats.info, "evaluations": solution.evaluations, "score": solution.score}
     if solved.carlo is not None:
         info |= _noted(model, solved.carlo, info)
-    left = lost_digits(at.s2 * problem.degrees / float(problem.WW[-1, -1]))
+    left = lost(at.s2 * problem.degrees / float(problem.WW[-1, -1]))
     info["notes"] = [*info.get("notes", []), *model.nested(), *left]
     info["levels"] = {factor.levels.group: len(factor.levels) for factor in model.crossed.factors}
     fit = LMMFit(
@@ -272,8 +274,7 @@ def _held(model: Several, coding: dict[str, Any]) -> Held:
     parts, solver = model.parts, model.terms.solver
     order = tuple(solver.index(i) for i in model.terms.sequence)
     random = tuple(parts.random[i] for i in solver)
-    base = np.zeros(len(parts.fixed.names))
-    return Held(model.stats, model.problem, parts.fixed, random, order, parts.scale, parts.offset, base, coding)
+    return Held(model.stats, model.problem, parts.fixed, random, order, parts.scale, parts.offset, coding)
 
 
 def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:

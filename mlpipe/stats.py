@@ -323,11 +323,13 @@ def _merged_blocks(a: SuffStats, b: SuffStats) -> Blocks:
 
     from .levels import stacked
 
-    assert a.blocks is not None and b.blocks is not None and a.blocks.table is not None and b.blocks.table is not None
+    assert a.blocks is not None and b.blocks is not None
+    one, other = a.blocks.table, b.blocks.table
+    assert one is not None and other is not None
     names, rest, keys = a.blocks.names, a.blocks.rest, a.blocks.keys
     held = ["row_count", *names, *rest]
-    both, bare = stacked(a.blocks.table.select(keys), b.blocks.table.select(b.blocks.keys), ":".join(a.recipe.groups))
-    sums = pa.concat_tables([part.blocks.table.select(held) for part in (a, b)], promote_options="permissive")
+    both, bare = stacked(one.select(keys), other.select(b.blocks.keys), ":".join(a.recipe.groups))
+    sums = pa.concat_tables([one.select(held), other.select(held)], promote_options="permissive")
     for i, name in enumerate(bare.column_names):
         sums = sums.append_column(f"key {i}", bare.column(name))
     sums = sums.append_column("place", arrow(np.arange(len(both)), pa.int64()))

@@ -1,7 +1,6 @@
 """What a finished fit says of itself: warnings, or the error that the options ask for."""
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,6 @@ from .errors import ConvergenceError, ConvergenceWarning, RankWarning, Separatio
 
 if TYPE_CHECKING:
     from .options import Options
-
-FEW_DIGITS = 1e-8  # share of the response's sum of squares left, below which likelihoods and standard errors are not what is promised
 
 
 def report(fit: Any, options: Options) -> None:
@@ -32,14 +29,6 @@ def report(fit: Any, options: Options) -> None:
     fit.info["warnings"] = [message for message, _ in found]
     for message, category in found:
         warn(message, category)
-
-
-def lost_digits(share: float) -> list[str]:
-    """A note where the fit leaves so small a share of the response's sum of squares that subtracting the rest takes its digits."""
-    if share >= FEW_DIGITS:
-        return []
-    digits = max(round(math.log10(share / sys.float_info.epsilon)), 0)
-    return [f"the random effects explain all but {share:.0e} of the response: of the residual sum of squares about {digits} digits are left"]
 
 
 def warn(message: str, category: type[Warning]) -> None:
