@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per
 from .solve.folding import folded
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
 from .solve.refit import with_log_sigma
+from .solve.start import start as moments
 from .stats import SuffStats, full_map
 from .term_order import TermOrder
 
@@ -149,7 +150,7 @@ class Several:
     def solved(self, start: Array | None, options: Options, method: str, watch: Watch) -> Solved:
         """The optimum, by the path that `method` and the sizes call for; `watch` is told of evaluations."""
         problem = self.problem
-        start = self._start() if start is None else start
+        start = moments(problem) if start is None else start
         if self.path(method, options.memory_bytes) == "exact":
             inside = folded(problem)
             exact, size = Exact(inside), problem.offsets[-1]
@@ -157,7 +158,7 @@ class Several:
             solution = solve_glmm(search, start, tol=options.tol, max_evaluations=options.max_passes)
             exact = exact if inside is problem else Exact(problem)
             at, _ = exact.evaluate(solution.lambda_)
-            return Solved(solution, at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
+            return Solved(_settled(solution, problem, at), at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
         return self._iterated(start, options, watch)
 
     def _iterated(self, start: Array, options: Options, watch: Watch) -> Solved:
@@ -195,23 +196,14 @@ class Several:
 
         return draw
 
-    def _start(self) -> Array:
-        """Relative standard deviations by moments of the least-squares residuals' sums per level, E c² = s²(S + ψ Σz⁴), one
-        factor at a time; a few times what a level can tell for several effects a level, whose moments also hold their covariances."""
-        problem, p = self.problem, self.problem.p
-        beta = np.linalg.solve(problem.WW[:p, :p], problem.WW[:p, p]) if p else np.zeros(0)
-        s2 = float(problem.WW[p, p] - problem.WW[p, :p] @ beta) / problem.degrees
-        sds = []
-        for f in problem.factors:
-            c = f.C[:, p] - np.einsum("apm,p->am", f.C[:, :p], beta)
-            S = np.einsum("aam->am", f.S)
-            psi = (c**2 / s2 - S).sum(axis=1) / np.maximum((S**2).sum(axis=1), 1e-300)
-            typical = np.maximum(S.mean(axis=1), 1e-300)
-            if f.q > 1:
-                sds += np.minimum(1.0, 3.0 / np.sqrt(typical)).tolist()
-                continue
-            sds += np.sqrt(np.clip(psi, 0.1 / typical, np.maximum(100.0 / typical, 4.0))).tolist()
-        return np.array([sds[i] if i == j else 0.0 for i, j in problem.entries])
+
+def _settled(solution: GLMMSolution, problem: CrossedProblem, at: Evaluation) -> GLMMSolution:
+    """The solution, converged where no step improved the likelihood because of the rounding of the sums that it is taken from: what is left
+    of a response whose levels are far apart is a difference of large ones."""
+    rounding = np.finfo(float).eps * float(problem.WW[-1, -1]) / at.s2
+    if solution.converged or not solution.score < math.sqrt(rounding):
+        return solution
+    return replace(solution, converged=True, message="at the limit of rounding")
 
 
 def _signs(rng: np.random.Generator, rows: int, n: int) -> Array:
