@@ -20,6 +20,7 @@ from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
 from .solve.folding import folded
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
+from .solve.optimize import NOISE
 from .solve.refit import with_log_sigma
 from .solve.start import start as moments
 from .stats import SuffStats, full_map
@@ -200,7 +201,7 @@ class Several:
 def _settled(solution: GLMMSolution, problem: CrossedProblem, at: Evaluation) -> GLMMSolution:
     """The solution, converged where no step improved the likelihood because of the rounding of the sums that it is taken from: what is left
     of a response whose levels are far apart is a difference of large ones."""
-    rounding = np.finfo(float).eps * float(problem.WW[-1, -1]) / at.s2
+    rounding = NOISE * np.finfo(float).eps * float(problem.WW[-1, -1]) / at.s2
     if solution.converged or not solution.score < math.sqrt(rounding):
         return solution
     return replace(solution, converged=True, message="at the limit of rounding")

@@ -7,6 +7,7 @@ from .crossed import CrossedProblem, Factor
 from .link import Array
 
 DOMINATED = 0.04  # share of the residual variance left within the levels of one factor, below which the others are looked at within them
+ENOUGH = 0.1  # share of the rows that levels must leave for that to be told
 ROUNDING = 1e-14  # share below which it is what rounding leaves
 RIDGE = 1e-9  # of a level's covariates, whose cross-products may be singular
 
@@ -24,7 +25,7 @@ def start(problem: CrossedProblem) -> Array:
     sums = [f.C[:, p] - np.einsum("apm,p->am", f.C[:, :p], beta) for f in problem.factors]
     effects = [_effects(f, c) for f, c in zip(problem.factors, sums, strict=True)]
     within = [
-        (total - float((c * b).sum())) / dof if (dof := problem.degrees - f.size) > 0 else s2
+        (total - float((c * b).sum())) / dof if (dof := problem.degrees - f.size) > ENOUGH * problem.degrees else s2
         for f, c, b in zip(problem.factors, sums, effects, strict=True)
     ]
     most = int(np.argmin(within))
