@@ -88,7 +88,7 @@ def simulator(fit: LMMFit, kept: Held) -> BlockSimulator | LevelSimulator:
     """What draws statistics of the fitted model."""
     lambda_ = kept.lambda_([term.star for term in fit.terms])
     sigma = fit.sigma / kept.scale
-    beta = (kept.fixed.R @ (fit.beta - kept.base) - kept.offset) / kept.scale
+    beta = (kept.fixed.R @ fit.beta - kept.offset) / kept.scale
     if isinstance(kept.problem, LMMProblem):
         return BlockSimulator(kept.problem, lambda_, sigma, beta)
     parts = coded(kept.stats, fit.parsed, kept.coding.get("contrasts"), kept.coding.get("levels"))
@@ -114,7 +114,7 @@ def _refitted(kept: Held, problem: LMMProblem | CrossedProblem, start: np.ndarra
     terms = kept.terms
     factors = [kept.random[place].raw(lambda_[terms[place], terms[place]]) for place in kept.order]
     sigma = math.sqrt(s2) * kept.scale
-    beta = kept.base + np.linalg.solve(kept.fixed.R, kept.scale * star + kept.offset)
+    beta = np.linalg.solve(kept.fixed.R, kept.scale * star + kept.offset)
     out = parameters(factors, sigma, sigma, beta)
     return out if converged else np.full_like(out, np.nan)
 

@@ -98,7 +98,7 @@ def _check(fit: LMMFit) -> None:
 
 def _statistics(fit: LMMFit) -> tuple[SuffStats, list[str]]:
     """The fit's statistics: those it keeps, or collected again by one scan."""
-    if fit.held is not None and not fit.held.base.any():  # else the response there is a residual
+    if fit.held is not None and not fit.held.stats.recipe.explained:  # else the response there is a residual
         return fit.held.stats, []
     from .collect import collect
     from .planning import prepare

@@ -80,6 +80,24 @@ def ordered_levels(levels: Iterable[Level], order: Sequence[str] | None) -> tupl
     return tuple(sorted(by_value, key=lambda level: rank.get(level_label(level), len(rank))))
 
 
+def called(factor: Variable) -> tuple[str, ...]:
+    """By what names `levels` may call a factor: its label, and its column where it is one: that of I(f == "b") has other levels."""
+    return (factor.label, factor.expression.name) if isinstance(factor.expression, Column) else (factor.label,)
+
+
+def check_orders(levels: Mapping[str, Sequence[Any]], variables: Iterable[Variable]) -> None:
+    """Raises ConfigError for `levels` of what is no factor, that are not several values, or that repeat one."""
+    known = {name for v in categorical(variables) for name in called(v)}
+    for name, order in levels.items():
+        if name not in known:
+            raise ConfigError(f"levels names {name!r}, which is no factor of the formula", hint=did_you_mean(name, sorted(known)))
+        if isinstance(order, str):
+            raise ConfigError(f"levels of {name!r} are a list, not the text {order!r}", column=name)
+        labels = [level_label(level) for level in order]
+        if twice := [text for k, text in enumerate(labels) if text in labels[:k]]:
+            raise ConfigError(f"levels of {name!r} name {twice[0]!r} twice", column=name)
+
+
 # ---- variables
 
 

@@ -97,6 +97,7 @@ class Recipe:
     `factors`: the key columns of each of several grouping factors; `groups` are then all of them. `clusters`: key columns of robust
     standard errors, which must not be missing. `time` orders the rows of a block, `waves` are its levels where it is text, `by_row` says
     that the source's own order does. `units`: of the columns that are times, see `ColumnType.unit`; None where it was not noted.
+    `explained`: the combination of features that was taken off the response before it was summed.
     """
 
     formula: Formula
@@ -122,6 +123,7 @@ class Recipe:
     waves: tuple[Level, ...] = ()
     by_row: bool = False
     units: Mapping[str, str] | None = None
+    explained: Mapping[Monomial, float] = field(default_factory=dict)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -165,14 +167,16 @@ class Recipe:
         return out
 
     def residual(self, gamma: Sequence[float], response: str, scale: float) -> Recipe:
-        """The recipe with the response less the combination `gamma` (features,) of the features, in units of `scale`."""
+        """The recipe that sums the response less the combination `gamma` (features,) of the features, in units of `scale`."""
         node = self.variables[response].expression
         for feature, coefficient in zip(self.features, gamma, strict=True):
             if coefficient:
                 node = expr.subtract(node, expr.multiply(expr.Number(float(coefficient)), self._node(feature)))
         variable = replace(self.variables[response], expression=node, columns=(node,))
         scalings = {**self.coordinates.scalings, Atom(response, "1"): (0.0, scale)}
-        return replace(self, variables={**self.variables, response: variable}, coordinates=replace(self.coordinates, scalings=scalings))
+        explained = {feature: value for feature, value in zip(self.features, gamma, strict=True) if value}
+        coordinates = replace(self.coordinates, scalings=scalings)
+        return replace(self, variables={**self.variables, response: variable}, coordinates=coordinates, explained=explained)
 
     def _node(self, feature: Monomial) -> expr.Node:
         """A feature as a scalar expression."""

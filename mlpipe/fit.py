@@ -37,8 +37,6 @@ _OWN = {  # keywords that not every function has
     "gee": ("groups", "family", "link", "corr", "time", "trials", "vcov"),
 }
 GENERALIZED = ("glmm", "glm")
-EXPLAINED = 1e-4  # share of the response's sum of squares left by X beta, below which the response is read again as a residual
-ROUNDING = 1e-13  # residuals over the response's spread, below which they are its rounding error
 
 
 def lmm(
@@ -331,6 +329,7 @@ def _fitted(
 
     `coding`: contrasts and level orders other than those the statistics were collected with.
     """
+    from .digits import with_digits
     from .formula import parse
     from .held import of_reduced
     from .reduction import check_levels, check_separable, reduce
@@ -342,7 +341,7 @@ def _fitted(
     if stats.crossed is not None:
         from . import several
 
-        return several.fitted(formula, parsed, stats, data, reml, start, options, method, coding)
+        return several.fitted(formula, parsed, stats, data, reml, start, options, method, plan, coding)
     if method == "iterative":
         raise ConfigError("one grouping factor is solved exactly", hint='method="auto"')
     if stats.blocks is None:
@@ -350,24 +349,13 @@ def _fitted(
     group, column, levels = ":".join(stats.recipe.groups), stats.recipe.groups[0], stats.blocks.n_blocks
     check_levels(group, column, levels)
     coding = coding or {}
-    reduced = reduce(stats, parsed, reml=reml, **coding)
+    summed, parts = with_digits(stats, parsed, coding, plan)
+    reduced = reduce(summed, parts, reml=reml)
     if stats.recipe.weights is None:
         check_separable(group, column, levels, max(reduced.problem.sizes), stats.n)
-    first = reduced.least_squares()
-    if reduced.unexplained(first) > EXPLAINED or plan is None:
-        if reduced.unexplained(first) <= EXPLAINED:
-            note = "the fixed effects explain nearly all of the response: fit from the rows for more digits"
-            stats.info["notes"] = [*stats.info.get("notes", []), note]
-        found = _solved(reduced, start, options, stats)
-        return LMMFit.from_solution(formula, parsed, stats, reduced, *found, data, options, of_reduced(stats, reduced, coding))
-    again = _residual_statistics(stats, plan, reduced, first)
-    residual = reduce(again, parsed, reml=reml)
-    if residual.scale < ROUNDING * reduced.scale:
-        raise DataError("the response is fitted exactly by the fixed effects", code="no_residual")
-    base = reduced.beta(first)
-    found = _solved(residual, start, options, again)
-    fit = LMMFit.from_solution(formula, parsed, again, residual, *found, data, options, of_reduced(again, residual, coding, base))
-    fit.recipe, fit.beta, fit.gamma = stats.recipe, fit.beta + base, fit.gamma + reduced.linear_predictor(first)
+    found = _solved(reduced, start, options, summed)
+    fit = LMMFit.from_solution(formula, parsed, summed, reduced, *found, data, options, of_reduced(summed, reduced, coding))
+    fit.recipe = stats.recipe
     return fit
 
 
@@ -380,6 +368,7 @@ def _spreads(fit: LMMFit, stats: SuffStats) -> dict[str, float]:
 
 def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, stats: SuffStats) -> tuple[LMMSolution, np.ndarray]:
     """The optimum, and the covariance of (theta, log sigma) there."""
+    from .digits import lost
     from .solve.lmm import information, solve
 
     initial = reduced.theta_star(start) if start is not None else None
@@ -387,6 +376,8 @@ def _solved(reduced: Reduced, start: Sequence[float] | None, options: Options, s
         solution = solve(reduced.problem, start=initial, tol=options.tol, max_evaluations=options.max_passes)
         found = information(reduced.problem, solution)
         fields |= {"evaluations": solution.evaluations, "score": solution.score}
+    if notes := lost(solution.sigma2 * reduced.problem.dof / reduced.problem.A[-1, -1]):
+        stats.info["notes"] = [*stats.info.get("notes", []), *notes]
     if found.flat:
         group = reduced.random[0].group
         what = f"the rows do not tell the variances over {group}: their likelihood is flat (do fixed effects tell its levels apart?)"
@@ -412,19 +403,6 @@ def recollected(fit: LMMFit) -> Held:
     fit.info["notes"] = [*fit.info.get("notes", []), note]
     fit.info["passes"] = fit.info.get("passes", 0) + again.info.get("passes", 0)
     return again.held
-
-
-def _residual_statistics(stats: SuffStats, plan: Plan, reduced: Reduced, beta: np.ndarray) -> SuffStats:
-    """Statistics with y - X beta as the response: what downdating y'y lost comes back (one residual pass)."""
-    from .collect import collect
-
-    spread = reduced.scale * math.sqrt(max(abs(reduced.unexplained(beta)), 1e-30))
-    recipe = stats.recipe.residual(reduced.linear_predictor(beta).tolist(), reduced.response, 2.0 ** round(math.log2(spread)))
-    note = "the fixed effects explain nearly all of the response: its residuals were summed in another pass"
-    again = collect(replace(plan, recipe=recipe, notes=[*plan.notes, note]))
-    again.info["passes"] += stats.info["passes"]
-    again.info.update({name: stats.info[name] for name in ("fingerprint", "rescannable", "bytes") if name in stats.info})
-    return again
 
 
 def _modes(fit: LMMFit, engine: Engine) -> pa.Table:

@@ -272,7 +272,7 @@ def _power(terms: Masks, node: Binary) -> Masks:
     # Beyond as many factors as there are variables nothing new appears.
     while count < exponent and len(raised) > before:
         before, count = len(raised), count + 1
-        raised = {**raised, **_interact(raised, terms, node.span)}
+        raised = _interact(terms, raised, node.span)  # in R's order, each term by itself among the products
     return raised
 
 

@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Held:
-    """A fit's statistics and its model over them, in the solver's coordinates: y = scale y* + X* offset + what `base` explains.
+    """A fit's statistics and its model over them, in the solver's coordinates: y = scale y* + X* offset.
 
     `stats` and the arrays of `problem` are those of the fit (a mapped file lives as long); nothing is copied. `random`: the terms in the
-    solver's order; `order`: where each of the fit's terms stands among them; `coding`: contrasts and levels that the fit was given;
-    `base` (p,): coefficients that were subtracted from the response before the statistics were summed.
+    solver's order; `order`: where each of the fit's terms stands among them; `coding`: contrasts and levels that the fit was given.
     """
 
     stats: SuffStats
@@ -29,7 +28,6 @@ class Held:
     order: tuple[int, ...]
     scale: float
     offset: np.ndarray
-    base: np.ndarray
     coding: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,8 +71,7 @@ class Held:
         return self.fixed.spread(star * self.scale**2).raw
 
 
-def of_reduced(stats: SuffStats, reduced: Reduced, coding: dict[str, Any], base: np.ndarray | None = None) -> Held:
+def of_reduced(stats: SuffStats, reduced: Reduced, coding: dict[str, Any]) -> Held:
     """What a fit with one grouping factor keeps."""
     order = tuple(range(len(reduced.random)))
-    base = np.zeros(len(reduced.fixed.names)) if base is None else base
-    return Held(stats, reduced.problem, reduced.fixed, reduced.random, order, reduced.scale, reduced.offset, base, coding)
+    return Held(stats, reduced.problem, reduced.fixed, reduced.random, order, reduced.scale, reduced.offset, coding)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .again import outcome
+from .design import called, categorical, variables_of
 from .errors import ConfigError, ConvergenceWarning, DataError, did_you_mean
-from .expr import columns, label
+from .expr import label
 from .formula import Formula, Term, parse
 from .generalized_result import GeneralizedFit
 from .inference import Tests, chi2_tail, held
@@ -24,6 +25,7 @@ from .verdict import warn
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .features import Recipe
     from .result import MixedFit
 
 NUMBER = re.compile(r"\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?")
@@ -333,11 +335,12 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
         warnings.simplefilter("ignore")
         if isinstance(fit, LMMFit):
             kept = held(fit)
-            return lmm(text, kept.stats, reml=False, options=options, **kept.coding)
+            coding = {name: _of(given, text, recipe) for name, given in kept.coding.items()}
+            return lmm(text, kept.stats, reml=False, options=options, **coding)
         if fit.source is None:
             raise DataError("the fit has no data to fit smaller models to", code="no_source", hint="fit it again")
         settings: dict[str, Any] = {
-            "weights": recipe.weights, "freq": recipe.freq, "offset": recipe.offset, "contrasts": _of(recipe.contrasts, text),
+            "weights": recipe.weights, "freq": recipe.freq, "offset": recipe.offset, "contrasts": _of(recipe.contrasts, text, recipe),
             "levels": outcome(recipe) or None,
         }  # fmt: skip
         if not isinstance(fit, GeneralizedFit):
@@ -346,8 +349,7 @@ def _refit_without(fit: MixedFit, formula: Formula, term: Term) -> MixedFit:
         return fitted("glmm" if fit.terms else "glm", text, fit.source, options or Options(), settings)
 
 
-def _of(contrasts: Any, text: str) -> Any:
-    """The contrasts of columns that the formula still has."""
-    known = {name for node in parse(text).variables for name in (label(node), *columns(node))}
-    return {name: kind for name, kind in contrasts.items() if name in known} if contrasts else None
-
+def _of(coding: Any, text: str, recipe: Recipe) -> Any:
+    """The contrasts, or orders of levels, of factors that the formula still has."""
+    known = {name for factor in categorical(variables_of(parse(text), recipe.kinds, None)) for name in called(factor)}
+    return {name: given for name, given in coding.items() if name in known} if coding is not None else None

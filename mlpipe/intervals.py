@@ -156,7 +156,7 @@ def _linear(fit: LMMFit, z: float) -> list[Interval]:
     rows = list(profiled.random(fit, kept.order))
     low, high = profiled.limits(how.sigma())
     rows.append(("sigma", low * kept.scale, high * kept.scale))
-    shift = kept.base + np.linalg.solve(kept.fixed.R, kept.offset)
+    shift = np.linalg.solve(kept.fixed.R, kept.offset)
     for name, c, s in zip(fit.names, kept.star_contrasts(np.eye(len(fit.names))), shift.tolist(), strict=True):
         low, high = profiled.limits(how.whole(c, float(c @ best.beta), math.sqrt(float(c @ best.vcov @ c))))
         rows.append((name, low + s, high + s))

@@ -104,19 +104,30 @@ def union(a: Levels, b: Levels) -> tuple[Levels, np.ndarray, np.ndarray]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    names = [f"k{i}" for i in range(len(a.columns))]
-    try:
-        parts = [_plain(levels.keys.rename_columns(names), other.keys) for levels, other in ((a, b), (b, a))]
-        both = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
-        bare = pa.table([_bare(keys.combine_chunks()) for keys in both.columns], names=names)
-        numbered = bare.append_column("row", pa.array(np.arange(len(bare))))
-        first = numbered.group_by(names, use_threads=False).aggregate([("row", "min")]).column("row_min")
-        order = pc.sort_indices(bare.take(first), sort_keys=[(name, "ascending") for name in names])
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-        raise DataError(f"the keys of {a.group} in the statistics have different types", code="not_mergeable") from error
+    both, bare = stacked(a.keys, b.keys, a.group)
+    names = bare.column_names
+    numbered = bare.append_column("row", pa.array(np.arange(len(bare))))
+    first = numbered.group_by(names, use_threads=False).aggregate([("row", "min")]).column("row_min")
+    order = pc.sort_indices(bare.take(first), sort_keys=[(name, "ascending") for name in names])
     levels = Levels(a.group, a.columns, both.take(first.take(order)).rename_columns(list(a.columns)))
     codes = levels.codes([keys.combine_chunks() for keys in both.columns])
     return levels, codes[: len(a)], codes[len(a) :]
+
+
+def stacked(a: pa.Table, b: pa.Table, group: str) -> tuple[pa.Table, pa.Table]:
+    """The keys of both, one under the other, as they are and as values that can be compared; columns are named by their place.
+
+    Raises DataError where they are of types that cannot be compared.
+    """
+    import pyarrow as pa
+
+    names = [f"k{i}" for i in range(a.num_columns)]
+    try:
+        parts = [_plain(keys.rename_columns(names), other) for keys, other in ((a, b), (b, a))]
+        both = pa.concat_tables(parts, promote_options="permissive").combine_chunks()
+        return both, pa.table([_bare(keys.combine_chunks()) for keys in both.columns], names=names)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        raise DataError(f"the keys of {group} in the statistics have different types", code="not_mergeable") from error
 
 
 def _plain(keys: pa.Table, other: pa.Table) -> pa.Table:

@@ -144,7 +144,7 @@ def _solution(
     stats: SuffStats, parsed: Formula, absorb: Sequence[str], plan: Plan, options: Options
 ) -> tuple[SuffStats, Projection, Solution, Array]:
     """The estimate and its coefficients; where the model explains nearly all of the response, from its residuals, read again."""
-    from .collect import collect
+    from .digits import of_residuals
 
     with stage("solve", stats.info.setdefault("seconds", {}), None, options):
         left = within(stats) if absorb else pooled(stats)
@@ -153,19 +153,14 @@ def _solution(
     if first.rss > EXPLAINED * first.within_tss:
         return stats, left, first, first.coefficients
     spread = math.sqrt(max(first.rss, 1e-30 * first.within_tss) / stats.n)
-    recipe = stats.recipe.residual(first.gamma.tolist(), first.response, 2.0 ** round(math.log2(spread)))
-    note = "nearly all of the response is explained: its residuals were summed in another pass"
-    again = collect(replace(plan, recipe=recipe, notes=[*plan.notes, note]))
-    again.info["passes"] += stats.info["passes"]
-    again.info.update({name: stats.info[name] for name in ("fingerprint", "rescannable", "bytes")})
+    again = of_residuals(stats, plan, first.gamma, first.response, spread)
     left = within(again) if absorb else pooled(again)
     second = solved(again, parsed, left)
     if second.rss <= ROUNDING * first.within_tss:
         raise DataError("the response is fitted exactly", code="no_residual")
-    gamma = first.gamma + second.gamma
-    e = response_vector(stats.recipe, first.response) - gamma
-    total = replace(second, gamma=gamma, e=e, tss=first.tss, within_tss=first.within_tss, beta=second.beta)
-    return replace(stats, info=again.info), left, total, first.coefficients + second.coefficients
+    e = response_vector(stats.recipe, first.response) - second.gamma
+    total = replace(second, e=e, tss=first.tss, within_tss=first.within_tss)
+    return replace(stats, info=again.info), left, total, second.coefficients
 
 
 def _check_varies(solution: Solution) -> None:

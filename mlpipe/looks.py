@@ -10,9 +10,9 @@ import numpy as np
 
 from . import expr, statements
 from .basis import Summary, chebyshev_terms
-from .design import Atom, Level, Variable, level_label, ordered_levels, with_constants, with_levels
+from .design import Atom, Level, Variable, called, check_orders, level_label, ordered_levels, with_constants, with_levels
 from .engines.base import Columns, Engine
-from .errors import ConfigError, DataError, did_you_mean
+from .errors import DataError
 from .features import Coordinates, Recipe, level_labels
 from .quantiles import Selector
 from .sql import Expression, Names, both
@@ -38,7 +38,7 @@ class Looks:
 
     def settled(self, variables: Mapping[str, Variable]) -> dict[str, Variable]:
         """The variables with their levels and the constants of their bases."""
-        self._check_level_names(variables)
+        check_orders(self.levels, variables.values())
         levels = self._levels([v for v in variables.values() if v.kind == "category"])
         out = {}
         for label, variable in variables.items():
@@ -57,12 +57,6 @@ class Looks:
             raise DataError("there are no rows", code="empty")
         found = self._levels([v for v in variables.values() if v.kind == "category"])
         return {label: tuple(level for level in levels if level not in variables[label].levels) for label, levels in found.items()}
-
-    def _check_level_names(self, variables: Mapping[str, Variable]) -> None:
-        known = {name for v in variables.values() if v.kind == "category" for name in (v.label, *expr.columns(v.expression))}
-        for name in self.levels:
-            if name not in known:
-                raise ConfigError(f"levels names {name!r}, which is no factor of the formula", hint=did_you_mean(name, sorted(known)))
 
     def _levels(self, factors: Sequence[Variable]) -> dict[str, tuple[Level, ...]]:
         """The levels of each factor that occur among the used rows, in the contract's order."""
@@ -90,8 +84,7 @@ class Looks:
 
     def _order(self, variable: Variable) -> tuple[str, ...] | None:
         """The labels of a factor's levels in the order that the user or the column's type declares."""
-        names = (variable.label, *expr.columns(variable.expression))
-        named = next((self.levels[name] for name in names if name in self.levels), None)
+        named = next((self.levels[name] for name in called(variable) if name in self.levels), None)
         if named is not None:
             return tuple(map(level_label, named))
         return self.engine.schema()[variable.expression.name].levels if isinstance(variable.expression, expr.Column) else None

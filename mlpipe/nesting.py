@@ -57,7 +57,7 @@ def _mean(fit: MixedFit) -> tuple[float, Any] | None:
     if "mean_response" in fit.info:
         return float(fit.info["mean_response"]), None
     kept = getattr(fit, "held", None)
-    if kept is None or kept.base.any():
+    if kept is None:
         return None
     at = kept.stats.recipe.features.index(())
     total = kept.stats.gram[at]

@@ -5,6 +5,7 @@ columns: whatever far-off shifts or wild scales T holds, they come back through 
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,12 +14,25 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .blocks import Clusters
-from .design import Atom, DesignColumn, Level, Variable, code, level_label, variables_of, with_contrasts, with_levels
+from .design import (
+    Atom,
+    DesignColumn,
+    Level,
+    Variable,
+    called,
+    categorical,
+    check_orders,
+    code,
+    level_label,
+    variables_of,
+    with_contrasts,
+    with_levels,
+)
 from .errors import ConfigError, DataError, FormulaError
 from .expr import columns as columns_of
 from .expr import label
 from .features import Recipe
-from .formula import Formula, RandomTerm, Term
+from .formula import Formula, RandomTerm, Term, parse_expression
 from .outcome import response_label
 from .rank import adds, column_rank, determined, new_direction, orthogonal
 from .solve.blocks import BlockChunk, pseudo_blocks
@@ -133,17 +147,6 @@ class Reduced:
         """The solver's theta for one in the user's coordinates, lower triangles by column, terms in order."""
         return theta_of(self.split(self.star(start_factors(theta, self.problem.sizes))))
 
-    def least_squares(self) -> np.ndarray:
-        """The solver's coefficients (p,) of the fixed effects alone."""
-        A, p = self.problem.A, len(self.fixed.names)
-        d = np.sqrt(np.diag(A))[:p]
-        return np.asarray(np.linalg.solve(A[:p, :p] / np.outer(d, d), A[:p, p] / d) / d) if p else np.zeros(0)
-
-    def unexplained(self, beta_star: np.ndarray) -> float:
-        """The share of the response's sum of squares that X beta leaves."""
-        v = np.append(-beta_star, 1.0)
-        return float(v @ self.problem.A @ v / self.problem.A[-1, -1])
-
     def linear_predictor(self, beta_star: np.ndarray) -> np.ndarray:
         """The combination of features (F,) that is X beta, in the units of y."""
         return np.asarray(self.fixed.Q @ (self.scale * beta_star + self.offset))
@@ -167,23 +170,13 @@ def response_vector(recipe: Recipe, response: str) -> np.ndarray:
     out[recipe.features.index((Atom(response, "1"),))] = scale
     if shift:
         out[recipe.features.index(())] = shift
+    for feature, coefficient in recipe.explained.items():
+        out[recipe.features.index(feature)] += coefficient
     return out
 
 
-def reduce(
-    stats: SuffStats,
-    formula: Formula,
-    *,
-    reml: bool,
-    contrasts: Mapping[str, str] | None = None,
-    levels: Mapping[str, Sequence[Any]] | None = None,
-) -> Reduced:
-    """The solver's problem for a formula over statistics collected for it or for a larger model.
-
-    `contrasts`, `levels`: other codings and level orders than those the statistics were collected with.
-    Raises DataError where the statistics lack a term, the response or the grouping factor.
-    """
-    parts = coded(stats, formula, contrasts, levels)
+def reduce(stats: SuffStats, parts: Coded, *, reml: bool) -> Reduced:
+    """The solver's problem for the parts of a formula over statistics."""
     problem = LMMProblem(
         chunks=_chunks(stats, stats.recipe, parts.random, parts.W),
         A=parts.W.T @ stats.gram @ parts.W,
@@ -205,6 +198,21 @@ class Coded(NamedTuple):
     offset: np.ndarray
     response: str
 
+    def pooled(self, stats: SuffStats) -> Pooled:
+        """Least squares of the fixed effects alone."""
+        A, p = self.W.T @ stats.gram @ self.W, len(self.fixed.names)
+        d = np.sqrt(np.diag(A))[:p]
+        beta = np.linalg.solve(A[:p, :p] / np.outer(d, d), A[:p, p] / d) / d if p else np.zeros(0)
+        v = np.append(-beta, 1.0)
+        return Pooled(self.fixed.Q @ (self.scale * beta + self.offset), float(v @ A @ v / A[-1, -1]))
+
+
+class Pooled(NamedTuple):
+    """`gamma` (features,): what fixed effects alone explain; `left`: the share of the response's sum of squares that they leave."""
+
+    gamma: np.ndarray
+    left: float
+
 
 def _constant(stats: SuffStats, response: str, left: np.ndarray) -> bool:
     """Whether the response has one value, of which the constant leaves nothing but rounding: the same in all rows, and tiny."""
@@ -218,7 +226,11 @@ def _constant(stats: SuffStats, response: str, left: np.ndarray) -> bool:
 def coded(
     stats: SuffStats, formula: Formula, contrasts: Mapping[str, str] | None, levels: Mapping[str, Sequence[Any]] | None
 ) -> Coded:
-    """The maps of a formula's parts; arguments and errors as in `reduce`."""
+    """The maps of a formula's parts over statistics collected for it or for a larger model.
+
+    `contrasts`, `levels`: other codings and level orders than those the statistics were collected with.
+    Raises DataError where the statistics lack a term, the response or the grouping factor.
+    """
     coding = Coding(stats.recipe, formula, contrasts, levels or {})
     recipe = stats.recipe
     response = responses_of(recipe, formula)
@@ -243,21 +255,23 @@ class Coding:
             if name not in recipe.kinds:
                 raise DataError(f"the statistics hold nothing of the column {name!r}", code="not_collected", column=name)
         own = variables_of(formula, recipe.kinds, None)
-        known = {name for v in own for name in (v.label, *columns_of(v.expression))}
+        known = {name for v in categorical(own) for name in (v.label, *columns_of(v.expression))}
         kept = {name: kind for name, kind in (recipe.contrasts or {}).items() if name in known} if contrasts is None else contrasts
         self.variables: dict[str, Variable] = {}
         self.collected: dict[str, str] = {}
+        check_orders(levels, own)
         for variable in with_contrasts(own, kept):
             base = self._base(recipe, variable)
             self.collected[variable.label] = base.label
             self.variables[variable.label] = with_levels(variable, _ordered(base, variable, levels)) if base.kind == "category" else base
 
     def _base(self, recipe: Recipe, variable: Variable) -> Variable:
-        """The collected variable of the same label, or the same factor under another coding."""
-        for held in recipe.variables.values():
-            same = held.label == variable.label or (held.kind == "category" and held.expression == variable.expression)
-            if same and held.kind == variable.kind and held.label not in recipe.responses:
-                return held
+        """The collected variable of the same label, else the same factor under another coding."""
+        collected = [held for held in recipe.variables.values() if held.kind == variable.kind and held.label not in recipe.responses]
+        same = [held for held in collected if held.label == variable.label]
+        same += [held for held in collected if held.kind == "category" and held.expression == variable.expression]
+        if same:
+            return same[0]
         raise DataError(f"the statistics hold nothing of the term {variable.label}", code="not_collected")
 
     def columns(self, terms: Sequence[Term]) -> tuple[DesignColumn, ...]:
@@ -272,7 +286,7 @@ class Coding:
 
 
 def _ordered(base: Variable, variable: Variable, levels: Mapping[str, Sequence[Any]]) -> tuple[Level, ...]:
-    named = next((levels[name] for name in (variable.label, *columns_of(variable.expression)) if name in levels), None)
+    named = next((levels[name] for name in called(variable) if name in levels), None)
     if named is None:
         return base.levels
     rank = {level_label(level): i for i, level in enumerate(named)}
@@ -283,14 +297,25 @@ def _ordered(base: Variable, variable: Variable, levels: Mapping[str, Sequence[A
 
 
 def responses_of(recipe: Recipe, formula: Formula) -> str:
-    """The label of the formula's response among the collected ones. Raises DataError where it is not one of them."""
+    """The label of the formula's response among the collected ones. Raises DataError where it is not one of them, or less other offsets."""
     if formula.response is None:
         raise FormulaError("the formula has no response", hint="write it as response ~ terms")
     response = response_label(label(formula.response))
     if response not in recipe.responses:
         held = ", ".join(r.removesuffix(" ~") for r in recipe.responses)
         raise DataError(f"the statistics hold no response {label(formula.response)}", code="not_collected", hint=f"they hold {held}")
+    _check_offsets(recipe, formula)
     return response
+
+
+def _check_offsets(recipe: Recipe, formula: Formula) -> None:
+    """Responses were summed less the offsets of the collected formula and `offset=`, which a formula may state or leave out."""
+    held, asked = Counter(recipe.formula.offsets), Counter(formula.offsets)
+    settled = Counter([parse_expression(recipe.offset)] if recipe.offset else [])
+    if asked in (held, held + settled):
+        return
+    terms = " + ".join(f"offset({label(node)})" for node in recipe.formula.offsets) or "no offset"
+    raise DataError(f"the statistics were collected with {terms}", code="not_collected", hint="a formula over them has the same offsets")
 
 
 class Gram(Protocol):

@@ -4,22 +4,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .digits import lost, with_digits
 from .errors import ResourceError
 from .formula import Formula
 from .held import Held
 from .progress import Watch, stage
-from .reduction import Coded, check_levels, coded, stacked_inverse
+from .reduction import Coded, check_levels, stacked_inverse
 from .result import LMMFit, RandomTerm
 from .solve.crossed import Cells, CrossedProblem, Evaluation, Exact, Factor, per_level
 from .solve.folding import folded
 from .solve.glmm import GLMMProblem, GLMMSolution, solve_glmm
+from .solve.optimize import NOISE
 from .solve.refit import with_log_sigma
+from .solve.start import start as moments
 from .stats import SuffStats, full_map
 from .term_order import TermOrder
 
@@ -148,7 +151,7 @@ class Several:
     def solved(self, start: Array | None, options: Options, method: str, watch: Watch) -> Solved:
         """The optimum, by the path that `method` and the sizes call for; `watch` is told of evaluations."""
         problem = self.problem
-        start = self._start() if start is None else start
+        start = moments(problem) if start is None else start
         if self.path(method, options.memory_bytes) == "exact":
             inside = folded(problem)
             exact, size = Exact(inside), problem.offsets[-1]
@@ -156,7 +159,7 @@ class Several:
             solution = solve_glmm(search, start, tol=options.tol, max_evaluations=options.max_passes)
             exact = exact if inside is problem else Exact(problem)
             at, _ = exact.evaluate(solution.lambda_)
-            return Solved(solution, at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
+            return Solved(_settled(solution, problem, at), at, exact.along(solution.lambda_, at), at.M.inverse_blocks())
         return self._iterated(start, options, watch)
 
     def _iterated(self, start: Array, options: Options, watch: Watch) -> Solved:
@@ -194,23 +197,14 @@ class Several:
 
         return draw
 
-    def _start(self) -> Array:
-        """Relative standard deviations by moments of the least-squares residuals' sums per level, E c² = s²(S + ψ Σz⁴), one
-        factor at a time; a few times what a level can tell for several effects a level, whose moments also hold their covariances."""
-        problem, p = self.problem, self.problem.p
-        beta = np.linalg.solve(problem.WW[:p, :p], problem.WW[:p, p]) if p else np.zeros(0)
-        s2 = float(problem.WW[p, p] - problem.WW[p, :p] @ beta) / problem.degrees
-        sds = []
-        for f in problem.factors:
-            c = f.C[:, p] - np.einsum("apm,p->am", f.C[:, :p], beta)
-            S = np.einsum("aam->am", f.S)
-            psi = (c**2 / s2 - S).sum(axis=1) / np.maximum((S**2).sum(axis=1), 1e-300)
-            typical = np.maximum(S.mean(axis=1), 1e-300)
-            if f.q > 1:
-                sds += np.minimum(1.0, 3.0 / np.sqrt(typical)).tolist()
-                continue
-            sds += np.sqrt(np.clip(psi, 0.1 / typical, np.maximum(100.0 / typical, 4.0))).tolist()
-        return np.array([sds[i] if i == j else 0.0 for i, j in problem.entries])
+
+def _settled(solution: GLMMSolution, problem: CrossedProblem, at: Evaluation) -> GLMMSolution:
+    """The solution, converged where no step improved the likelihood because of the rounding of the sums that it is taken from: what is left
+    of a response whose levels are far apart is a difference of large ones."""
+    rounding = NOISE * np.finfo(float).eps * float(problem.WW[-1, -1]) / at.s2
+    if solution.converged or not solution.score < math.sqrt(rounding):
+        return solution
+    return replace(solution, converged=True, message="at the limit of rounding")
 
 
 def _signs(rng: np.random.Generator, rows: int, n: int) -> Array:
@@ -220,22 +214,24 @@ def _signs(rng: np.random.Generator, rows: int, n: int) -> Array:
 
 def fitted(
     text: str, formula: Formula, stats: SuffStats, data: Any, reml: bool, start: Sequence[float] | None, options: Options, method: str,
-    coding: dict[str, Any] | None = None,
+    plan: Plan | None, coding: dict[str, Any] | None,
 ) -> LMMFit:  # fmt: skip
-    """The fit from statistics of several factors."""
+    """The fit from statistics of several factors; `plan`: as in `with_digits`."""
     assert stats.crossed is not None
     for factor in stats.crossed.factors:
         check_levels(factor.levels.group, factor.levels.columns[0], len(factor.levels))
     coding = coding or {}
-    parts = coded(stats, formula, coding.get("contrasts"), coding.get("levels"))
-    model = Several(stats, formula, parts, reml)
+    summed, parts = with_digits(stats, formula, coding, plan)
+    model = Several(summed, formula, parts, reml)
     if stats.recipe.weights is None:
         model.terms.check_separable(stats.n)
     watch = Watch(constant=model.constant)
-    with stage("solve", stats.info.setdefault("seconds", {}), None, options, live=watch) as fields:
+    with stage("solve", summed.info.setdefault("seconds", {}), None, options, live=watch) as fields:
         solved = model.solved(None if start is None else model.terms.theta_star(start), options, method, watch)
         fields |= {"evaluations": solved.solution.evaluations, "score": solved.solution.score}
-    return _result(text, model, solved, data, options, coding)
+    fit = _result(text, model, solved, data, options, coding)
+    fit.recipe = stats.recipe
+    return fit
 
 
 def _result(text: str, model: Several, solved: Solved, data: Any, options: Options, coding: dict[str, Any]) -> LMMFit:
@@ -251,7 +247,8 @@ def _result(text: str, model: Several, solved: Solved, data: Any, options: Optio
     info = {**stats.info, "evaluations": solution.evaluations, "score": solution.score}
     if solved.carlo is not None:
         info |= _noted(model, solved.carlo, info)
-    info["notes"] = [*info.get("notes", []), *model.nested()]
+    left = lost(at.s2 * problem.degrees / float(problem.WW[-1, -1]))
+    info["notes"] = [*info.get("notes", []), *model.nested(), *left]
     info["levels"] = {factor.levels.group: len(factor.levels) for factor in model.crossed.factors}
     fit = LMMFit(
         formula=text, recipe=stats.recipe, response=parts.response, reml=problem.reml, names=parts.fixed.names, dropped=parts.fixed.dropped,
@@ -270,8 +267,7 @@ def _held(model: Several, coding: dict[str, Any]) -> Held:
     parts, solver = model.parts, model.terms.solver
     order = tuple(solver.index(i) for i in model.terms.sequence)
     random = tuple(parts.random[i] for i in solver)
-    base = np.zeros(len(parts.fixed.names))
-    return Held(model.stats, model.problem, parts.fixed, random, order, parts.scale, parts.offset, base, coding)
+    return Held(model.stats, model.problem, parts.fixed, random, order, parts.scale, parts.offset, coding)
 
 
 def _noted(model: Several, carlo: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:

@@ -319,19 +319,25 @@ def full_map(recipe: Recipe, left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _merged_blocks(a: SuffStats, b: SuffStats) -> Blocks:
-    """The blocks of both, those that occur in both added up (by pyarrow's grouping, whatever the type of the keys)."""
+    """The blocks of both, those that occur in both added up."""
     import pyarrow as pa
 
-    assert a.blocks is not None and b.blocks is not None and a.blocks.table is not None and b.blocks.table is not None
+    from .levels import stacked
+
+    assert a.blocks is not None and b.blocks is not None
+    one, other = a.blocks.table, b.blocks.table
+    assert one is not None and other is not None
     names, rest, keys = a.blocks.names, a.blocks.rest, a.blocks.keys
-    # keys are named by their place in the source, which another source need not share
-    other = b.blocks.table.rename_columns(dict(zip(b.blocks.keys, keys, strict=True))).select(a.blocks.table.column_names)
-    try:
-        joined = pa.concat_tables([a.blocks.table, other], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError("the grouping keys of the statistics have different types", code="not_mergeable") from error
-    summed = joined.group_by(keys, use_threads=False).aggregate([(name, "sum") for name in ("row_count", *names, *rest)])
-    table = summed.rename_columns([name.removesuffix("_sum") for name in summed.column_names]).select(a.blocks.table.column_names)
+    held = ["row_count", *names, *rest]
+    both, bare = stacked(one.select(keys), other.select(b.blocks.keys), ":".join(a.recipe.groups))
+    sums = pa.concat_tables([one.select(held), other.select(held)], promote_options="permissive")
+    for i, name in enumerate(bare.column_names):
+        sums = sums.append_column(f"key {i}", bare.column(name))
+    sums = sums.append_column("place", arrow(np.arange(len(both)), pa.int64()))
+    by = [f"key {i}" for i in range(len(keys))]
+    summed = sums.group_by(by, use_threads=False).aggregate([*((name, "sum") for name in held), ("place", "min")])
+    first = both.take(summed.column("place_min"))
+    table = pa.table([*first.columns, *(summed.column(f"{name}_sum") for name in held)], names=[*keys, *held])
     rows = column(table, "row_count")
     return Blocks(names, len(table), table, largest=float(rows.max()), smallest=float(rows.min()), rest=rest)
 

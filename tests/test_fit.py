@@ -448,17 +448,29 @@ def test_empty_cells_are_dropped() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
-def test_a_response_that_is_nearly_explained_keeps_its_digits() -> None:
+@pytest.mark.parametrize("random", ["(1 | g)", "(1 | g) + (1 | h)"])
+def test_a_response_that_is_nearly_explained_keeps_its_digits(random: str) -> None:
     """Residuals of 1e-9 of the response: sums of squares alone have lost them."""
     rng = np.random.default_rng(1)
-    x, g = rng.normal(size=300), rng.integers(0, 15, 300)
-    e = rng.normal(size=15)[g] + rng.normal(size=300)
-    frame = pl.DataFrame({"x": x, "g": g, "e": e, "y": 3.0 + 2.0 * x + 1e-9 * e})
-    fit, small = mp.lmm("y ~ x + (1 | g)", frame), mp.lmm("e ~ x + (1 | g)", frame)
+    x, g, h = rng.normal(size=300), rng.integers(0, 15, 300), rng.integers(0, 7, 300)
+    e = rng.normal(size=15)[g] + rng.normal(size=7)[h] + rng.normal(size=300)
+    frame = pl.DataFrame({"x": x, "g": g, "h": h, "e": e, "y": 3.0 + 2.0 * x + 1e-9 * e})
+    fit, small = mp.lmm(f"y ~ x + {random}", frame), mp.lmm(f"e ~ x + {random}", frame)
     assert fit.sigma == pytest.approx(1e-9 * small.sigma, rel=1e-5)
-    assert fit.theta[0] == pytest.approx(small.theta[0], rel=1e-5)
+    assert fit.theta == pytest.approx(small.theta, rel=1e-5)
     assert any("residuals were summed" in note for note in fit.info["notes"])
     np.testing.assert_allclose(fit.augment().read_all()["resid"], 1e-9 * small.augment().read_all()["resid"].to_numpy(), atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.MlpipeWarning")
+@pytest.mark.parametrize("random", ["(1 | g)", "(1 | g) + (1 | h)"])
+def test_digits_that_groups_far_apart_take_are_told(random: str) -> None:
+    rng = np.random.default_rng(1)
+    g, h, noise = np.arange(200) % 12, np.arange(200) % 5, rng.normal(size=200)
+    apart, near = (pl.DataFrame({"y": size * rng.normal(size=12)[g] + h + noise, "g": g, "h": h}) for size in (1e5, 1e2))
+    told, silent = (mp.lmm(f"y ~ 1 + {random}", frame) for frame in (apart, near))
+    assert [note for note in told.info["notes"] if "digits are left" in note] and not silent.info["notes"]
+    assert told.converged and told.sigma == pytest.approx(silent.sigma, rel=1e-2) and max(told.evaluations, silent.evaluations) < 30
 
 
 def test_what_did_not_converge_is_told() -> None:

@@ -39,6 +39,7 @@ FIXED = [
     ("y ~ (a + b + c)^2", "1 + a + b + c + a:b + a:c + b:c"),
     ("y ~ (a + b)**3", "1 + a + b + a:b"),
     ("y ~ (a + b)^1000000000", "1 + a + b + a:b"),
+    ("y ~ (z + l:f + x)^2", "1 + z + x + z:x + l:f + z:l:f + l:f:x"),
     ("y ~ x^2", "1 + x"),
     ("y ~ a*b*c - a:b:c", "1 + a + b + c + a:b + a:c + b:c"),
     ("y ~ a*b - (a + b)", "1 + a:b"),

@@ -271,6 +271,30 @@ def test_contrasts_of_a_dropped_factor_are_dropped(kind: str) -> None:
         assert a["loglik"] == pytest.approx(b["loglik"], abs=1e-6) and a["df"] == b["df"]
 
 
+def test_coding_over_statistics_of_a_dropped_factor_is_dropped() -> None:
+    frame = two_levels().with_columns(y=pl.col("x") + pl.col("won"))
+    stats = mp.suffstats("y ~ f + x + (1 | g)", frame)
+    recoded = mp.lmm("y ~ f + x + (1 | g)", stats, contrasts={"f": "sum"}, levels={"f": ["c", "a", "b"]})
+    for a, b in zip(recoded.drop1().to_pylist(), mp.lmm("y ~ f + x + (1 | g)", frame).drop1().to_pylist(), strict=True):
+        assert a["loglik"] == pytest.approx(b["loglik"], abs=1e-8) and a["df"] == b["df"]
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
+@pytest.mark.parametrize("random", ["(1 | g)", "(1 | g) + (1 | h)"])
+def test_drop1_where_nearly_all_is_explained(random: str) -> None:
+    """The response was summed less what the dropped term explains, too."""
+    rng = np.random.default_rng(1)
+    x, z, g, h = rng.normal(size=300), rng.normal(size=300), rng.integers(0, 15, 300), rng.integers(0, 7, 300)
+    noise = z + rng.normal(size=15)[g] + rng.normal(size=7)[h] + rng.normal(size=300)
+    frame = pl.DataFrame({"x": x, "z": z, "g": g, "h": h, "y": 3.0 + 2.0 * x + 1e-3 * noise})
+    fit = mp.lmm(f"y ~ x + z + {random}", frame)
+    logliks = {row["term"]: row["loglik"] for row in fit.drop1().to_pylist()}
+    for term, rest in {"<none>": "x + z", "x": "z", "z": "x"}.items():
+        assert logliks[term] == pytest.approx(mp.lmm(f"y ~ {rest} + {random}", frame, reml=False).loglik, abs=1e-6)
+    compared = mp.anova(mp.lmm(f"y ~ z + {random}", frame), fit)["statistic"][1].as_py()
+    assert compared == pytest.approx(2 * (logliks["<none>"] - logliks["x"]))
+
+
 def test_formulas_without_a_term() -> None:
     formula = parse("log(y) ~ a * b + `odd name` + offset(z) + (1 + x || g) + (1 | a/h)")
     assert [without(formula, term) for term in droppable(formula)] == [

@@ -187,6 +187,35 @@ def test_keys_of_different_widths_merge() -> None:
     same(mp.lmm(formula, mp.suffstats(formula, narrow) + mp.suffstats(formula, frame[300:])), mp.lmm(formula, frame))
 
 
+KEYS: dict[str, Callable[[pl.Expr], pl.Expr]] = {
+    "text": lambda g: g,
+    "categorical": lambda g: g.cast(pl.Categorical),
+    "enum": lambda g: g.cast(pl.Enum([f"k{i}" for i in range(30)])),
+    "enum in another order": lambda g: g.cast(pl.Enum([f"k{i}" for i in range(30)][::-1])),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), [("categorical", "categorical"), ("categorical", "text"), ("enum", "enum in another order")])
+def test_keys_in_dictionaries_of_their_own_merge(one: str, other: str, tmp_path: Path) -> None:
+    frame, formula = data().with_columns(g=pl.format("k{}", "g")), "y ~ x + (1 | g)"
+    early, late = frame[:300].with_columns(KEYS[one](pl.col("g"))), frame[300:].with_columns(KEYS[other](pl.col("g")))
+    want = mp.lmm(formula, frame)
+    for a, b in ((early, late), (late, early)):
+        merged = mp.suffstats(formula, a) + mp.suffstats(formula, b)
+        merged.save(tmp_path / "s.arrow")
+        for stats in (merged, mp.SuffStats.load(tmp_path / "s.arrow"), mp.suffstats(formula, a).update(b)):
+            fit = mp.lmm(formula, stats)
+            same(fit, want)
+            found = dict(zip(fit.ranef()["g"].to_pylist(), fit.ranef()["estimate"].to_pylist(), strict=True))
+            assert found == pytest.approx(dict(zip(want.ranef()["g"].to_pylist(), want.ranef()["estimate"].to_pylist(), strict=True)))
+
+
+def test_keys_that_differ_in_the_sign_of_zero_merge() -> None:
+    frame, formula = data().with_columns(g=pl.col("g").cast(pl.Float64)), "y ~ x + (1 | g)"
+    minus = frame[300:].with_columns(g=pl.when(pl.col("g") == 0.0).then(-0.0).otherwise("g"))
+    same(mp.lmm(formula, mp.suffstats(formula, frame[:300]) + mp.suffstats(formula, minus)), mp.lmm(formula, frame))
+
+
 def test_where_the_columns_stand_does_not_matter_to_merging(tmp_path: Path) -> None:
     """Keys are matched by their place in the formula: with two of one type a mix-up would give numbers."""
     frame = data().with_columns(h=pl.col("g") % 5)
@@ -259,6 +288,64 @@ def test_what_was_not_collected_is_named() -> None:
     least = mp.suffstats("y ~ x + (1 | g)", data(), collect="fit")
     with pytest.raises(mp.DataError, match="does not merge"):
         least + least
+
+
+@pytest.mark.parametrize(
+    ("formula", "offset", "asked", "allowed"),
+    [
+        ("y ~ x + offset(w) + (1 | g)", None, "y ~ offset(w) + (1 | g)", True),
+        ("y ~ x + (1 | g)", "w", "y ~ 1 + (1 | g)", True),
+        ("y ~ x + (1 | g)", "w", "y ~ offset(w) + (1 | g)", True),
+        ("y ~ x + (1 | g)", None, "y ~ offset(w) + (1 | g)", False),
+        ("y ~ x + offset(w) + (1 | g)", None, "y ~ 1 + (1 | g)", False),
+        ("y ~ x + offset(w) + (1 | g)", None, "y ~ offset(n) + (1 | g)", False),
+    ],
+)
+def test_offsets_of_statistics_are_those_of_every_model(formula: str, offset: str | None, asked: str, allowed: bool) -> None:
+    """The response was summed less them: a formula with others would be fitted as if it had these."""
+    frame = data()
+    stats = mp.suffstats(formula, frame, offset=offset)
+    if allowed:
+        same(mp.lmm(asked, stats), mp.lmm("y ~ 1 + (1 | g)", frame, offset="w"))
+        return
+    for fit in (lambda: mp.lmm(asked, stats), lambda: mp.ols(asked.replace(" + (1 | g)", ""), stats)):
+        with pytest.raises(mp.DataError, match="offset") as caught:
+            fit()
+        assert caught.value.code == "not_collected"
+
+
+def test_codings_of_a_column_are_not_those_of_what_is_made_of_it() -> None:
+    frame, order = data(), ["top", "mid", "low"]
+    for formula in ('y ~ I(f == "mid") + f:x + (1 | g)', 'y ~ I(x * (f == "mid")) + f + (1 | g)'):
+        want = mp.lmm(formula, frame.with_columns(pl.col("f").cast(pl.Enum(order))), contrasts={"f": "sum"})
+        same(mp.lmm(formula, frame, levels={"f": order}, contrasts={"f": "sum"}), want)
+        stats = mp.suffstats(formula, frame, contrasts={"f": "sum"})
+        fit = mp.lmm(formula, stats, levels={"f": order})
+        same(fit, want)
+        for a, b in zip(fit.drop1().to_pylist(), mp.lmm(formula, frame).drop1().to_pylist(), strict=True):
+            assert a["loglik"] == pytest.approx(b["loglik"], abs=1e-7) and a["df"] == b["df"]
+    same(mp.lmm('y ~ I(x * (f == "mid")) + (1 | g)', stats), mp.lmm('y ~ I(x * (f == "mid")) + (1 | g)', frame))
+
+
+@pytest.mark.parametrize("levels", [{"nope": ["a"]}, {"f": ["low", "mid", "low", "top"]}, {"f": "low"}])
+def test_orders_of_levels_are_checked_alike(levels: dict[str, Any]) -> None:
+    frame = data()
+    for source in (frame, mp.suffstats(FORMULA, frame)):
+        with pytest.raises(mp.ConfigError, match="levels"):
+            mp.lmm(FORMULA, source, levels=levels)
+
+
+TWICE = ['y ~ C(f, ref = "mid") + (0 + f | g)', "y ~ C(f, sum) + f:x + (f || g)", "y ~ x * f + (C(f, sum) | g)"]
+
+
+@pytest.mark.parametrize("formula", TWICE)
+def test_a_factor_under_two_codings(formula: str) -> None:
+    """One coding in the fixed part, another in the random one: the likelihood is that of one coding for all."""
+    frame = data(2, 900, 12)
+    alike = formula.replace('C(f, ref = "mid")', "f").replace("C(f, sum)", "f")
+    fit, want = mp.lmm(formula, frame, reml=False), mp.lmm(alike, frame, reml=False)
+    assert fit.loglik == pytest.approx(want.loglik, abs=1e-6)
+    same(mp.lmm(formula, mp.suffstats(formula, frame), reml=False), fit)
 
 
 def test_random_effects_come_from_kept_blocks() -> None:
