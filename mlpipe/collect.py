@@ -319,7 +319,7 @@ def _limited(plan: Plan, rows: int) -> Iterator[Plan]:
 def parts_of(plan: Plan, rows: int) -> Sequence[Expression | None]:
     """The parts by key in which the blocks are summed, each small enough for the engine's memory; (None,) for all at once."""
     width, positions = _width(plan), _key_positions(plan)
-    room = plan.engine.table_room(positions)
+    room = plan.engine.table_room()
     if room is None or rows * width <= SPARED * room:
         return (None,)
     ranges = plan.engine.key_ranges(plan.grouped(), plan.columns, positions[0], rows) if len(positions) == 1 else []

@@ -70,9 +70,9 @@ class FilteredEngine:
         """See Engine."""
         return self.inner.without_nulls(positions)
 
-    def table_room(self, keys: Sequence[int]) -> int | None:
+    def table_room(self) -> int | None:
         """See Engine."""
-        return self.inner.table_room(keys)
+        return self.inner.table_room()
 
     def key_ranges(self, statement: exp.Query, columns: Columns, key: int, rows: int) -> list[tuple[int, int]]:
         """See Engine."""

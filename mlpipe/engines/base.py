@@ -95,9 +95,8 @@ class Engine(Protocol):
     def without_nulls(self, positions: Iterable[int]) -> bool:
         """Whether it is known without a scan that these columns hold no NULL."""
 
-    def table_room(self, keys: Sequence[int]) -> int | None:
-        """Bytes that the table of an aggregate grouped by the columns at `keys` may take before the engine spills; None where
-        it does not, or where keys that are one in grouping may hash apart."""
+    def table_room(self) -> int | None:
+        """Bytes that the table of a grouped aggregate may take before the engine spills; None where it does not."""
 
     def key_ranges(self, statement: exp.Query, columns: Columns, key: int, rows: int) -> list[tuple[int, int]]:
         """Ranges of the whole-number column at `key`, from the least value to the greatest, each so narrow that the aggregate of

@@ -22,7 +22,7 @@ from .catalog import found_table, is_ordered
 from .dialects import duckdb_type, render
 from .failures import translating
 from .files import Merged, Snapshot, Workspace, is_database
-from .memory import MOST_BITS, ROWS_PER_SLOT, SETTINGS, direct_bits, distinct_keys, hash_is_key, ranges, table_room
+from .memory import MOST_BITS, ROWS_PER_SLOT, SETTINGS, direct_bits, distinct_keys, ranges, table_room
 from .origin import RELATION, Origin, select_all, source_rows, with_source
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class DuckDBEngine:
         with self._checked():
             return counted is not None and {names[i] for i in positions} <= counted()
 
-    def table_room(self, keys: Sequence[int]) -> int | None:
+    def table_room(self) -> int | None:
         """See Engine."""
-        return table_room(self.query(SETTINGS, Columns()).read_all()) if hash_is_key(self._origin, keys) else None
+        return table_room(self.query(SETTINGS, Columns()).read_all())
 
     def key_ranges(self, statement: exp.Query, columns: Columns, key: int, rows: int) -> list[tuple[int, int]]:
         """Of Parquet files, where DuckDB itself would address a table by what it knows of the key. See Engine."""

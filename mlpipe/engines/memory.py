@@ -17,7 +17,6 @@ from sqlglot import exp
 
 from ..options import parse_bytes
 from .dialects import call
-from .origin import Origin
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,13 +42,6 @@ def distinct_keys(keys: Sequence[int]) -> exp.Select:
     """The statement that counts distinct keys, within a few percent."""
     hashed = call("hash", *(exp.column(f"k{i}") for i in keys))
     return exp.select(exp.alias_(exp.ApproxDistinct(this=hashed), "keys")).from_("src")
-
-
-def hash_is_key(origin: Origin, keys: Sequence[int]) -> bool:
-    """Whether keys that are equal hash alike: not certain for text of a database, which may have a collation."""
-    types = list(origin.columns.values())
-    stored = not origin.own or origin.use is not None
-    return not (stored and any(types[i].kind == "text" for i in keys))
 
 
 def table_room(settings: pa.Table) -> int:

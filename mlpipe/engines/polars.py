@@ -60,7 +60,7 @@ class PolarsEngine:
         frame = self._frame
         return isinstance(frame, pl.DataFrame) and not any(frame.to_series(i).null_count() for i in positions)
 
-    def table_room(self, keys: Sequence[int]) -> int | None:
+    def table_room(self) -> int | None:
         """Polars does not spill."""
         return None
 
