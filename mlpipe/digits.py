@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 EXPLAINED = 1e-4  # share of the response's sum of squares left by fixed effects, below which the response is read again as a residual
 ROUNDING = 1e-13  # residuals over the response's spread, below which they are its rounding error
+EXACT = 6e-14  # share left by a whole model, below which it is rounding: about what the sums over several factors leave of none
 FEW = 1e-8  # share left by a whole model, below which likelihoods and standard errors are not what is promised
 
 
@@ -53,9 +54,12 @@ def of_residuals(stats: SuffStats, plan: Plan, gamma: np.ndarray, response: str,
 
 
 def lost(share: float) -> list[str]:
-    """A note where a fit leaves so small a share of the response's sum of squares that subtracting the rest takes its digits."""
+    """A note where a fit leaves so small a share of the response's sum of squares that subtracting the rest takes its digits. Raises
+    DataError where nothing but rounding is left."""
+    if not share > EXACT:
+        raise DataError("the response is fitted exactly; no residual variance to estimate", code="no_residual")
     if share >= FEW:
         return []
-    digits = max(round(math.log10(share / sys.float_info.epsilon)), 0)
+    digits = round(math.log10(share / sys.float_info.epsilon))
     what = "of the residual sum of squares"
     return [f"the random effects explain all but {share:.0e} of what the fixed ones leave: {what} about {digits} digits are left"]

@@ -37,6 +37,7 @@ Array = np.ndarray
 
 
 OBSERVED = 1e-7  # scaled score from which the observed information replaces the average one, which is good enough to come that far
+NEAR = 0.1  # scaled score beyond which an end is none, whatever rounding does to it
 MOST_WORK = 1e10  # operations of one evaluation above which conjugate gradients are faster
 
 
@@ -200,9 +201,9 @@ class Several:
 
 def _settled(solution: GLMMSolution, problem: CrossedProblem, at: Evaluation) -> GLMMSolution:
     """The solution, converged where no step improved the likelihood because of the rounding of the sums that it is taken from: what is left
-    of a response whose levels are far apart is a difference of large ones."""
+    of a response whose levels are far apart is a difference of large ones. Where rounding leaves more than `NEAR` it is no end."""
     rounding = NOISE * np.finfo(float).eps * float(problem.WW[-1, -1]) / at.s2
-    if solution.converged or not solution.score < math.sqrt(rounding):
+    if solution.converged or not solution.score < min(math.sqrt(rounding), NEAR):
         return solution
     return replace(solution, converged=True, message="at the limit of rounding")
 

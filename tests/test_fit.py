@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
@@ -16,10 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import mlpipe as mp
-from mlpipe import collect
+from mlpipe import collect, several
 from mlpipe.engines import duckdb as duckdb_engine
 from mlpipe.engines import parquet
 from mlpipe.reduction import theta_of
+from mlpipe.solve.glmm import GLMMSolution
 from mlpipe.sources import Subset
 
 from .conftest import as_data
@@ -471,6 +473,28 @@ def test_digits_that_groups_far_apart_take_are_told(random: str) -> None:
     told, silent = (mp.lmm(f"y ~ 1 + {random}", frame) for frame in (apart, near))
     assert [note for note in told.info["notes"] if "digits are left" in note] and not silent.info["notes"]
     assert told.converged and told.sigma == pytest.approx(silent.sigma, rel=1e-2) and max(told.evaluations, silent.evaluations) < 30
+
+
+@pytest.mark.filterwarnings("ignore::mlpipe.MlpipeWarning")
+@pytest.mark.parametrize("random", ["(1 | g)", "(1 | g) + (1 | h)", "(x | g) + (1 | h)"])
+def test_a_response_that_random_effects_fit_exactly_is_refused(random: str) -> None:
+    rng = np.random.default_rng(1)
+    g, h, x = rng.integers(0, 15, 300), rng.integers(0, 7, 300), rng.normal(size=300)
+    for noise in (0.0, 1e-8):
+        y = g * (x if "x |" in random else 1.0) + 10.0 * h * (" + " in random) + noise * rng.normal(size=300)
+        with pytest.raises(mp.DataError, match="fitted exactly") as caught:
+            mp.lmm(f"y ~ x + {random}", pl.DataFrame({"y": y, "x": x, "g": g, "h": h}))
+        assert caught.value.code == "no_residual"
+
+
+@pytest.mark.parametrize(("score", "converged"), [(0.05, True), (5.0, False)])
+def test_what_rounding_stops_far_from_an_optimum_has_not_converged(score: float, converged: bool) -> None:
+    none = np.zeros((2, 2))
+    ended = GLMMSolution(np.zeros(2), none, 0.0, none, none, False, False, score, 9, "no step improves the likelihood")
+    problem, at = SimpleNamespace(WW=np.array([[1.0]])), SimpleNamespace(s2=1e-18)
+    assert several._settled(ended, problem, at).converged == converged  # type: ignore[arg-type]
+
+
 
 
 def test_what_did_not_converge_is_told() -> None:

@@ -145,7 +145,7 @@ def _least_squares(A: Array, whole: Array) -> tuple[Array, float, Array, float]:
     r_y = r_inverse.T @ A[:-1, -1]
     rss = float(A[-1, -1] - r_y @ r_y)
     if not rss > EXACT_FIT * whole[-1]:
-        raise DataError("the response is fitted exactly; no residual variance to estimate")
+        raise DataError("the response is fitted exactly; no residual variance to estimate", code="no_residual")
     amplification = max([whole[-1] / rss, *(whole[:-1] / np.diagonal(R) ** 2)])
     return r_inverse @ r_y, rss, r_inverse, float(amplification)
 
