@@ -128,8 +128,10 @@ def _from_rows(
         stats, plan = collected(prepare(engine, request))
         identity = engine.identity()
         stats.info.update(fingerprint=identity.fingerprint, rescannable=identity.rescannable, bytes=identity.bytes)
+        recipe = stats.recipe
         stats, left, solution, beta = _solution(stats, parsed, absorb, plan, options)
         fit = _result(formula, stats, left, solution, beta, kind, clusters, options)
+        fit.recipe = recipe
         if kind is not None:
             with stage("robust", stats.info["seconds"], engine, options):
                 _robust(fit, stats, solution, left, absorb, Source(engine, plan.names), kind, clusters)
@@ -143,7 +145,8 @@ def _from_rows(
 def _solution(
     stats: SuffStats, parsed: Formula, absorb: Sequence[str], plan: Plan, options: Options
 ) -> tuple[SuffStats, Projection, Solution, Array]:
-    """The estimate and its coefficients; where the model explains nearly all of the response, from its residuals, read again."""
+    """The statistics it comes from, the estimate and its coefficients; where the model explains nearly all of the response, from its
+    residuals, read again."""
     from .digits import of_residuals
 
     with stage("solve", stats.info.setdefault("seconds", {}), None, options):
@@ -158,9 +161,7 @@ def _solution(
     second = solved(again, parsed, left)
     if second.rss <= ROUNDING * first.within_tss:
         raise DataError("the response is fitted exactly", code="no_residual")
-    e = response_vector(stats.recipe, first.response) - second.gamma
-    total = replace(second, e=e, tss=first.tss, within_tss=first.within_tss)
-    return replace(stats, info=again.info), left, total, second.coefficients
+    return again, left, replace(second, tss=first.tss, within_tss=first.within_tss), second.coefficients
 
 
 def _check_varies(solution: Solution) -> None:

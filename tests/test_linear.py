@@ -453,3 +453,20 @@ def test_contrasts_beside_absorbed_effects_far_from_zero() -> None:
         table = mp.ols("y ~ x + c", data, absorb="firm").contrasts("c")
         for name in ("estimate", "std_error", "p_value"):
             np.testing.assert_allclose(table[name], whole[name], rtol=1e-7)
+
+
+@pytest.mark.parametrize("robust", [{"vcov": "HC0"}, {"vcov": "HC3"}, {"cluster": "c"}])
+@pytest.mark.parametrize("absorb", ["g", ["g", "k"]])
+def test_absorbed_effects_and_robust_errors_where_nearly_all_is_explained(absorb: Any, robust: dict[str, str]) -> None:
+    """They are those of the response less what explains it."""
+    rng = np.random.default_rng(3)
+    x, g, k = rng.normal(size=600), rng.integers(0, 20, 600), rng.integers(0, 3, 600)
+    y = rng.normal(size=20)[g] + k + rng.normal(size=600)
+    frame = pl.DataFrame({"y": y + 2e6 * x, "x": x, "g": g, "k": k, "c": g // 2, "w": rng.uniform(0.5, 2.0, 600)})
+    small = frame.with_columns(y=pl.Series(y))
+    fit, want = (mp.ols("y ~ x", rows, absorb=absorb, weights="w", **robust) for rows in (frame, small))
+    np.testing.assert_allclose(fit.vcov(), want.vcov(), rtol=1e-6)
+    for group in fit.groups:
+        np.testing.assert_allclose(fit.ranef(group)["estimate"].to_numpy(), want.ranef(group)["estimate"].to_numpy(), atol=1e-6)
+    fitted = [f.predict(rows).read_all()["predicted"].to_numpy() for f, rows in ((fit, frame), (want, small))]
+    np.testing.assert_allclose(fitted[0] - 2e6 * x, fitted[1], atol=1e-6)
