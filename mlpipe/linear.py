@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
-EXPLAINED = 1e-4  # share of the response's sum of squares left, below which the response is read again as a residual
 LOST = 1e-12  # share below which statistics have no digits left of it
 ROUNDING = 1e-26  # share below which nothing but rounding errors is left
 
@@ -147,7 +146,7 @@ def _solution(
 ) -> tuple[SuffStats, Projection, Solution, Array]:
     """The statistics it comes from, the estimate and its coefficients; where the model explains nearly all of the response, from its
     residuals, read again."""
-    from .digits import of_residuals
+    from .digits import EXPLAINED, of_residuals
 
     with stage("solve", stats.info.setdefault("seconds", {}), None, options):
         left = within(stats) if absorb else pooled(stats)
@@ -318,6 +317,7 @@ def _from_statistics(
     formula: str, parsed: Formula, stats: SuffStats, absorb: tuple[str, ...], clusters: tuple[str, ...], kind: str | None,
     settled: Mapping[str, Any], coding: Mapping[str, Any], options: Options,
 ) -> OLSFit:  # fmt: skip
+    from .digits import EXPLAINED
     from .stats import check_settled
 
     check_settled(stats, settled)
