@@ -135,8 +135,11 @@ class Tests:
             df = float(getattr(self.fit, "df_test", math.inf))
             return FTest(statistic, k, df, f_tail(statistic, k, df))
         if self.ddf == "satterthwaite":
-            rows = degrees.uncorrelated(L, self.between(L))
-            df = degrees.joint(self.each(rows if len(rows) == k else degrees.uncorrelated(turned @ L, middle)))
+            rows = degrees.uncorrelated(L, self.fit.spread.half(L))
+            if len(rows) != k:  # standard deviations too far apart for one unit
+                each = turned @ L / d[:, None]
+                rows = degrees.uncorrelated(each, self.fit.spread.half(each))
+            df = degrees.joint(self.each(rows))
         else:
             df, scale = self._adjusted.test(self._held.star_contrasts(turned @ L))
             statistic *= scale

@@ -68,6 +68,11 @@ class Spread:
         half = np.linalg.solve(self.R.T, L.T).T
         return np.asarray(half @ self.star @ half.T)
 
+    def half(self, L: np.ndarray) -> np.ndarray:
+        """A factor H (k, p) of it, HH': with the digits of what varies little beside what varies much."""
+        values, vectors = np.linalg.eigh(self.star)
+        return np.asarray(np.linalg.solve(self.R.T, L.T).T @ (vectors * np.sqrt(np.maximum(values, 0.0))))
+
 
 @dataclass(frozen=True)
 class Fixed:

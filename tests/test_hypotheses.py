@@ -13,6 +13,7 @@ from scipy import stats
 import mlpipe as mp
 from mlpipe.formula import parse
 from mlpipe.hypotheses import contrasts, droppable, without
+from mlpipe.solve import degrees
 
 REFERENCE = Path(__file__).parent / "reference"
 DATA = REFERENCE / "data"
@@ -129,6 +130,20 @@ def test_f_tests_are_lmertest_s() -> None:
         assert found["statistic"] == pytest.approx(want["F"], rel=1e-4)
         assert found["df"] == want["num_df"] and found["df_denominator"] == pytest.approx(want["den_df"], rel=1e-4)
         assert found["p_value"] == pytest.approx(want["p"], rel=1e-3)
+
+
+def test_joint_degrees_of_freedom_do_not_lose_what_varies_little() -> None:
+    rng = np.random.default_rng(4)
+    g = np.arange(120) % 12
+    x = rng.normal(size=120) + rng.normal(size=12)[g]
+    y = 2.0 + x + 0.8 * rng.normal(size=12)[g] + rng.normal(size=120)
+    near = mp.lmm("y ~ x + (1 | g)", pl.DataFrame({"y": y, "x": x, "g": g}))
+    far = mp.lmm("y ~ x + (1 | g)", pl.DataFrame({"y": y, "x": 1e3 * x + 1e5, "g": g}))
+    first = np.array([1.0, -100.0])  # the far intercept, whose standard deviation is 1e5 that of the far slope and more
+    second = np.array([[0.0, -1.0], [1.0, 0.0]]) @ near.vcov() @ first  # uncorrelated with it
+    want = degrees.joint(np.array([one(near.test(row, ddf="satterthwaite"))["df_denominator"] for row in (first, second)]))
+    found = [one(far.test(L, ddf="satterthwaite"))["df_denominator"] for L in (np.eye(2), np.array([[2.0, 1.0], [1.0, 3.0]]))]
+    assert found == pytest.approx([want] * 2, rel=1e-5)
 
 
 def test_redundant_contrasts_count_once(cake: mp.LMMFit) -> None:

@@ -150,10 +150,11 @@ def joint(nu: Array) -> float:
     return 2.0 * expected / excess if excess > 0.0 else np.inf
 
 
-def uncorrelated(L: Array, V: Array) -> Array:
-    """(rank, p) contrasts that say the same as L (k, p) and are uncorrelated, V (k, k) being the covariance of Lβ: by its eigenvectors."""
-    values, vectors = np.linalg.eigh(V)
-    return np.asarray(vectors[:, values > 1e-10 * max(values.max(initial=0.0), 1e-300)].T @ L)
+def uncorrelated(L: Array, half: Array) -> Array:
+    """(rank, p) contrasts that say the same as L (k, p) and are uncorrelated, HH' being the covariance of Lβ for H = `half` (k, p): by its
+    eigenvectors."""
+    vectors, sds, _ = np.linalg.svd(half, full_matrices=False)
+    return np.asarray(vectors[:, sds > 1e-12 * max(sds.max(initial=0.0), 1e-300)].T @ L)
 
 
 # -- Kenward and Roger -------------------------------------------------------------------------------------------------
