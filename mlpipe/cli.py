@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -341,15 +340,13 @@ def _data(settings: dict[str, Any]) -> Any:
 
 def _check_target(target: str, mode: str, prefix: str = "mlpipe") -> None:
     """A fit that would not be replaced is refused before the work, not after it."""
-    from .store import check_target, holds_fit, kept_runs, placed
+    from .store import check_target, holds_fit
 
     _check_out(target)
-    check_target(target, prefix)
+    check_target(target, prefix, mode)
     if mode == "error" and holds_fit(target, prefix):
         hint = '--overwrite, or mode = "overwrite" in a job, replaces it'
         raise ConfigError(f"{target} already holds a fit", code="target_exists", hint=hint)
-    if mode == "append" and Path(placed(target)).is_dir():
-        kept_runs(Path(placed(target)))
 
 
 def _check_out(out: str) -> None:

@@ -16,7 +16,6 @@ from .errors import ColumnNotFoundError, ConfigError, DataError, did_you_mean
 from .options import Options
 from .sources import PathSource, Subset, open_source
 
-NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # of a folder: its rows have NULL
 MOST = 100_000  # partitions by column: more are no partitions but keys
 
 
@@ -74,13 +73,14 @@ def _mark(state: Sequence[object], types: Mapping[str, str]) -> str:
 def typed(data: Any, types: Mapping[str, str]) -> Any:
     """The data of a file below `key=value` folders with these types of their columns, where a folder's value alone does not tell them:
     of texts it may look like a number, and there may be none."""
+    from .engines import files
+
     inner = _source(data)
     if not isinstance(inner, PathSource) or not inner.hive:
         return data
-    folders = [folder.partition("=") for path in _paths(data) for folder in os.fspath(path).split(os.sep)[:-1] if "=" in folder]
-    told = {name for name, _, value in folders if value != NO_VALUE and types.get(name) in ("BIGINT", "DATE")}
-    keyed = replace(inner, keys={name: types[name] for name, _, _ in folders if name in types and name not in told})
-    return replace(data, data=keyed) if isinstance(data, Subset) else keyed
+    values = files.hive_values(_paths(data))
+    told = {name for name, texts in values.items() if texts and types.get(name) in ("BIGINT", "DATE")}
+    return _over(data, replace(inner, keys={name: types[name] for name in values if name in types and name not in told}))
 
 
 def is_text(data: Any) -> bool:
@@ -94,8 +94,7 @@ def is_text(data: Any) -> bool:
 def read_as(data: Any, types: Mapping[str, str]) -> Any:
     """CSV or JSON files with further types."""
     inner = _source(data)
-    inner = replace(inner, types={**types, **inner.types})
-    return replace(data, data=inner) if isinstance(data, Subset) else inner
+    return _over(data, replace(inner, types={**types, **inner.types}))
 
 
 def unchanged(part: Partition) -> bool:
@@ -154,8 +153,7 @@ def together(parts: Sequence[Partition]) -> Any:
     inner = _source(first)
     if isinstance(inner, PathSource) and not (isinstance(first, Subset) and first.keys):
         files = [path for part in parts for path in _paths(part.data)]
-        joined = replace(inner, path=files)
-        return replace(first, data=joined) if isinstance(first, Subset) else joined
+        return _over(first, replace(inner, path=files))
     by = next(reversed(first.keys))
     values = tuple(value for part in parts for value in part.data.keys[by])
     return replace(first, keys={**first.keys, by: values})
@@ -163,6 +161,11 @@ def together(parts: Sequence[Partition]) -> Any:
 
 def _source(data: Any) -> Any:
     return data.data if isinstance(data, Subset) else data
+
+
+def _over(data: Any, inner: Any) -> Any:
+    """The data with another source."""
+    return replace(data, data=inner) if isinstance(data, Subset) else inner
 
 
 def _paths(data: Any) -> list[Any]:

@@ -35,12 +35,12 @@ def prepare(engine: Engine, request: Request, like: Recipe | None = None) -> Pla
     formula = parse(request.formula)
     names, notes = _names(engine, formula, request)
     _check_request(request)
+    schema = engine.schema()
     if like is not None:
-        check_types(engine.schema(), like, like.kinds)
+        check_types(schema, like, like.kinds)
     variables = {v.label: v for v in variables_of(formula, names.kinds, request.contrasts)}
     responses, (failure, success), waves = _responses(engine, formula, names, request, variables, like)
     shell = _shell(formula, request, names, variables | responses, tuple(responses))
-    schema = engine.schema()
     units = {name: schema[name].unit for name in shell.kinds if schema[name].unit}
     shell = replace(shell, success=success, failure=failure, waves=waves, units=units)
     engine.check_columns(used_columns(shell, names))

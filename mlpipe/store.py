@@ -348,17 +348,19 @@ def matching(table: pa.Table, wanted: Mapping[str, Any]) -> pa.Table:
     return table
 
 
-def check_target(target: str, prefix: str) -> None:
+def check_target(target: str, prefix: str, mode: str) -> None:
     """Raises ConfigError for a directory of other things, for a file that is no database, and for a prefix that no file's name can have,
-    before the work whose result goes there."""
+    DataError for a directory to be appended to whose index is damaged, before the work whose result goes there."""
     from .engines import target as database
 
     target = placed(target)
     _check_prefix(prefix)
     if _is_database(target):
         database.check(target)
-    else:
-        check_ours(Path(target), FIT, "fit")
+        return
+    check_ours(Path(target), FIT, "fit")
+    if mode == "append":
+        kept_runs(Path(target))
 
 
 def holds_fit(target: str, prefix: str) -> bool:

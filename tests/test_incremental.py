@@ -15,9 +15,9 @@ import pytest
 
 import mlpipe as mp
 from mlpipe import incremental, shelf
+from mlpipe.engines.files import HIVE_NULL
 from mlpipe.incremental import drift
 from mlpipe.options import Options
-from mlpipe.partitions import NO_VALUE
 from mlpipe.trees import Node, statistics, tree
 
 from .lakes import Run, day, lake, runner
@@ -482,7 +482,7 @@ def test_text_files_without_values(later: pl.DataFrame, run: Run, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore::mlpipe.SingularFitWarning")
-@pytest.mark.parametrize("values", [("1", "north", NO_VALUE), ("2026-01-01", "2026-01-02", NO_VALUE)])
+@pytest.mark.parametrize("values", [("1", "north", HIVE_NULL), ("2026-01-01", "2026-01-02", HIVE_NULL)])
 def test_folders_whose_values_look_like_other_types(values: tuple[str, ...], run: Run, tmp_path: Path) -> None:
     """The type of a folder's column is that of all folders together."""
     for k, value in enumerate(values):

@@ -5,13 +5,11 @@ import datetime as dt
 import os
 import re
 from collections.abc import Collection, Container, Iterator, Sequence
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 from ..errors import DataError, ResourceError
 from .base import BATCH_ROWS
-from .files import Merged, Variant, merge
+from .files import Merged, Variant, hive_values, merge
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from .files import Workspace
 
 _POLARS_ENUM = b"_PL_ENUM_VALUES2"
-_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def declared_levels(field: pa.Field, dictionary: pa.Array | None) -> tuple[str, ...] | None:
@@ -191,11 +188,7 @@ def _hive_schema(files: Sequence[str]) -> pa.Schema:
     """The keys of `key=value` directories, of the types that DuckDB gives those of local files: dates, 64-bit whole numbers, else text."""
     import pyarrow as pa
 
-    values: dict[str, set[str]] = {}
-    for part in dict.fromkeys(part for file in files for part in PurePosixPath(file).parent.parts if "=" in part):
-        key, _, value = part.partition("=")
-        values.setdefault(unquote(key), set()).add(unquote(value))
-    return pa.schema([(key, _hive_type(texts - {_HIVE_NULL})) for key, texts in values.items()])
+    return pa.schema([(key, _hive_type(texts)) for key, texts in hive_values(files).items()])
 
 
 def _hive_type(texts: Collection[str]) -> pa.DataType:

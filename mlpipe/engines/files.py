@@ -6,8 +6,9 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import unquote
 
 from ..errors import DataError, ResourceError
 from ..scratch import Scratch
@@ -20,6 +21,7 @@ SUFFIXES = {
 }  # fmt: skip
 _COMPRESSED = (".gz", ".zst")
 DATABASES = (".duckdb", ".db", ".ddb")
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"  # the value of a directory whose rows have NULL
 _MAGIC = b"DUCK"
 _END_BYTES = 4_096
 ACCEPTED = "parquet, csv, tsv, json, ndjson, arrow and feather files (csv and json also as .gz or .zst)"
@@ -126,6 +128,15 @@ def is_hive(files: Sequence[str], given: Sequence[str]) -> bool:
     if len(files) == 1 and files[0] in given:
         return False
     return all("=" in Path(file).parent.name for file in files)
+
+
+def hive_values(files: Iterable[str | os.PathLike[str]]) -> dict[str, set[str]]:
+    """The values of each key among the directories `key=value` that lead to files, without that which stands for NULL."""
+    out: dict[str, set[str]] = {}
+    for part in dict.fromkeys(part for file in files for part in PurePath(file).parent.parts if "=" in part):
+        key, _, value = part.partition("=")
+        out.setdefault(unquote(key), set()).add(unquote(value))
+    return {key: values - {HIVE_NULL} for key, values in out.items()}
 
 
 @dataclass(frozen=True)
