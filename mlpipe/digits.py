@@ -13,6 +13,7 @@ from .collect import collect
 from .errors import DataError
 from .formula import Formula
 from .reduction import Coded, coded
+from .solve.likelihood import FITTED
 
 if TYPE_CHECKING:
     from .plans import Plan
@@ -57,7 +58,7 @@ def lost(share: float) -> list[str]:
     """A note where a fit leaves so small a share of the response's sum of squares that subtracting the rest takes its digits. Raises
     DataError where nothing but rounding is left."""
     if not share > EXACT:
-        raise DataError("the response is fitted exactly; no residual variance to estimate", code="no_residual")
+        raise DataError(FITTED, code="no_residual")
     if share >= FEW:
         return []
     digits = round(math.log10(share / sys.float_info.epsilon))

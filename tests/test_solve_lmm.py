@@ -13,7 +13,7 @@ import scipy.optimize as so
 
 from mlpipe.errors import DataError
 from mlpipe.solve.blocks import Array, BlockChunk, pseudo_blocks
-from mlpipe.solve.likelihood import LMMProblem, evaluate
+from mlpipe.solve.likelihood import LMMProblem, _least_squares, evaluate
 from mlpipe.solve.lmm import information, solve
 from mlpipe.solve.optimize import MAX_RADIUS
 from tests.dense import Dense, simulate
@@ -326,6 +326,17 @@ def test_a_response_that_is_fitted_exactly(random: bool) -> None:
     model.y = (model.Z * b[model.block.astype(int)]).sum(axis=1) if random else model.X @ np.array([1.0, 2.0])
     with pytest.raises(DataError, match="fitted exactly"):
         solve(model.problem())
+
+
+def test_an_exact_fit_is_called_so_where_its_variances_make_the_constant_rounding_too() -> None:
+    """Sums that the search of such a response came to: whether the constant is left 0 or a little more is a matter of the order of sums."""
+    A = np.array([[0.0, 2e-15, 6e-14], [2e-15, 281.0, 1e-15], [6e-14, 1e-15, 6e-14]])
+    with pytest.raises(DataError, match="fitted exactly") as caught:
+        _least_squares(A, np.array([300.0, 300.0, 300.0]))
+    assert caught.value.code == "no_residual"
+    A[2, 2] = 1.0  # a response that is left is not what is wrong
+    with pytest.raises(DataError, match="not determined"):
+        _least_squares(A, np.array([300.0, 300.0, 300.0]))
 
 
 # ---- information

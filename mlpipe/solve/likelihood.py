@@ -15,6 +15,7 @@ from mlpipe.errors import DataError
 from mlpipe.solve.blocks import EPS, Array, BlockChunk, BlockSums, Index, block_sums
 
 EXACT_FIT = 64 * EPS  # of the response's sum of squares: a residual that small is rounding error
+FITTED = "the response is fitted exactly; no residual variance to estimate"
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ def evaluate(
 
 def _least_squares(A: Array, whole: Array) -> tuple[Array, float, Array, float]:
     """β, residual sum of squares, R_XX⁻¹ and the amplification from [X y]'V⁻¹[X y] and the diagonal of [X y]'w[X y]."""
+    least = EXACT_FIT * whole[-1]
+    if not A[-1, -1] > least:  # which bounds the rest: of such a response variances grow until X'V⁻¹X is rounding too
+        raise DataError(FITTED, code="no_residual")
     try:
         R = np.linalg.cholesky(A[:-1, :-1]).T
     except np.linalg.LinAlgError:
@@ -144,8 +148,8 @@ def _least_squares(A: Array, whole: Array) -> tuple[Array, float, Array, float]:
     r_inverse: Array = np.triu(np.linalg.inv(R))
     r_y = r_inverse.T @ A[:-1, -1]
     rss = float(A[-1, -1] - r_y @ r_y)
-    if not rss > EXACT_FIT * whole[-1]:
-        raise DataError("the response is fitted exactly; no residual variance to estimate", code="no_residual")
+    if not rss > least:
+        raise DataError(FITTED, code="no_residual")
     amplification = max([whole[-1] / rss, *(whole[:-1] / np.diagonal(R) ** 2)])
     return r_inverse @ r_y, rss, r_inverse, float(amplification)
 
